@@ -1,0 +1,318 @@
+"""01_config: a recipe becomes a configuration in which every knob has a value.
+
+    python 01_config.py recipes/demo.yaml runs/demo [key=value ...]
+    python 01_config.py --knobs          shows every knob with its default
+
+Reads   a flat YAML recipe in Axolotl's vocabulary, and overrides. The argument without `=` after the recipe is the
+        run folder; without one, the recipe's output_dir is.
+Writes  01_config/config.json (every knob with its value: no default exists after this), 01_config/stages.json (the
+        knobs that each stage reads), and the run's name into runs/latest.
+Source  docs.axolotl.ai/docs/config-reference.html says what the keys mean to those who write them.
+Fork me to: add a knob (a line in Recipe), a contradiction (a row in RULES), a warning (a row in WARNINGS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from lib import stage, terminal
+from lib.checks import chat_template, data_path, filled, model_path, regex, similar
+from lib.knobs import REQUIRED, in_words, knob, knobs_of, read_knobs
+from lib.ledger import write_json
+from lib.recipe import read_overrides, read_recipe, written
+from lib.stage import STAGES, StageError
+
+# ---- the schema ------------------------------------------------------------------------------------------------------
+# One knob a line: its name, type, default, the scripts that read it, why, its unit and limits. None is a recipe's null.
+
+Adapter = Literal["lora", "qlora"] | None
+BadRow = Literal["error", "skip"]
+Init = Literal[True, "gaussian"]
+Kernel = Literal["sdpa", "eager"]
+Modules = str | list[str] | None
+Optimizer = Literal["adamw_torch_fused", "adamw_torch"]
+Role = Literal["language", "vision", "audio", "projector", "cross_attention", "head", "embedding", "experts",
+               "router"]
+Roles = list[Role]
+RolesOrAll = list[Role | Literal["all"]]
+Schedule = Literal["cosine", "linear", "constant"]
+Switch = bool | Literal["auto"]
+MODEL = "02 03 04 05 06"
+
+
+@dataclass(kw_only=True)
+class Dataset:
+    """One entry of `datasets` or `test_datasets`."""
+
+    path: str                        = knob(REQUIRED, "02", "a data file or a saved data set", check=data_path)
+    split: str | None                = knob(None, "02", "which split of a saved data set")
+    type: Literal["chat_template"]   = knob("chat_template", "02", "rows are conversations")
+    field_messages: str | None       = knob(None, "02", "the column that holds the conversation")
+
+
+Datasets = list[Dataset]
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """Every knob of the kit."""
+
+    # The model
+    base_model: str                  = knob(REQUIRED, MODEL, "a hub id or a folder", check=model_path)
+    revision: str | None             = knob(None, MODEL, "branch, tag or commit on the hub; null: main")
+    trust_remote_code: bool          = knob(False, MODEL, "run Python that comes with the checkpoint")
+    model_type: str | None           = knob(None, "03", "a class of transformers; null: by config.json")
+    processor_type: str | None       = knob(None, "02", "a processor class; null: by the checkpoint")
+    processor_kwargs: dict           = knob({}, "02", "arguments for the processor, saved with it")
+    chat_template: str | None        = knob(None, "02", "null: the checkpoint's own", check=chat_template)
+    load_in_4bit: bool | None        = knob(None, "03", "a frozen base in 4 bits; null: where qlora is")
+    load_in_8bit: bool               = knob(False, "03", "a frozen base in 8 bits")
+    bnb_config_kwargs: dict          = knob({}, "03", "arguments for bitsandbytes' configuration")
+    attn_implementation: Kernel      = knob("sdpa", "03", "eager is the plain and slow one")
+    bf16: Switch                     = knob("auto", "03 05", "auto: where it is native; false: fp32")
+
+    # The data
+    datasets: Datasets               = knob(REQUIRED, "02", "the rows to train on", check=filled)
+    test_datasets: Datasets | None   = knob(None, "02", "the rows to evaluate on", check=filled)
+    val_set_size: int | float        = knob(0, "02", "or rows held out: how many, or a share", low=0)
+    sequence_len: int                = knob(2048, "02", "longest sample with its media", "tokens", low=1)
+    on_bad_row: BadRow               = knob("error", "02", "once all rows are seen: stop, or go without")
+
+    # What trains
+    adapter: Adapter                 = knob(None, "03 04 05 06", "null: full fine-tuning; qlora: 4-bit base")
+    lora_r: int                      = knob(16, "04", "rank of the update", low=1)
+    lora_alpha: int | float          = knob(32, "04", "the update is scaled by lora_alpha / lora_r", above=0)
+    lora_dropout: float              = knob(0.0, "04", "share of adapter inputs dropped", low=0, below=1)
+    lora_target_roles: Roles         = knob(["language"], "04", "where linear layers get LoRA", check=filled)
+    lora_target_linear: bool | None  = knob(None, "01", "all of them; null: if no modules are named")
+    lora_target_modules: Modules     = knob(None, "04", "a regex on full names, or last names", check=regex)
+    peft_use_dora: bool              = knob(False, "04", "DoRA: magnitudes learned apart from directions")
+    peft_use_rslora: bool            = knob(False, "04", "rsLoRA: scaled by lora_alpha / sqrt(lora_r)")
+    peft_init_lora_weights: Init     = knob(True, "04", "how A begins (true: Kaiming); B begins at zero")
+    train_roles: RolesOrAll          = knob(["all"], "04 05", "what full fine-tuning trains", check=filled)
+    freeze_mm_modules: bool          = knob(False, "01", "no vision, audio, projector in train_roles")
+    full_finetune: bool | None       = knob(None, "01", "says once more that adapter is empty")
+
+    # The training
+    micro_batch_size: int            = knob(1, "05", "samples in one forward pass of one rank", low=1)
+    gradient_accumulation_steps: int = knob(1, "05", "forward passes in an optimizer step", low=1)
+    num_epochs: int | float          = knob(1, "05", "passes over the data", above=0)
+    max_steps: int | None            = knob(None, "05", "optimizer steps, in place of num_epochs", low=1)
+    optimizer: Optimizer             = knob("adamw_torch_fused", "05", "AdamW, in one kernel or in many")
+    lr_scheduler: Schedule           = knob("cosine", "05", "the rate's course after the warm-up")
+    learning_rate: float             = knob(2e-4, "05", "the highest rate", above=0)
+    warmup_ratio: float | None       = knob(None, "05", "share of the steps; null: 0.03", low=0, below=1)
+    warmup_steps: int | None         = knob(None, "05", "or their number", low=0)
+    weight_decay: float              = knob(0.0, "05", "AdamW's, on matrices", low=0)
+    adam_beta1: float                = knob(0.9, "05", "memory of the gradients' mean", low=0, below=1)
+    adam_beta2: float                = knob(0.999, "05", "memory of their squares' mean", low=0, below=1)
+    adam_epsilon: float              = knob(1e-8, "05", "keeps AdamW's division finite", above=0)
+    max_grad_norm: float             = knob(1.0, "05", "a longer gradient is scaled down to it", above=0)
+    gradient_checkpointing: bool     = knob(True, "05", "compute activations again, don't keep them")
+    seed: int                        = knob(42, "02 04 05", "of split, adapter, order", low=0, high=2**32 - 1)
+    golden_rows: int                 = knob(4, "05", "held-out rows whose logits 06 compares", low=1)
+    logging_steps: int               = knob(1, "05", "steps from line to line", low=1, identity=False)
+    evals_per_epoch: int             = knob(1, "05", "evaluations in an epoch", low=0, identity=False)
+    saves_per_epoch: int             = knob(1, "05", "checkpoints in an epoch", low=0, identity=False)
+    save_steps: int | None           = knob(None, "05", "or steps between them", low=1, identity=False)
+    save_total_limit: int            = knob(3, "05", "checkpoints kept", low=1, identity=False)
+    dataloader_num_workers: int      = knob(0, "05", "processes that encode", low=0, identity=False)
+
+    # What comes out
+    answer_rows: int                 = knob(64, "06", "held-out rows answered before and after", low=0)
+    max_new_tokens: int              = knob(64, "06", "longest answer", "tokens", low=1)
+    merge: bool                      = knob(False, "06", "write the merged model, too")
+    output_dir: str | None           = knob(None, "01", "the run folder; null: runs/ and the recipe's name")
+
+
+# ---- knobs that need one another ---------------------------------------------------------------------------------------
+
+MEDIA_ROLES = ("vision", "audio", "projector")
+
+RULES = (  # the knobs it is about, when they contradict each other, why, and how to mend it
+    ("load_in_4bit load_in_8bit", lambda k: k.load_in_4bit and k.load_in_8bit,
+     "a weight has 4 bits or 8", "remove one of them"),
+    ("load_in_4bit adapter", lambda k: k.load_in_4bit and not k.adapter,
+     "full fine-tuning can't train quantised weights", "adapter: qlora, or remove load_in_4bit"),
+    ("load_in_8bit adapter", lambda k: k.load_in_8bit and not k.adapter,
+     "full fine-tuning can't train quantised weights", "adapter: lora, or remove load_in_8bit"),
+    ("load_in_8bit adapter", lambda k: k.load_in_8bit and k.adapter == "qlora",
+     "qlora means a 4-bit base", "adapter: lora, or remove load_in_8bit"),
+    ("load_in_4bit adapter", lambda k: k.load_in_4bit is False and k.adapter == "qlora",
+     "qlora means a 4-bit base", "adapter: lora, or remove load_in_4bit"),
+    ("full_finetune adapter", lambda k: k.full_finetune and k.adapter,
+     "with an adapter, only the adapter trains", "remove one of them"),
+    ("full_finetune adapter", lambda k: k.full_finetune is False and not k.adapter,
+     "without an adapter, the model itself trains", "adapter: lora, or remove full_finetune"),
+    ("train_roles adapter", lambda k: k.train_roles != ["all"] and k.adapter,
+     "with an adapter, only the adapter trains", "name its places in lora_target_roles, and remove train_roles"),
+    ("train_roles", lambda k: "all" in k.train_roles and len(k.train_roles) > 1,
+     "all is everything", "train_roles: [all], or the list without all"),
+    ("freeze_mm_modules lora_target_roles",
+     lambda k: k.freeze_mm_modules and k.adapter and set(k.lora_target_roles) & set(MEDIA_ROLES),
+     "what is frozen gets no LoRA", "remove one of them"),
+    ("freeze_mm_modules train_roles", lambda k: k.freeze_mm_modules and set(k.train_roles) & set(MEDIA_ROLES),
+     "what is frozen doesn't train", "remove one of them"),
+    ("lora_target_linear lora_target_modules", lambda k: k.lora_target_linear and k.lora_target_modules,
+     "the targets are all linear layers or the named ones", "remove one of them"),
+    ("lora_target_linear lora_target_modules",
+     lambda k: k.lora_target_linear is False and not k.lora_target_modules and k.adapter,
+     "LoRA has no target", "name modules, or remove lora_target_linear"),
+    ("val_set_size test_datasets", lambda k: k.val_set_size and k.test_datasets,
+     "the rows to evaluate on come from one of them", "remove one of them"),
+    ("val_set_size", lambda k: isinstance(k.val_set_size, float) and k.val_set_size >= 1,
+     "is neither a share below 1 nor a whole number of rows", "for example val_set_size: 0.05, or val_set_size: 500"),
+    ("warmup_ratio warmup_steps", lambda k: k.warmup_ratio is not None and k.warmup_steps is not None,
+     "the warm-up is a share of the steps or a number of them", "remove one of them"),
+)
+
+WARNINGS = (  # when, on the settled knobs; what seldom works about it
+    (lambda k: k.adapter and k.learning_rate > 1e-3,
+     "learning_rate {learning_rate:g}: above 1e-3, LoRA seldom learns anything stable"),
+    (lambda k: not k.adapter and k.learning_rate > 5e-5,
+     "learning_rate {learning_rate:g}: above 5e-5, full fine-tuning soon damages a pretrained model (a model that is "
+     "trained from scratch may need it)"),
+    (lambda k: k.max_steps and k.max_steps < 50, "max_steps {max_steps}: fewer than 50 steps seldom change a model"),
+    (lambda k: k.max_steps and k.warmup_steps and k.warmup_steps >= k.max_steps,
+     "warmup_steps {warmup_steps}: the run of {max_steps} steps ends before its warm-up does"),
+    (lambda k: not k.val_set_size and not k.test_datasets,
+     "no evaluation: neither val_set_size nor test_datasets holds rows out"),
+    (lambda k: k.bnb_config_kwargs and not k.load_in_4bit and not k.load_in_8bit,
+     "bnb_config_kwargs has no effect: nothing is quantised"),
+    (lambda k: k.revision and Path(k.base_model).is_dir(), "revision has no effect: {base_model} is a folder"),
+)
+
+
+def settle(values, recipe_path):
+    """The Recipe, with what follows from other knobs filled in. No value here depends on the machine."""
+    k = Recipe(**values)
+    k.load_in_4bit = k.adapter == "qlora" or bool(k.load_in_4bit)
+    k.full_finetune = k.adapter is None
+    k.lora_target_linear = k.lora_target_modules is None
+    if k.warmup_ratio is None and k.warmup_steps is None:
+        k.warmup_ratio = 0.03
+    if k.freeze_mm_modules and k.train_roles == ["all"] and not k.adapter:
+        k.train_roles = [role for role in Role.__args__ if role not in MEDIA_ROLES]
+    k.output_dir = k.output_dir or f"runs/{recipe_path.stem}"
+    return k
+
+
+def configure(recipe_path, text, overrides=()):
+    """(Recipe, {knob: the entry that gave its value}, notes) of a recipe's text. StageError names all its problems."""
+    entries, problems = read_recipe(recipe_path, text)
+    changes, more = read_overrides(overrides)
+    reading = read_knobs(entries, changes, Recipe)
+    problems += more + reading.problems
+    for names, contradict, why, fix in RULES:
+        names = names.split()
+        if not reading.failed & set(names) and contradict(Recipe(**reading.values)):
+            problems.append((f"{reading.together(names)}: {why}", fix))
+    if problems:
+        *first, (what, fix) = problems                           # each is printed in two lines, as if it were alone
+        raise StageError("".join(f"{what}\n  fix: {fix}\nerror: " for what, fix in first) + what, fix)
+    return settle(reading.values, recipe_path), reading.given, reading.notes
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def sort_arguments(words):
+    """(recipe, run folder or None, overrides) of the words on the command line."""
+    overrides = [word for word in words if re.match(r"[A-Za-z_][\w.\[\]]*=", word)]
+    paths = [word for word in words if word not in overrides]
+    if not paths:
+        raise StageError("no recipe is named", "python 01_config.py recipes/demo.yaml runs/demo")
+    if len(paths) > 2:
+        raise StageError(f"{' '.join(paths[2:])}: neither the recipe, nor the run folder, nor key=value",
+                         "write an override without spaces around its =, and quote it for the shell")
+    if len(paths) == 2 and Path(paths[1]).is_file():
+        raise StageError(f"{paths[1]} is a file, not a run folder", f"python 01_config.py {paths[0]} runs/NAME")
+    return Path(paths[0]), paths[1] if len(paths) == 2 else None, overrides
+
+
+def read_text(recipe_path):
+    """(text, sha256) of a recipe. The bytes that are read are those that are hashed."""
+    try:
+        content = recipe_path.read_bytes()
+        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise StageError(f"{recipe_path}:{line}: byte {error.start} is not utf-8", "save the recipe as utf-8") from None
+    except FileNotFoundError:
+        raise StageError(f"{recipe_path}: no such recipe", similar(recipe_path) or "ls recipes/") from None
+    except OSError as error:
+        raise StageError(f"{recipe_path}: not readable as a recipe: {error.strerror}", "name a YAML file") from None
+
+
+def show(k, given, notes):
+    """Nothing; the recipe is on screen, stage by stage, and what is odd about it. A star marks what is no default."""
+    known, values = knobs_of(Recipe), asdict(k)
+    for stem in (*STAGES[1:], STAGES[0]):
+        rows = []
+        for name, (_, meta) in known.items():
+            if meta["stages"][0] == stem:                        # where it is read first
+                by = given[name].place() if name in given else ""
+                also = " ".join(later[:2] for later in meta["stages"][1:])
+                rows.append(["*" if by and values[name] != meta["default"] else "", name, written(values[name]), also, by])
+        terminal.table(stem, ["", "knob", "value", "also read by", "given by"], rows)
+    for name, words in notes:
+        terminal.say(f"{name}: {words}")
+    idle = [name for name in given if name.startswith(("lora_", "peft_")) and not k.adapter]
+    if idle:
+        terminal.warn(f"{', '.join(idle)}: without effect, since adapter is empty: this is full fine-tuning")
+    for seldom_works, words in WARNINGS:
+        if seldom_works(k):
+            terminal.warn(words.format(**values))
+
+
+def show_knobs():
+    """Nothing; every knob is on screen."""
+    rows = [[name, "required" if meta["default"] is REQUIRED else written(meta["default"]), in_words(kind, meta),
+             meta["unit"], " ".join(stem[:2] for stem in meta["stages"]), meta["why"]]
+            for name, (kind, meta) in knobs_of(Recipe).items()]
+    terminal.table("knobs", ["knob", "default", "takes", "unit", "read by", "why"], rows)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("words", nargs="*", metavar="RECIPE [RUN] [key=value ...]")
+    parser.add_argument("--force", action="store_true", help="run in any case; the old folder is kept as 01_config.old")
+    parser.add_argument("--knobs", action="store_true", help="show every knob, and do nothing")
+    args = parser.parse_args(argv)
+    if args.knobs:
+        return show_knobs()
+
+    # Read the whole recipe, and stop before anything is written if something in it is wrong.
+    recipe_path, run, overrides = sort_arguments(args.words)
+    text, sha256 = read_text(recipe_path)
+    k, given, notes = configure(recipe_path, text, overrides)
+    k.output_dir = run or k.output_dir
+    run = Path(k.output_dir)
+
+    # Is there anything to do?
+    decision = stage.decide("01_config", run, args.force, knobs={"recipe": str(recipe_path), "overrides": overrides})
+    work = stage.begin(decision)
+    stage.remember_latest(run)
+    if work is None:
+        return
+
+    # Write every knob, and who reads it.
+    terminal.header("01_config", "a recipe becomes a configuration in which every knob has a value")
+    work.uses(recipe_path, sha256)
+    known = knobs_of(Recipe)
+    readers = {stem: [name for name, (_, meta) in known.items() if stem in meta["stages"]] for stem in STAGES}
+    write_json(work.path / "config.json", asdict(k))
+    write_json(work.path / "stages.json",
+               readers | {"not_identity": [name for name, (_, meta) in known.items() if not meta["identity"]]})
+    show(k, given, notes)
+    work.finish()
+
+
+if __name__ == "__main__":
+    stage.run_script(main)

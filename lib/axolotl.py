@@ -1,0 +1,161 @@
+"""Axolotl's words that are no knobs here, and what becomes of each: respelled, replaced, refused, or without meaning.
+
+A word is refused as "not built yet" where no code honours it and leaving it out would change what its writer gets; it is
+without meaning where the kit does the same in its own way. Sources: the kit's README, "where we differ"; Axolotl's
+configuration reference.
+"""
+
+from fnmatch import fnmatchcase
+
+import yaml
+
+from lib.recipe import FALSE, TEXT, TRUE, Entry, Wrong, is_null, plain, source
+
+SPELLINGS = {  # an older key: the knob and value it means where it is switched on
+    "flash_attention": ("attn_implementation", "flash_attention_2"),
+    "flex_attention": ("attn_implementation", "flex_attention"),
+    "xformers_attention": ("attn_implementation", "xformers"),
+    "sdp_attention": ("attn_implementation", "sdpa"),
+    "eager_attention": ("attn_implementation", "eager"),
+    "bfloat16": ("bf16", "true"),
+}
+
+REPLACED = {  # a knob: its values, what they become, why that is the same
+    "attn_implementation": (("flash", "flash_attention_2", "flash_attention_3", "flex_attention", "xformers"),
+                            "sdpa", "another kernel with the same result"),
+}
+
+REFUSED = {  # a knob: its values, why they can't be had, the value that can
+    "optimizer": (("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_torch_fp8",
+                   "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw", "adamw_apex_fused", "adamw_hf", "adafactor",
+                   "lion_8bit", "lion_32bit", "muon", "sgd", "galore_adamw", "schedule_free_adamw", "optimi_adamw"),
+                  "is not built yet, and its steps are others", "adamw_torch_fused"),
+    "lr_scheduler": (("constant_with_warmup", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "rex",
+                      "inverse_sqrt", "one_cycle", "warmup_stable_decay"), "is not built yet", "cosine"),
+    "gradient_checkpointing": (("offload", "offload_disk", "unsloth"), "is not built yet", True),
+    "peft_init_lora_weights": (("pissa", "olora", "loftq", "eva", "corda"),
+                               "rewrites the base, so the adapter would not fit the published one", True),
+    "lora_target_modules": (("all-linear",), "would reach into the vision tower", None),
+}
+
+NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what is done anyway
+    "sample_packing": ("several samples in one row", False),
+    "eval_sample_packing": ("several samples in one row", False),
+    "special_tokens": ("special tokens of one's own", "pad_token"),
+    "tokens": ("tokens of one's own",),
+    "added_tokens_overrides": ("tokens of one's own",),
+    "tokenizer_use_mistral_common": ("Mistral's own tokenizer", False),
+    "quant_type": ("another kind of quantisation",),
+    "gptq": ("a GPTQ base", False),
+    "quantize_moe_experts": ("quantised experts", False),
+    "llama4_linearized_experts": ("a rewritten Llama-4", False),
+    "lora_target_parameters": ("LoRA on bare parameters",),
+    "lora_modules_to_save": ("whole modules saved with the adapter",),
+    "lora_model_dir": ("training an adapter further",),
+    "loraplus_*": ("LoRA+",),
+    "unfrozen_parameters": ("training by parameter name; train_roles chooses by part",),
+    "image_size": ("another resolution; processor_kwargs can set what the processor knows",),
+    "image_resize_algorithm": ("another way to resize",),
+    "roles_to_train": ("training on other turns", "assistant"),
+    "train_on_inputs": ("training on the user's turns", False),
+    "train_on_eos": ("training on other ends of turns", "turn"),
+    "role_boundaries": ("finding turns by their tokens; the template's render shows where they are",),
+    "chat_template_jinja": ("a second key for the template; write its text into chat_template",),
+    "chat_template_kwargs": ("arguments for the chat template",),
+    "fp16": ("float16", False),
+    "float16": ("float16", False),
+    "activation_offloading": ("activations in host memory", False),
+    "device_map": ("one model over several devices", "auto"),
+    "max_memory": ("one model over several devices",),
+    "gpu_memory_limit": ("a limit to a GPU's memory",),
+    "fsdp*": ("sharding over ranks",),
+    "deepspeed": ("sharding over ranks",),
+    "resume_from_checkpoint": ("going on from another run's checkpoint", True, False),
+    "group_by_length": ("batches of equal length", False),
+    "eval_steps": ("evaluating by steps; evals_per_epoch does it by epochs",),
+    "early_stopping_patience": ("early stopping",),
+    "lr_scheduler_kwargs": ("other schedules",),
+    "cosine_min_lr_ratio": ("other schedules",),
+    "plugins": ("other plugins than the kernels that are replaced anyway",
+                "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
+                "axolotl.integrations.liger.LigerPlugin", "axolotl.integrations.kernels.KernelsPlugin"),
+    "liger_use_token_scaling": ("another weight for each token", False),
+    "wandb_*": ("Weights & Biases; 05_train/metrics.jsonl holds every figure", False, "disabled"),
+    "use_tensorboard": ("TensorBoard; 05_train/metrics.jsonl holds every figure", False),
+    "hub_model_id": ("uploading to the hub",),
+    "rl": ("reinforcement learning",),
+}
+
+SAME_KERNELS = "a kernel for what PyTorch computes with the same result"
+NO_MEANING = {  # a key or pattern: why it changes nothing here
+    "dataset_prepared_path": "02_data keeps what it made in the run folder",
+    "skip_prepare_dataset": "02_data looks at every row first, and training reads nothing else",
+    "remove_unused_columns": "a sample holds what training reads and no more",
+    "pad_to_sequence_len": "padding is never trained on; a batch is as long as its longest sample",
+    "eot_tokens": "what ends a turn is seen in the chat template's render",
+    "cut_cross_entropy": "logits exist for trained tokens only, a chunk at a time",
+    "liger_*": SAME_KERNELS,
+    "lora_*_kernel": SAME_KERNELS,
+    "use_kernels": SAME_KERNELS,
+    "use_scattermoe": SAME_KERNELS,
+    "use_sonicmoe": SAME_KERNELS,
+    "experts_implementation": SAME_KERNELS,
+    "flex_attn_compile_kwargs": SAME_KERNELS,
+    "tf32": "the forward runs in bfloat16, and what stays in float32 keeps its precision",
+    "gradient_checkpointing_kwargs": "checkpointing is of the non-reentrant kind, with the same gradients",
+    "ddp_find_unused_parameters": "ranks may use different parameters in the same step",
+    "auto_resume_from_checkpoints": "05_train goes on from its newest checkpoint by itself",
+    "strict": "an unknown key, a missing weight and an unexpected one are always errors",
+    "dataset_processes": "02_data chooses their number",
+    "dataset_num_proc": "02_data chooses their number",
+}
+
+NOT_YET_IN_DATASETS = """name revision data_files ds_type weight message_property_mappings message_field_role roles
+    message_field_content message_field_training message_field_training_detail roles_to_train train_on_inputs train_on_eos
+    chat_template field_tools field_thinking field_human field_model conversation system_prompt drop_system_message shards
+    shards_idx preprocess_shards trust_remote_code media_root""".split()
+
+
+def respelled(entry):
+    """The entry as its knob and value of today, where it is an older spelling that is switched on."""
+    if entry.key not in SPELLINGS or source(entry.node).lower() not in TRUE:
+        return entry
+    key, value = SPELLINGS[entry.key]
+    node = yaml.ScalarNode(TEXT, value, entry.node.start_mark, entry.node.end_mark)
+    return Entry(key, entry.name, node, entry.path)
+
+
+def replacement(entry):
+    """(the value that a knob's value is replaced by, words on it), or None. Raises Wrong where it is refused."""
+    text = entry.node.value if isinstance(entry.node, yaml.ScalarNode) else None
+    values, words, instead = REFUSED.get(entry.key, ((), "", None))
+    if text in values:
+        raise Wrong(words, entry.edit(instead))
+    values, instead, words = REPLACED.get(entry.key, ((), None, ""))
+    return (instead, f"{text} is replaced by {instead}, {words}") if text in values else None
+
+
+def meaning(entry):
+    """Why a key that is no knob changes nothing here ("" where nothing need be said). Raises Wrong where it would
+    change something, and KeyError where Axolotl doesn't know it either."""
+    if entry.key in SPELLINGS:                                   # and switched off, or respelled() had taken it
+        return ""
+    for pattern, (words, *harmless) in NOT_YET.items():
+        if fnmatchcase(entry.key, pattern):
+            if is_null(entry.node) or all(atom in harmless for atom in atoms(plain(entry.node))):
+                return ""
+            fix = entry.edit(harmless[0]) if harmless else f"remove {entry.name}"
+            raise Wrong(f"asks for {words}: not built yet", fix)
+    for pattern, words in NO_MEANING.items():
+        if fnmatchcase(entry.key, pattern):
+            return "" if is_null(entry.node) else words
+    raise KeyError(entry.key)
+
+
+def atoms(value):
+    """[scalars] of a list, [keys] of a mapping, else [the value]; yes and no are booleans."""
+    if isinstance(value, list):
+        return [atom for item in value for atom in atoms(item)]
+    if isinstance(value, str) and value.lower() in TRUE + FALSE:
+        return [value.lower() in TRUE]
+    return list(value) if isinstance(value, dict) else [value]

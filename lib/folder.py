@@ -1,0 +1,114 @@
+"""The folders of a stage, moved so that a kill at any moment loses nothing.
+
+    RUN/STEM.partial      being written, under a lock; with stage.json in it: whole, the next start renames it
+    RUN/STEM              finished
+    RUN/STEM.old          what --force replaced
+    RUN/STEM.discarded    what an ordinary new run replaced: removed as soon as the new folder is in place
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import socket
+from pathlib import Path
+
+from lib import ledger, terminal
+from lib.ledger import StageError
+
+_locks = {}  # {partial folder: open lock file}, of this process
+
+
+def partial(run: Path, stem: str) -> Path:
+    """Where a stage writes until it is finished."""
+    return run / f"{stem}.partial"
+
+
+def lock(path: Path) -> None:
+    """Nothing; until `unlock` or the end of this process, no other process may write the folder."""
+    unlock(path)  # a test that starts a stage twice in one process may still hold the first start's lock
+    file = (path / "lock").open("ab+", buffering=0)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().decode().strip()
+        fix = "wait for it, or stop it and start again"
+        raise StageError(f"{path} is being written by {holder}", fix) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+        terminal.warn(f"this file system has no locks: see that only one process writes {path}")
+    name = path / "lock"
+    if not name.exists() or not os.path.samestat(name.stat(), os.fstat(file.fileno())):
+        raise StageError(f"{path} was put in its place by another process just now", "start again")
+    _locks[path] = file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def unlock(path: Path) -> None:
+    """Nothing; other processes may write the folder again."""
+    if file := _locks.pop(path, None):
+        file.close()
+
+
+def being_written() -> list[Path]:
+    """The folders that this process has locked."""
+    return list(_locks)
+
+
+def newest_checkpoint(path: Path) -> Path | None:
+    """The whole checkpoint of the highest step in a 05_train folder, or None.
+
+    A checkpoint is whole when its state.json is there: one rename makes the folder with all that is in it.
+    """
+    whole = [file.parent for file in path.glob("checkpoints/step-*/state.json")]
+    return max((c for c in whole if c.name[5:].isdigit()), key=lambda c: int(c.name[5:]), default=None)
+
+
+def heal(run: Path, stem: str) -> None:
+    """Nothing; what a kill left between stage.json and the rename is in place. StageError while the stage runs."""
+    path = partial(run, stem)
+    if path.is_dir():
+        lock(path)
+        if ledger.finished(path):
+            put_in_place(run, stem)
+        unlock(path)
+    _tidy(run, stem)
+
+
+def put_in_place(run: Path, stem: str) -> None:
+    """Nothing; STEM.partial is STEM. What was STEM is gone, or STEM.old where --force was given."""
+    path, final = partial(run, stem), run / stem
+    if final.exists():
+        # Without a ledger it is not the kit's own folder, so not the kit's to throw away.
+        keep = ledger.read_json(path / "stage.json")["forced"] or not ledger.finished(final)
+        set_aside(final, run / f"{stem}.{'old' if keep else 'discarded'}")
+    path.rename(final)
+    ledger.sync_folder(run)
+    _tidy(run, stem)
+
+
+def set_aside(path: Path, aside: Path) -> None:
+    """Nothing; the folder has the other name, and what had that name is gone."""
+    if aside.exists():
+        shutil.rmtree(aside)
+    path.rename(aside)
+
+
+def _tidy(run: Path, stem: str) -> None:
+    """Nothing; a finished folder has no marks of its start, and beside it is no discarded one."""
+    if ledger.finished(run / stem):
+        for name in ("lock", "started.json"):
+            (run / stem / name).unlink(missing_ok=True)
+        shutil.rmtree(run / f"{stem}.discarded", ignore_errors=True)
+
+
+def clear(path: Path) -> None:
+    """Nothing; the folder holds its lock alone."""
+    for left in path.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        elif left.name != "lock":
+            left.unlink()

@@ -1,0 +1,239 @@
+"""The ledger of a run folder: what each stage read and what it wrote, as facts that can be compared.
+
+Every finished stage folder holds `stage.json`:
+
+    stage    its stem, for example "02_data"
+    reads    knobs {knob: value}, upstream {stem: digest}, source {file: sha256}, outside {path: stamp}
+    wrote    {file: stamp}; a stamp is {bytes, mtime_ns, sha256}
+
+A stamp is trusted where size and time still agree, and the file is hashed again where they don't: so a copied
+or touched file is no change. What to do about a change is decided in lib/stage.py.
+"""
+
+import ast
+import functools
+import hashlib
+import json
+import os
+from fnmatch import fnmatch
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = ("01_config", "02_data", "03_load_model", "04_lora", "05_train", "06_save")
+UPSTREAM = {  # whose outputs a stage reads; of 01's, the knobs are followed one by one
+    "01_config": (),
+    "02_data": (),
+    "03_load_model": ("02_data",),
+    "04_lora": ("03_load_model",),
+    "05_train": ("02_data", "03_load_model", "04_lora"),
+    "06_save": ("02_data", "03_load_model", "04_lora", "05_train"),
+}
+MARKS = ("stage.json", "started.json", "lock")  # the ledger's own files in a stage folder are nobody's output
+
+
+class StageError(Exception):
+    """A user's mistake in two lines: the value and where it came from; the edit or command that mends it."""
+
+    def __init__(self, what: str, fix: str | None = None):
+        if fix is None:
+            # torch hands on what a DataLoader worker raised as one text, which ends with our two lines.
+            what, _, fix = what.rstrip().rpartition("StageError: ")[2].partition("\n")
+        super().__init__(what, fix)
+        self.what, self.fix = what, fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n{self.fix}"
+
+
+# ---- files ----
+
+
+def read_json(path: Path):
+    """The parsed file; StageError where it is not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        stem = path.parent.name.partition(".")[0]
+        fix = f"start {stem}.py again with --force"
+        raise StageError(f"{path} is not whole JSON: {error}", fix) from None
+
+
+def write_json(path: Path, content) -> None:
+    """Nothing; the file is on the disk and whole, or it is not there."""
+    half = path.with_name(f".{path.name}.half")  # hidden: what a full disk leaves of it is nobody's output
+    with half.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    half.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Nothing; the names in the folder survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def stamp(path: Path, sha256: str | None = None) -> dict:
+    """{bytes, mtime_ns, sha256} of a file; whoever has hashed the bytes already hands the hash in."""
+    stat = path.stat()  # before hashing, so that a file which is written meanwhile is noticed
+    if sha256 is None:
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
+
+
+def fate(path: Path, then: dict) -> str:
+    """"" where the file is as it was stamped, else "is gone" or "changed"."""
+    if not path.is_file():
+        return "is gone"
+    now = path.stat()
+    if now.st_size != then["bytes"]:
+        return "changed"
+    same = now.st_mtime_ns == then["mtime_ns"] or stamp(path)["sha256"] == then["sha256"]
+    return "" if same else "changed"
+
+
+def files_under(folder: Path) -> list[str]:
+    """Relative paths of the files below a folder, sorted; links are followed, hidden names left out."""
+    found, seen = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(where)
+        if real in seen or any(part.startswith(".") for part in Path(where).relative_to(folder).parts):
+            folders.clear()  # a link back up, or a tool's own folder
+            continue
+        seen.add(real)
+        found += [Path(where, name).relative_to(folder).as_posix() for name in names if name[0] != "."]
+    return sorted(found)
+
+
+# ---- what a stage read ----
+
+
+def knobs(run: Path, stem: str) -> tuple[dict, dict]:
+    """Two dicts: the knobs that declare this stage, and those of them that are part of the run's identity."""
+    values, declared = (read_json(run / "01_config" / name) for name in ("config.json", "stages.json"))
+    mine = {knob: values[knob] for knob in declared[stem]}
+    return mine, {knob: value for knob, value in mine.items() if knob not in declared["not_identity"]}
+
+
+def source(stem: str) -> dict[str, str]:
+    """{file: sha256} of the stage's script and of every file of lib that it imports, if only through another.
+
+    Hashed is the syntax tree without docstrings, so comments, wrapping and help texts don't count. It is hashed
+    as unparsed code, because the text of `ast.dump` changes with the Python version.
+    """
+    digests, waiting = {}, [f"{stem}.py"]
+    while waiting:
+        name = waiting.pop()
+        if name not in digests and (ROOT / name).is_file():
+            digests[name], imported = _read_source(ROOT, name, (ROOT / name).stat().st_mtime_ns)
+            waiting += imported
+    return dict(sorted(digests.items()))
+
+
+@functools.lru_cache(maxsize=None)
+def _read_source(root: Path, name: str, mtime_ns: int) -> tuple[str, tuple[str, ...]]:
+    """The sha256 of one file's code, and the files of lib that its imports may mean."""
+    try:
+        tree = ast.parse((root / name).read_bytes())
+    except SyntaxError as error:
+        raise StageError(f"{name}:{error.lineno} is not Python: {error.msg}", f"edit {name}") from None
+    modules = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            if ast.get_docstring(node, clean=False) is not None:
+                node.body = node.body[1:] or [ast.Pass()]
+        elif isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = Path(name).parts[: -node.level] if node.level else ()
+            module = ".".join([*package, *filter(None, [node.module])])
+            modules += [module, *(f"{module}.{alias.name}" for alias in node.names)]
+    ours = [module.replace(".", "/") for module in modules if module.split(".")[0] == "lib"]
+    files = [file for module in ours for file in (f"{module}.py", f"{module}/__init__.py")]
+    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest(), tuple(files)
+
+
+def outside(path: Path, sha256: str | None = None) -> dict[str, dict]:
+    """{name: stamp} of a file, or of a folder's files and its list of names, so that a new file is noticed.
+
+    A name is relative to the kit where the file lies inside it, so that the kit may be moved; else absolute.
+    """
+    path = Path(os.path.abspath(path))
+    name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
+    if not path.is_dir():
+        return {name: stamp(path, sha256)}
+    names = files_under(path)
+    return {f"{name}/": {"names": names}} | {f"{name}/{file}": stamp(path / file) for file in names}
+
+
+def outside_changes(then: dict[str, dict]) -> list[str]:
+    """One line for each outside file that is no longer what the stage read."""
+    lines = []
+    for name, stamped in then.items():
+        path = ROOT / name  # an absolute name replaces ROOT
+        if "names" in stamped:
+            lines += [f"{name}{file} is new" for file in sorted(set(files_under(path)) - set(stamped["names"]))]
+        elif word := fate(path, stamped):
+            lines.append(f"{name} {word}")
+    return lines
+
+
+def changes(then: dict, now: dict) -> list[str]:
+    """One line for each difference between two `reads` in knobs, upstream outputs and own source."""
+    lines = []
+    for knob in sorted(then["knobs"].keys() | now["knobs"].keys()):
+        before, after = (_in_short(reads["knobs"], knob) for reads in (then, now))
+        if before != after or then["knobs"].get(knob) != now["knobs"].get(knob):
+            lines.append(f"{knob} changed: {before} -> {after}")
+    for stem in sorted(then["upstream"].keys() | now["upstream"].keys()):
+        if then["upstream"].get(stem) != now["upstream"].get(stem):
+            lines.append(f"the outputs of {stem} changed")
+    return lines + [f"{file} was edited" for file in edited_sources(then["source"], now["source"])]
+
+
+def _in_short(knobs: dict, knob: str) -> str:
+    text = json.dumps(knobs[knob], ensure_ascii=False) if knob in knobs else "unknown"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def edited_sources(then: dict[str, str], now: dict[str, str]) -> list[str]:
+    """The source files in which two starts differ."""
+    return sorted({file for file, _ in then.items() ^ now.items()})
+
+
+# ---- what a stage wrote ----
+
+
+def finished(folder: Path) -> bool:
+    """Whether a stage folder is whole."""
+    return (folder / "stage.json").is_file()
+
+
+def outputs(folder: Path, volatile: tuple[str, ...]) -> dict[str, dict]:
+    """{file: stamp} of a stage folder, without the files, folders and globs in `volatile`."""
+    found = {}
+    for file in files_under(folder):
+        names = [file, *(parent.as_posix() for parent in Path(file).parents)]
+        if file not in MARKS and not any(fnmatch(name, glob) for name in names for glob in volatile):
+            found[file] = stamp(folder / file)
+    return found
+
+
+def edited_outputs(folder: Path) -> list[str]:
+    """One line for each output that is no longer what the stage wrote."""
+    wrote = read_json(folder / "stage.json")["wrote"]
+    fates = {file: fate(folder / file, stamped) for file, stamped in wrote.items()}
+    return [f"{folder / file} {word} since {folder.name} wrote it" for file, word in fates.items() if word]
+
+
+def digest(folder: Path) -> str:
+    """One sha256 over the names and hashes of all that a finished stage wrote."""
+    wrote = read_json(folder / "stage.json")["wrote"]
+    lines = "".join(f"{file} {wrote[file]['sha256']}\n" for file in sorted(wrote))
+    return hashlib.sha256(lines.encode()).hexdigest()

@@ -1,0 +1,115 @@
+"""loss: cross-entropy on supervised positions only, a chunk of logits at a time, inside the model's own forward.
+
+The full logits of a batch ([B, T, V] in float32) are often larger than the model. Here the output head never runs on a position
+that isn't trained, and never on more than CHUNK of them at once.
+
+Fork me to: change the objective (edit `chunk_loss`; add a weight per token by carrying it next to `targets`).
+"""
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from lib.chat import IGNORE_INDEX
+
+CHUNK = 256                               # rows of logits alive at once: 256 x 262k x 4 bytes = 256 MiB
+
+
+def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positions [N] in the flattened [B*T] hidden states, targets [N]): hidden state t predicts token t+1.
+
+    Runs on the CPU in the collator: finding them on a GPU would stall it.
+    """
+    rows, columns = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
+    return rows * labels.shape[1] + columns, labels[rows, columns + 1]
+
+
+def forward_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of token losses, number of correct argmax tokens), fp32 scalars, of one forward through the root module.
+
+    batch: the collator's tensors on the model's device, with `positions` and `targets` [N]. Divide by a token count
+    outside: the right one is the whole optimizer step's.
+    """
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions", "targets")}
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    with loss_in_place_of(head, batch["positions"], batch["targets"], softcap) as result:
+        model(**inputs, use_cache=False)
+    return result[0]
+
+
+@contextmanager
+def loss_in_place_of(head, positions, targets, softcap):
+    """Makes one call of the output head compute the loss; the list it yields holds (loss sum, correct count).
+
+    The head's caller gets logits with an empty vocabulary axis. Replacing the call, not the model, keeps one way
+    for every family, and the root's hooks (FSDP2, checkpointing) run as in any forward.
+    """
+    forward, result = head.forward, []
+
+    def loss_instead(hidden):             # [B, T, D]
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)  # [N, D]
+        frozen = isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters())
+        if frozen:
+            result.append(FrozenHeadLoss.apply(rows, head.weight, head.bias, targets, softcap))
+        else:
+            result.append(trained_head_loss(rows, forward, targets, softcap))
+        return hidden[..., :0]
+
+    head.forward = loss_instead
+    try:
+        yield result
+    finally:
+        del head.forward
+
+
+def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
+    """softcap * tanh(logits / softcap), the bound that Gemma models put on their logits."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def trained_head_loss(rows, head, targets, softcap) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss sum, correct count) where the head trains: its logits are computed again in the backward, by chunks."""
+    def chunk_loss(hidden, wanted):
+        logits = capped(head(hidden).float(), softcap)
+        return F.cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(-1) == wanted).sum()
+    losses, corrects = [rows.new_zeros((), dtype=torch.float32) + 0 * rows.sum()], [targets.new_zeros(())]
+    for hidden, wanted in zip(rows.split(CHUNK), targets.split(CHUNK)):
+        loss, correct = checkpoint(chunk_loss, hidden, wanted, use_reentrant=False)
+        losses.append(loss)
+        corrects.append(correct)
+    return torch.stack(losses).sum(), torch.stack(corrects).sum()
+
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """(loss sum, correct count) for a head that doesn't train: the gradient of each chunk is made with its logits.
+
+    Source: the idea of Cut Cross-Entropy (arXiv 2411.09009) in plain torch: d loss / d logits is softmax minus one-hot,
+    so nothing but [N, D] has to outlive the forward. Logits are in the weights' dtype, softmax in float32.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, weight, bias, targets, softcap):
+        gradient = torch.empty_like(rows)
+        total = torch.zeros((), dtype=torch.float32, device=rows.device)
+        correct = torch.zeros((), dtype=torch.long, device=rows.device)
+        for start in range(0, rows.shape[0], CHUNK):
+            hidden, wanted = rows[start:start + CHUNK], targets[start:start + CHUNK, None]
+            logits = capped(F.linear(hidden.to(weight.dtype), weight, bias).float(), softcap)  # [CHUNK, V]
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += (log_sum - logits.gather(1, wanted)).sum()
+            correct += (logits.argmax(-1, keepdim=True) == wanted).sum()
+            slope = (logits - log_sum).exp_()
+            slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
+            if softcap is not None:
+                slope *= 1 - (logits / softcap) ** 2
+            gradient[start:start + CHUNK] = slope.to(weight.dtype) @ weight
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx, grad_total, _):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_total.to(gradient.dtype), None, None, None, None

@@ -1,0 +1,109 @@
+"""A stage as a program: its command line, its run folder, and how it stops."""
+
+import argparse
+import errno
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+from lib import folder, ledger, terminal
+from lib.ledger import StageError
+
+LATEST = Path("runs/latest")
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """A parser for the run folder and --force, whose help is the script's docstring."""
+    # The run is positional because torchrun matches prefixes of its own flags: it finds --run or --log ambiguous.
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
+    parser.add_argument("run", nargs="?", help=f"the run folder; left out, the one named in {LATEST}")
+    parser.add_argument("--force", action="store_true", help="run in any case; what it replaces is STEM.old")
+    return parser
+
+
+def resolve_run(given: str | None) -> Path:
+    """The run folder: the given one, or the one that runs/latest names."""
+    fix = "make one: python 01_config.py recipes/demo.yaml runs/demo"
+    if given is None and not LATEST.is_file():
+        raise StageError(f"no run folder given, and there is no {LATEST} in {Path.cwd()}", fix)
+    run = Path(LATEST.read_text(encoding="utf-8").strip() if given is None else given)
+    if not run.is_dir():
+        named = f"named in {LATEST}" if given is None else "given on the command line"
+        raise StageError(f"{run}, {named}, is no run folder", fix)
+    return run
+
+
+def remember_latest(run: Path) -> None:
+    """Nothing; runs/latest names this run folder from now on."""
+    LATEST.parent.mkdir(exist_ok=True)
+    half = LATEST.with_name(".latest.half")
+    half.write_text(f"{run}\n", encoding="utf-8")
+    half.replace(LATEST)
+
+
+def command(stem: str, run: Path) -> str:
+    """The command that starts a stage: 01 with the recipe and overrides in its ledger, 05 with its ranks."""
+    if stem == "01_config":
+        given = {"recipe": "RECIPE", "overrides": []}
+        if ledger.finished(run / stem):
+            given = ledger.read_json(run / stem / "stage.json")["reads"]["knobs"]
+        return shlex.join(["python", f"{stem}.py", given["recipe"], str(run), *given["overrides"]])
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1") if stem == "05_train" else "1"  # torchrun sets it
+    launcher = "python" if ranks == "1" else f"torchrun --nproc-per-node {ranks}"
+    return f"{launcher} {stem}.py {shlex.quote(str(run))}"
+
+
+def run_script(main) -> None:
+    """Nothing; runs main() as a program, in which a user's mistake ends in two lines and no traceback."""
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # `02_data.py --show 3 | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        _stop(_interrupted(), 130)
+    except BaseException as error:  # goes on upwards, but for what a user can mend
+        while error is not None:
+            if isinstance(error, StageError):
+                _stop(error, 1)
+            if _is_full_disk(error):
+                _stop(_full_disk(error), 1)
+            error = error.__cause__  # libraries wrap what the function that they called has raised
+        raise
+
+
+def _stop(error: StageError, code: int) -> None:
+    """Never returns."""
+    terminal.error(error.what, error.fix)
+    sys.exit(code)
+
+
+def _interrupted() -> StageError:
+    """What a Ctrl-C has left, and how to go on."""
+    for path in folder.being_written():
+        stem = path.name.removesuffix(".partial")
+        again = command(stem, path.parent)
+        if checkpoint := folder.newest_checkpoint(path):
+            return StageError(f"{stem} interrupted: {checkpoint.name} is kept", f"go on from it: {again}")
+        return StageError(f"{stem} interrupted: what it wrote counts for nothing", f"start again: {again}")
+    return StageError("interrupted: nothing was being written", "the same command starts again")
+
+
+def _is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of space; safetensors says so in words only."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or "No space left on device" in str(error)
+
+
+def _full_disk(error: BaseException) -> StageError:
+    """Which file system is full, and what to do."""
+    written = [getattr(error, "filename", None), *folder.being_written(), Path.cwd()]
+    path = Path(next(name for name in written if name))
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
+    free_mib = shutil.disk_usage(there).free / 2**20
+    what = f"no space left on the file system of {path}: {free_mib:.1f} MiB free"
+    return StageError(what, "free some space and run the same command again")

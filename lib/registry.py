@@ -1,0 +1,189 @@
+"""registry: what the kit knows about a model family, in one record per family and nowhere else.
+
+A record holds facts and names of strategies, never code: each strategy (`collate="stack"`) is written once, where it is
+used. A model type without a record gets a generic one, whose roles are guessed from the module tree; 03 prints the guess.
+
+Fork me to: add a family (one `Family(...)` below and one builder in tests/zoo.py).
+"""
+import re
+from dataclasses import dataclass, field
+
+from lib.stage import StageError
+
+ROLES = ("language", "vision", "audio", "projector", "cross_attention", "head", "embedding", "experts", "router")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family's facts. Module paths are those of the loaded model, as `named_modules()` prints them.
+
+    roles: module path -> role, for everything below it; the longest path wins. Empty means: guess.
+    wrappers: special tokens that the chat template, not the processor, puts around media; never trained.
+    collate: "cat" joins media tensors along their first axis, "stack" pads them and keeps one entry per row.
+    """
+    name: str
+    model_types: tuple[str, ...]
+    roles: dict[str, str] = field(default_factory=dict)
+    wrappers: tuple[str, ...] = ()
+    collate: str = "cat"
+    note: str = ""
+
+
+TOWER_AND_PROJECTOR = {"model.vision_tower": "vision", "model.multi_modal_projector": "projector",
+                       "model.language_model": "language"}
+
+FAMILIES = (
+    Family("LLaVA-1.5", ("llava",), TOWER_AND_PROJECTOR,
+           note="one square picture size; Pixtral checkpoints share this model type"),
+    Family("Gemma-3", ("gemma3",), TOWER_AND_PROJECTOR,
+           note="picture tokens attend in both directions, by token_type_ids"),
+    Family("Qwen2.5-VL", ("qwen2_5_vl",),
+           {"model.visual": "vision", "model.visual.merger": "projector", "model.language_model": "language"},
+           wrappers=("<|vision_start|>", "<|vision_end|>"),
+           note="native resolution; 3-D rope from mm_token_type_ids and image_grid_thw"),
+    Family("SmolVLM2", ("smolvlm",),
+           {"model.vision_model": "vision", "model.connector": "projector", "model.text_model": "language"},
+           collate="stack", note="tiles with row and column tokens; padding tiles are all zero"),
+)
+
+
+def family_of(model_type: str) -> Family:
+    """The record for a config's model_type, or a generic one whose roles are guessed."""
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    return Family(f"generic ({model_type})", (model_type,))
+
+
+# ------------------------------------------------------------------------------------------------ the class
+
+def auto_class(model_type: str) -> str:
+    """The name of the auto class for a model type: transformers' multimodal table first, else the causal one.
+
+    AutoModelForCausalLM also answers for some multimodal types and silently drops their towers, so it is only
+    asked for the types that the multimodal table lacks ("llava" and "qwen2_vl" are in it, "llama" is not).
+    """
+    from transformers.models.auto import modeling_auto as auto
+    # Before transformers 5.20 the wider table (which adds audio models) doesn't exist.
+    wide = getattr(auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
+    if model_type in wide:
+        return "AutoModelForMultimodalLM"
+    if model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return "AutoModelForImageTextToText"
+    if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return "AutoModelForCausalLM"
+    raise StageError(f"base_model: transformers has no generative model for type {model_type!r}",
+                     "choose an image-text-to-text, audio-text-to-text or causal language model")
+
+
+def model_class(config, override: str | None = None) -> type:
+    """The transformers class for a config, by `auto_class` or by the recipe's `model_type` (auto or concrete)."""
+    import transformers
+    name = override or auto_class(config.model_type)
+    found = getattr(transformers, name, None)
+    if found is None:
+        raise StageError(f"model_type: transformers {transformers.__version__} has no class {name!r}",
+                         "leave model_type out (it is found by itself), or name a transformers class")
+    if not name.startswith("AutoModel"):
+        return found
+    if type(config) not in found._model_mapping:
+        raise StageError(f"model_type: {name} has no model for a {config.model_type!r} checkpoint",
+                         "leave model_type out: it is found by itself")
+    concrete = found._model_mapping[type(config)]
+    return concrete[0] if isinstance(concrete, (list, tuple)) else concrete
+
+
+# ------------------------------------------------------------------------------------------------ the roles
+
+# Inside the language model, these path components have a role of their own in every family.
+INNER = {"experts": "experts", "router": "router", "gate": "router", "shared_expert_gate": "router",
+         "cross_attn": "cross_attention", "encoder_attn": "cross_attention"}
+
+# For families without a record: the words by which module trees name their parts.
+GUESSES = (("projector", r"projector|projection|connector|merger|aligner|adapter|resampler|abstractor|perceiver"
+                         r"|embed_vision|embed_audio|embed_image|modality_proj|vision_proj|image_proj|visual_proj"),
+           ("audio", r"audio|speech|whisper"),
+           ("vision", r"vision|visual|image|vit\b|video"))
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which role each module of a model plays: `paths` maps module paths to roles, the longest path wins."""
+    paths: dict[str, str]
+    guessed: bool = False
+
+    def of(self, name: str) -> str | None:
+        """The role of a module or parameter name, or None where no path covers it."""
+        parts = name.split(".")
+        for length in range(len(parts), -1, -1):
+            role = self.paths.get(".".join(parts[:length]))
+            if role is not None:
+                break
+        else:
+            return None
+        if role == "language":
+            return next((INNER[part] for part in parts[length:] if part in INNER), role)
+        return role
+
+
+def roles_of(model, family: Family) -> Roles:
+    """The roles of a model's modules: the record's paths, or a guess, plus its own input embedding and head."""
+    paths = dict(family.roles) or guess_roles(model)
+    names = {module: name for name, module in model.named_modules()}
+    if model.get_output_embeddings() is not None:
+        paths[names[model.get_output_embeddings()]] = "head"
+    paths[names[model.get_input_embeddings()]] = "embedding"
+    roles = Roles(paths, guessed=not family.roles)
+    homeless = sorted({name for name, _ in model.named_parameters() if roles.of(name) is None})
+    if homeless:
+        raise StageError(f"{type(model).__name__}: no role for {len(homeless)} parameters, such as {homeless[0]}",
+                         f"add a record for {family.model_types[0]!r} to FAMILIES in lib/registry.py")
+    return roles
+
+
+def guess_roles(model) -> dict[str, str]:
+    """Module path -> role for a family without a record: the decoder is language, words name the other parts.
+
+    A text-only model is language as a whole. In a multimodal one only what is recognised gets a role, so that a
+    tower is never silently taken for language: `roles_of` refuses what is left over.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    decoder = names.get(model.get_decoder(), model.base_model_prefix)
+    base = model.base_model_prefix
+    if decoder in ("", base):
+        return {base: "language"}
+    paths = {decoder: "language"}
+    for name, module in model.named_modules():
+        if not name or name.startswith(decoder + ".") or name == decoder or decoder.startswith(name + "."):
+            continue
+        leaf = name.rsplit(".", 1)[-1]
+        role = next((role for role, words in GUESSES if re.search(words, leaf)), None)
+        above = next((paths[p] for p in parents(name) if p in paths), None)
+        if role and (above is None or (role == "projector" and above != "projector" and name.count(".") <= 2)):
+            paths[name] = role
+    return paths
+
+
+def parents(name: str) -> list[str]:
+    """The paths above a module, nearest first: a.b.c -> [a.b, a]."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
+
+
+def lora_linears(model, roles: Roles, wanted: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers that LoRA adapts when the recipe asks for these roles.
+
+    Language means every linear layer inside its decoder layers, cross-attention and shared experts included; what
+    routes (router, gates) is left out unless asked for. Other roles: every linear layer they hold.
+    """
+    import torch
+    names = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        role = roles.of(name)
+        if role in wanted and role != "language":
+            names.append(name)
+        elif "language" in wanted and role in ("language", "cross_attention") and re.search(r"\.\d+\.", name):
+            names.append(name)
+    return names

@@ -1,0 +1,96 @@
+"""sampler: which samples each optimizer step trains, and the loader that brings them as batches.
+
+The order depends on (seed, epoch) only. A step's samples are fixed before they are dealt out to ranks and micro-batches, so 4x1,
+2x2 and 1x4 train the same, on one rank or several, and resuming at step N needs nothing but N.
+"""
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lib.chat import Encoder
+from lib.collator import collate
+from lib.loss import supervised_positions
+from lib.stage import StageError
+
+
+@dataclass(frozen=True)
+class Order:
+    """The sample indices of every optimizer step; an epoch's last step may be smaller, nothing is dropped."""
+    samples: int
+    global_batch_size: int
+    seed: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that see every sample once."""
+        return math.ceil(self.samples / self.global_batch_size)
+
+    def total_steps(self, num_epochs: float, max_steps: int | None) -> int:
+        """Optimizer steps of the whole run; max_steps wins over num_epochs."""
+        return max_steps if max_steps is not None else max(1, math.ceil(num_epochs * self.steps_per_epoch))
+
+    def of_step(self, step: int) -> list[int]:
+        """The samples of optimizer step `step` (from 0), over all ranks."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        start = place * self.global_batch_size
+        return permutation(self.samples, self.seed, epoch)[start:start + self.global_batch_size]
+
+    def micro_batches(self, step: int, micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+        """One rank's share of a step, cut into micro-batches; may be empty in an epoch's last step."""
+        mine = self.of_step(step)[rank::world_size]
+        return [mine[i:i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(samples: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(samples, generator=generator).tolist()
+
+
+@dataclass
+class Samples(Dataset):
+    """02's samples, encoded one by one in the DataLoader's workers and compared with what 02 measured."""
+    records: object
+    encoder: Encoder
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        record = self.records[index]
+        row = self.encoder(record)
+        found = (row["input_ids"].shape[1], int((row["labels"][:, 1:] != -100).sum()))
+        measured = (record["input_tokens"], record["supervised_tokens"])
+        if found != measured:
+            raise StageError(f"sample {record['sample_id']} has {found[0]} tokens, {found[1]} of them supervised; "
+                             f"02 measured {measured[0]} and {measured[1]}", "run 02_data.py again with these versions")
+        return row
+
+
+@dataclass
+class Batcher:
+    """Encoded rows to one batch, with the supervised positions found here, on the CPU."""
+    pad_id: int
+    style: str
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        batch = collate(rows, self.pad_id, self.style)
+        batch["positions"], batch["targets"] = supervised_positions(batch["labels"])
+        return batch
+
+
+def loader(samples: Samples, batches: list[list[int]], workers: int, device: torch.device) -> DataLoader:
+    """Yields a batch for each list of indices, in that order; decoding and the processor run in `workers` processes."""
+    encoder = samples.encoder
+    return DataLoader(samples, batch_sampler=batches, collate_fn=Batcher(encoder.pad_id, encoder.collate),
+                      num_workers=workers, pin_memory=device.type == "cuda",
+                      multiprocessing_context="spawn" if workers else None, prefetch_factor=4 if workers else None)
+
+
+def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """The batch on the device; pinned memory makes the copy overlap with computing."""
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

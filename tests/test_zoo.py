@@ -1,0 +1,169 @@
+"""The zoo's checkpoints load and answer as real ones do, so that the other tests may stand on them."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning threads on two busy cores are slower than one
+
+import wave
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
+from transformers.video_utils import VideoMetadata
+
+from tests import zoo
+
+SEES = [name for name in zoo.NAMES if name not in (*zoo.TEXT_ONLY, "voxtral")]
+HEARS = ["gemma3n", "gemma4_e2b"]  # and voxtral, whose pictures are sounds below
+WATCHES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm46v"]
+WATCHES += ["glm4v_moe", "smolvlm2", "gemma4_e2b", "gemma4_moe", "internvl"]
+OPTIONAL = {"gemma3n": ["timm"], "smolvlm2": ["num2words"], "voxtral": ["mistral_common", "soundfile"]}
+
+
+class Loaded:
+    """A variant as a user gets it: built on disk, then loaded by the auto classes."""
+
+    def __init__(self, name: str, folder: Path):
+        self.name, self.folder = name, zoo.build(name, folder)
+        text_only = name in zoo.TEXT_ONLY
+        self.processor = (AutoTokenizer if text_only else AutoProcessor).from_pretrained(folder)
+        self.model = (AutoModelForCausalLM if text_only else AutoModelForMultimodalLM).from_pretrained(folder).eval()
+        if name == "magistral":  # its folder has no template, as the published one
+            self.processor.chat_template = (Path(zoo.__file__).parent / "templates/mistral_v7.jinja").read_text("utf-8")
+
+    def encode(self, *media: dict):
+        """The batch of one conversation: a question after the media."""
+        content = [*media, {"type": "text", "text": "What is\nin this one?"}]
+        if self.name in zoo.TEXT_ONLY:
+            content = content[-1]["text"]
+        chat = [{"role": "user", "content": content}]
+        keys = {} if self.name == "voxtral" else dict(tokenize=True, return_dict=True, return_tensors="pt")
+        if self.name != "voxtral":
+            keys["add_generation_prompt"] = True
+        return self.processor.apply_chat_template(chat, **keys)
+
+    @torch.inference_mode()
+    def logits(self, batch) -> torch.Tensor:
+        """The logits [1, T, V]; Llama-4's processor gives bfloat16 pixels, whatever the model has."""
+        return self.model(**batch.to(dtype=self.model.dtype)).logits
+
+
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """A function that builds and loads a variant, once for the module."""
+    loaded = {}
+
+    def load(name: str) -> Loaded:
+        for package in OPTIONAL.get(name, ()):
+            pytest.importorskip(package)
+        if name not in loaded:
+            loaded[name] = Loaded(name, tmp_path_factory.mktemp(name))
+        return loaded[name]
+
+    return load
+
+
+def picture(seed: int, width: int = 48, height: int = 40) -> dict:
+    """A message part with a picture of noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return {"type": "image", "image": Image.fromarray(pixels)}
+
+
+def sound(seed: int, folder: Path) -> dict:
+    """A message part with a second of noise, in a wav file."""
+    path = folder / f"{seed}.wav"
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 16000, 16000, "NONE", ""))
+        file.writeframes(np.random.default_rng(seed).integers(-9000, 9000, 16000, dtype=np.int16).tobytes())
+    return {"type": "audio", "path": str(path)}
+
+
+def medium(name: str, seed: int, folder: Path, **size) -> dict:
+    """A message part with the medium that the variant was made for."""
+    return sound(seed, folder) if name == "voxtral" else picture(seed, **size)
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_text_alone_gives_finite_logits_that_differ_between_tokens(name, load):
+    logits = load(name).logits(load(name).encode())
+    assert logits.isfinite().all()
+    assert logits.std() > 0.1
+
+
+@pytest.mark.parametrize("name", [*SEES, "voxtral"])
+def test_one_medium_and_two_give_finite_logits(name, load, tmp_path):
+    first, second = medium(name, 0, tmp_path), medium(name, 1, tmp_path, width=96, height=64)
+    one, two = load(name).encode(first), load(name).encode(first, second)
+    assert two["input_ids"].shape[1] > one["input_ids"].shape[1]
+    assert load(name).logits(one).isfinite().all()
+    assert load(name).logits(two).isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*SEES, "voxtral"])
+def test_other_pixels_give_other_logits_where_the_answer_begins(name, load, tmp_path):
+    logits = [load(name).logits(load(name).encode(medium(name, seed, tmp_path)))[0, -1] for seed in (0, 1)]
+    assert (logits[0] - logits[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", HEARS)
+def test_other_sounds_give_other_logits(name, load, tmp_path):
+    logits = [load(name).logits(load(name).encode(sound(seed, tmp_path)))[0, -1] for seed in (0, 1)]
+    assert (logits[0] - logits[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", WATCHES)
+def test_other_frames_give_other_logits(name, load):
+    processor, logits = load(name).processor, []
+    part = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What?"}]}
+    text = processor.apply_chat_template([part], add_generation_prompt=True, tokenize=False)
+    metadata = [VideoMetadata(total_num_frames=4, fps=2.0, duration=2.0, frames_indices=[0, 1, 2, 3])]
+    for seed in (0, 1):
+        frames = np.random.default_rng(seed).integers(0, 256, (4, 48, 64, 3), dtype=np.uint8)
+        keys = dict(video_metadata=metadata, do_sample_frames=False, return_tensors="pt")
+        logits.append(load(name).logits(processor(text=[text], videos=[frames], **keys))[0, -1])
+    assert logits[0].isfinite().all()
+    assert (logits[0] - logits[1]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_generates_three_tokens_and_stops_at_tokens_of_its_own(name, load, tmp_path):
+    model = load(name).model
+    batch = load(name).encode(*([] if name in zoo.TEXT_ONLY else [medium(name, 0, tmp_path)]))
+    ids = model.generate(**batch.to(dtype=model.dtype), min_new_tokens=3, max_new_tokens=3, do_sample=False)
+    assert ids.shape[1] == batch["input_ids"].shape[1] + 3
+    stops = model.generation_config.eos_token_id
+    assert None not in stops and len(set(stops)) == len(stops) and max(stops) < model.config.get_text_config().vocab_size
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_a_folder_holds_what_a_published_one_does(name, load):
+    files = {path.name for path in load(name).folder.iterdir()}
+    expected = {"config.json", "generation_config.json", "model.safetensors"}
+    if name in ("magistral", "voxtral"):
+        expected |= {"tekken.json"}
+    else:
+        expected |= {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    if name not in zoo.TEXT_ONLY:
+        expected |= {"preprocessor_config.json" if name == "voxtral" else "processor_config.json"}
+    assert files == expected
+
+
+@pytest.mark.parametrize("name", zoo.NAMES)
+def test_the_same_seed_gives_the_same_bytes(name, load, tmp_path):
+    again = zoo.build(name, tmp_path)
+    for path in load(name).folder.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+
+
+def test_another_seed_and_type_give_other_weights(load, tmp_path):
+    model = AutoModelForMultimodalLM.from_pretrained(zoo.build("llava", tmp_path, seed=1, dtype="bfloat16"))
+    assert model.dtype == torch.bfloat16
+    assert not torch.allclose(model.lm_head.weight.float(), load("llava").model.lm_head.weight, atol=0.1)
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones(tmp_path):
+    with pytest.raises(ValueError, match="no variant 'lava'.*llava"):
+        zoo.build("lava", tmp_path)
