@@ -3,32 +3,30 @@
     python 01_config.py recipes/demo.yaml runs/demo [key=value ...]
     python 01_config.py --knobs          shows every knob with its default
 
-Reads   a flat YAML recipe in Axolotl's vocabulary, and overrides. The argument without `=` after the recipe is the
-        run folder; without one, the recipe's output_dir is.
-Writes  01_config/config.json (every knob with its value: no default exists after this), 01_config/stages.json (the
-        knobs that each stage reads), and the run's name into runs/latest.
-Source  docs.axolotl.ai/docs/config-reference.html says what the keys mean to those who write them.
+Reads:  a flat YAML recipe in Axolotl's vocabulary, and overrides. The argument without `=` after the recipe
+        is the run folder; without one, the recipe's output_dir is.
+Writes: 01_config/config.json (every knob with its value: no default exists after this), 01_config/stages.json
+        (the knobs that each stage reads), and the run's name into runs/latest.
+Source: docs.axolotl.ai/docs/config-reference.html says what the keys mean to those who write them.
 Fork me to: add a knob (a line in Recipe), a contradiction (a row in RULES), a warning (a row in WARNINGS).
 """
 
-from __future__ import annotations
-
 import argparse
-import hashlib
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
 from lib import stage, terminal
-from lib.checks import chat_template, data_path, filled, model_path, regex, similar
-from lib.knobs import REQUIRED, in_words, knob, knobs_of, read_knobs
+from lib.checks import chat_template, data_path, filled, model_path, regex
+from lib.knobs import REQUIRED, in_words, knob, knobs_of
 from lib.ledger import write_json
-from lib.recipe import read_overrides, read_recipe, written
+from lib.reading import read_knobs
+from lib.recipe import Entry, read_overrides, read_recipe, read_text, written
 from lib.stage import STAGES, StageError
 
-# ---- the schema ------------------------------------------------------------------------------------------------------
-# One knob a line: its name, type, default, the scripts that read it, why, its unit and limits. None is a recipe's null.
+# ---- the schema ------------------------------------------------------------------------------------------
+# A knob a line: its name, type and default, the scripts that read it, why, its unit and limits. None is null.
 
 Adapter = Literal["lora", "qlora"] | None
 BadRow = Literal["error", "skip"]
@@ -49,7 +47,7 @@ MODEL = "02 03 04 05 06"
 class Dataset:
     """One entry of `datasets` or `test_datasets`."""
 
-    path: str                        = knob(REQUIRED, "02", "a data file or a saved data set", check=data_path)
+    path: str                        = knob(REQUIRED, "02", "a data file or saved data set", check=data_path)
     split: str | None                = knob(None, "02", "which split of a saved data set")
     type: Literal["chat_template"]   = knob("chat_template", "02", "rows are conversations")
     field_messages: str | None       = knob(None, "02", "the column that holds the conversation")
@@ -84,7 +82,7 @@ class Recipe:
     on_bad_row: BadRow               = knob("error", "02", "once all rows are seen: stop, or go without")
 
     # What trains
-    adapter: Adapter                 = knob(None, "03 04 05 06", "null: full fine-tuning; qlora: 4-bit base")
+    adapter: Adapter                 = knob(None, "04 05 06", "null: full fine-tuning; qlora: LoRA on 4 bits")
     lora_r: int                      = knob(16, "04", "rank of the update", low=1)
     lora_alpha: int | float          = knob(32, "04", "the update is scaled by lora_alpha / lora_r", above=0)
     lora_dropout: float              = knob(0.0, "04", "share of adapter inputs dropped", low=0, below=1)
@@ -130,29 +128,29 @@ class Recipe:
     output_dir: str | None           = knob(None, "01", "the run folder; null: runs/ and the recipe's name")
 
 
-# ---- knobs that need one another ---------------------------------------------------------------------------------------
+# ---- knobs that need one another -------------------------------------------------------------------------
 
 MEDIA_ROLES = ("vision", "audio", "projector")
 
-RULES = (  # the knobs it is about, when they contradict each other, why, and how to mend it
+RULES = (  # the knobs it is about; when they contradict each other; why; how to mend it
     ("load_in_4bit load_in_8bit", lambda k: k.load_in_4bit and k.load_in_8bit,
      "a weight has 4 bits or 8", "remove one of them"),
     ("load_in_4bit adapter", lambda k: k.load_in_4bit and not k.adapter,
-     "full fine-tuning can't train quantised weights", "adapter: qlora, or remove load_in_4bit"),
+     "full fine-tuning can't train weights of 4 bits", "adapter: qlora, or remove load_in_4bit"),
     ("load_in_8bit adapter", lambda k: k.load_in_8bit and not k.adapter,
-     "full fine-tuning can't train quantised weights", "adapter: lora, or remove load_in_8bit"),
+     "full fine-tuning can't train weights of 8 bits", "adapter: lora, or remove load_in_8bit"),
     ("load_in_8bit adapter", lambda k: k.load_in_8bit and k.adapter == "qlora",
-     "qlora means a 4-bit base", "adapter: lora, or remove load_in_8bit"),
+     "qlora means a base in 4 bits, not in 8", "adapter: lora, or remove load_in_8bit"),
     ("load_in_4bit adapter", lambda k: k.load_in_4bit is False and k.adapter == "qlora",
-     "qlora means a 4-bit base", "adapter: lora, or remove load_in_4bit"),
+     "qlora means a base in 4 bits", "adapter: lora, or remove load_in_4bit"),
     ("full_finetune adapter", lambda k: k.full_finetune and k.adapter,
-     "with an adapter, only the adapter trains", "remove one of them"),
+     "with an adapter, the model itself doesn't train", "remove one of them"),
     ("full_finetune adapter", lambda k: k.full_finetune is False and not k.adapter,
      "without an adapter, the model itself trains", "adapter: lora, or remove full_finetune"),
     ("train_roles adapter", lambda k: k.train_roles != ["all"] and k.adapter,
-     "with an adapter, only the adapter trains", "name its places in lora_target_roles, and remove train_roles"),
+     "with an adapter, only the adapter trains", "say where in lora_target_roles, and remove train_roles"),
     ("train_roles", lambda k: "all" in k.train_roles and len(k.train_roles) > 1,
-     "all is everything", "train_roles: [all], or the list without all"),
+     "all is more than these", "train_roles: [all], or the list without all"),
     ("freeze_mm_modules lora_target_roles",
      lambda k: k.freeze_mm_modules and k.adapter and set(k.lora_target_roles) & set(MEDIA_ROLES),
      "what is frozen gets no LoRA", "remove one of them"),
@@ -166,29 +164,31 @@ RULES = (  # the knobs it is about, when they contradict each other, why, and ho
     ("val_set_size test_datasets", lambda k: k.val_set_size and k.test_datasets,
      "the rows to evaluate on come from one of them", "remove one of them"),
     ("val_set_size", lambda k: isinstance(k.val_set_size, float) and k.val_set_size >= 1,
-     "is neither a share below 1 nor a whole number of rows", "for example val_set_size: 0.05, or val_set_size: 500"),
+     "this is neither a share below 1 nor a whole number of rows", "for example val_set_size: 0.05 or 500"),
     ("warmup_ratio warmup_steps", lambda k: k.warmup_ratio is not None and k.warmup_steps is not None,
      "the warm-up is a share of the steps or a number of them", "remove one of them"),
 )
 
-WARNINGS = (  # when, on the settled knobs; what seldom works about it
+WARNINGS = (  # when, on a settled recipe; what seldom works about it
     (lambda k: k.adapter and k.learning_rate > 1e-3,
-     "learning_rate {learning_rate:g}: above 1e-3, LoRA seldom learns anything stable"),
+     "learning_rate {learning_rate:g}: above 1e-3, LoRA seldom stays stable"),
     (lambda k: not k.adapter and k.learning_rate > 5e-5,
-     "learning_rate {learning_rate:g}: above 5e-5, full fine-tuning soon damages a pretrained model (a model that is "
-     "trained from scratch may need it)"),
-    (lambda k: k.max_steps and k.max_steps < 50, "max_steps {max_steps}: fewer than 50 steps seldom change a model"),
+     "learning_rate {learning_rate:g}: above 5e-5, full fine-tuning soon damages a pretrained model "
+     "(one that is trained from scratch may need it)"),
+    (lambda k: k.max_steps and k.max_steps < 50,
+     "max_steps {max_steps}: fewer than 50 steps seldom change a model"),
     (lambda k: k.max_steps and k.warmup_steps and k.warmup_steps >= k.max_steps,
      "warmup_steps {warmup_steps}: the run of {max_steps} steps ends before its warm-up does"),
     (lambda k: not k.val_set_size and not k.test_datasets,
      "no evaluation: neither val_set_size nor test_datasets holds rows out"),
     (lambda k: k.bnb_config_kwargs and not k.load_in_4bit and not k.load_in_8bit,
-     "bnb_config_kwargs has no effect: nothing is quantised"),
-    (lambda k: k.revision and Path(k.base_model).is_dir(), "revision has no effect: {base_model} is a folder"),
+     "bnb_config_kwargs: without effect, since nothing is quantised"),
+    (lambda k: k.revision and Path(k.base_model).is_dir(),
+     "revision: without effect, since {base_model} is a folder"),
 )
 
 
-def settle(values, recipe_path):
+def settle(values: dict, recipe_path: Path) -> Recipe:
     """The Recipe, with what follows from other knobs filled in. No value here depends on the machine."""
     k = Recipe(**values)
     k.load_in_4bit = k.adapter == "qlora" or bool(k.load_in_4bit)
@@ -202,27 +202,31 @@ def settle(values, recipe_path):
     return k
 
 
-def configure(recipe_path, text, overrides=()):
-    """(Recipe, {knob: the entry that gave its value}, notes) of a recipe's text. StageError names all its problems."""
+def configure(recipe_path: Path, text: str, overrides=()) -> tuple[Recipe, dict[str, Entry], list]:
+    """The Recipe of a text, {knob: the entry that gave its value}, and notes as (key, words).
+
+    Raises StageError with all problems of the recipe at once.
+    """
     entries, problems = read_recipe(recipe_path, text)
     changes, more = read_overrides(overrides)
     reading = read_knobs(entries, changes, Recipe)
     problems += more + reading.problems
+    k = Recipe(**reading.values)
     for names, contradict, why, fix in RULES:
         names = names.split()
-        if not reading.failed & set(names) and contradict(Recipe(**reading.values)):
+        if not reading.failed & set(names) and contradict(k):
             problems.append((f"{reading.together(names)}: {why}", fix))
     if problems:
-        *first, (what, fix) = problems                           # each is printed in two lines, as if it were alone
-        raise StageError("".join(f"{what}\n  fix: {fix}\nerror: " for what, fix in first) + what, fix)
+        *others, (what, fix) = problems                          # each in two lines, as if it were alone
+        raise StageError("".join(f"{what}\n  fix: {fix}\nerror: " for what, fix in others) + what, fix)
     return settle(reading.values, recipe_path), reading.given, reading.notes
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command -----------------------------------------------------------------------------------------
 
 
-def sort_arguments(words):
-    """(recipe, run folder or None, overrides) of the words on the command line."""
+def sort_arguments(words: list[str]) -> tuple[Path, str | None, list[str]]:
+    """The recipe, the run folder (None if it is not named) and the overrides of a command line."""
     overrides = [word for word in words if re.match(r"[A-Za-z_][\w.\[\]]*=", word)]
     paths = [word for word in words if word not in overrides]
     if not paths:
@@ -231,64 +235,54 @@ def sort_arguments(words):
         raise StageError(f"{' '.join(paths[2:])}: neither the recipe, nor the run folder, nor key=value",
                          "write an override without spaces around its =, and quote it for the shell")
     if len(paths) == 2 and Path(paths[1]).is_file():
-        raise StageError(f"{paths[1]} is a file, not a run folder", f"python 01_config.py {paths[0]} runs/NAME")
+        raise StageError(f"{paths[1]} is a file, no run folder", f"python 01_config.py {paths[0]} runs/NAME")
     return Path(paths[0]), paths[1] if len(paths) == 2 else None, overrides
 
 
-def read_text(recipe_path):
-    """(text, sha256) of a recipe. The bytes that are read are those that are hashed."""
-    try:
-        content = recipe_path.read_bytes()
-        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise StageError(f"{recipe_path}:{line}: byte {error.start} is not utf-8", "save the recipe as utf-8") from None
-    except FileNotFoundError:
-        raise StageError(f"{recipe_path}: no such recipe", similar(recipe_path) or "ls recipes/") from None
-    except OSError as error:
-        raise StageError(f"{recipe_path}: not readable as a recipe: {error.strerror}", "name a YAML file") from None
-
-
-def show(k, given, notes):
-    """Nothing; the recipe is on screen, stage by stage, and what is odd about it. A star marks what is no default."""
+def show(k: Recipe, given: dict[str, Entry], notes: list) -> None:
+    """Nothing; the recipe is on screen by stage, a star at what is no default, then what is odd about it."""
     known, values = knobs_of(Recipe), asdict(k)
     for stem in (*STAGES[1:], STAGES[0]):
         rows = []
         for name, (_, meta) in known.items():
-            if meta["stages"][0] == stem:                        # where it is read first
+            if meta["stages"][0] == stem:                        # listed once, where it is read first
+                star = "*" if name in given and values[name] != meta["default"] else ""
                 by = given[name].place() if name in given else ""
-                also = " ".join(later[:2] for later in meta["stages"][1:])
-                rows.append(["*" if by and values[name] != meta["default"] else "", name, written(values[name]), also, by])
-        terminal.table(stem, ["", "knob", "value", "also read by", "given by"], rows)
+                later = " ".join(other[:2] for other in meta["stages"][1:])
+                rows.append([star, name, written(values[name]), by, later])
+        terminal.table(stem, ["", "knob", "value", "given by", "also read by"], rows)
     for name, words in notes:
         terminal.say(f"{name}: {words}")
     idle = [name for name in given if name.startswith(("lora_", "peft_")) and not k.adapter]
     if idle:
-        terminal.warn(f"{', '.join(idle)}: without effect, since adapter is empty: this is full fine-tuning")
+        terminal.warn(f"{', '.join(idle)}: without effect, since adapter is empty (full fine-tuning)")
     for seldom_works, words in WARNINGS:
         if seldom_works(k):
             terminal.warn(words.format(**values))
 
 
-def show_knobs():
+def show_knobs() -> None:
     """Nothing; every knob is on screen."""
-    rows = [[name, "required" if meta["default"] is REQUIRED else written(meta["default"]), in_words(kind, meta),
-             meta["unit"], " ".join(stem[:2] for stem in meta["stages"]), meta["why"]]
-            for name, (kind, meta) in knobs_of(Recipe).items()]
+    rows = []
+    for name, (kind, meta) in knobs_of(Recipe).items():
+        default = "required" if meta["default"] is REQUIRED else written(meta["default"])
+        readers = " ".join(stem[:2] for stem in meta["stages"])
+        rows.append([name, default, in_words(kind, meta), meta["unit"], readers, meta["why"]])
     terminal.table("knobs", ["knob", "default", "takes", "unit", "read by", "why"], rows)
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+def main(argv: list[str] | None = None) -> None:
+    """Nothing; the run's 01_config/ says what the recipe says."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="RECIPE [RUN] [key=value ...]")
-    parser.add_argument("--force", action="store_true", help="run in any case; the old folder is kept as 01_config.old")
-    parser.add_argument("--knobs", action="store_true", help="show every knob, and do nothing")
+    parser.add_argument("--force", action="store_true", help="run in any case; what it replaces is STEM.old")
+    parser.add_argument("--knobs", action="store_true", help="show every knob, and do nothing else")
     args = parser.parse_args(argv)
     if args.knobs:
         return show_knobs()
 
-    # Read the whole recipe, and stop before anything is written if something in it is wrong.
+    # Read the whole recipe; where something in it is wrong, this stops before anything is written.
     recipe_path, run, overrides = sort_arguments(args.words)
     text, sha256 = read_text(recipe_path)
     k, given, notes = configure(recipe_path, text, overrides)
@@ -296,8 +290,8 @@ def main(argv=None):
     run = Path(k.output_dir)
 
     # Is there anything to do?
-    decision = stage.decide("01_config", run, args.force, knobs={"recipe": str(recipe_path), "overrides": overrides})
-    work = stage.begin(decision)
+    given_words = {"recipe": str(recipe_path), "overrides": overrides}
+    work = stage.begin(stage.decide("01_config", run, args.force, knobs=given_words))
     stage.remember_latest(run)
     if work is None:
         return
@@ -307,9 +301,9 @@ def main(argv=None):
     work.uses(recipe_path, sha256)
     known = knobs_of(Recipe)
     readers = {stem: [name for name, (_, meta) in known.items() if stem in meta["stages"]] for stem in STAGES}
+    readers["not_identity"] = [name for name, (_, meta) in known.items() if not meta["identity"]]
     write_json(work.path / "config.json", asdict(k))
-    write_json(work.path / "stages.json",
-               readers | {"not_identity": [name for name, (_, meta) in known.items() if not meta["identity"]]})
+    write_json(work.path / "stages.json", readers)
     show(k, given, notes)
     work.finish()
 

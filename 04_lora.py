@@ -47,7 +47,7 @@ def adapter(plan: dict, work) -> dict:
     if not hits:
         raise StageError(f"lora_target_modules: {work.config.lora_target_modules!r} matches no layer of {plan['class']}",
                          f"leave it out, or use the names of `python 03_load_model.py {work.run} --plan-only`")
-    roles = Roles(plan["roles"])
+    roles = Roles.of_plan(plan)
     trained = Counter()
     for name, parameter in model.trained_parameters(peft_model).items():
         trained[roles.of(model.base_name(name))] += parameter.numel()
@@ -63,15 +63,18 @@ def adapter(plan: dict, work) -> dict:
 
 def full_fine_tuning(plan: dict, config) -> dict:
     """Facts of full fine-tuning: which roles of the base train."""
-    meta, roles = model.on_meta(plan), Roles(plan["roles"])
-    wanted = plan["parameters"].keys() if config.train_roles == ["all"] else config.train_roles
-    missing = [role for role in wanted if role not in plan["parameters"]]
+    meta, roles = model.on_meta(plan), Roles.of_plan(plan)
+    trained = model.count_parameters(meta, roles, idle=False)
+    wanted = list(trained) if config.train_roles == ["all"] else config.train_roles
+    missing = [role for role in wanted if role not in trained]
     if missing:
-        raise StageError(f"train_roles: {plan['class']} has no parameters of role {', '.join(missing)}",
-                         f"choose among {', '.join(plan['parameters'])}")
-    modules = Counter(roles.of(name) for name, module in meta.named_modules() if list(module.parameters(recurse=False)))
+        raise StageError(f"train_roles: {plan['class']} has no parameters of role {', '.join(missing)}"
+                         + (" of its own: the head is the embedding" if "head" in missing and plan["tied_head"] else ""),
+                         f"choose among {', '.join(trained)}")
+    modules = Counter(roles.of(name) for name, module in meta.named_modules()
+                      if list(module.parameters(recurse=False)) and not roles.is_idle(name))
     return {"method": "full fine-tuning", "targets": None, "modules": {role: modules[role] for role in wanted},
-            "trained_parameters": {role: plan["parameters"][role] for role in wanted}, "first_hits": {}}
+            "trained_parameters": {role: trained[role] for role in wanted}, "first_hits": {}}
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ class Run:
         """The run as the earlier stages planned it, on this rank's device."""
         config, data = work.config, work.input("02_data")
         plan = json.loads((work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))
-        roles = Roles(plan["roles"])
+        roles = Roles.of_plan(plan)
         net = model.load(plan, world.device)
         if config.adapter is None:
             model.train_roles(net, roles, config.train_roles)
@@ -243,7 +243,7 @@ def save(run: Run) -> None:
     if run.world.is_leader:
         net, config = run.model.eval(), run.work.config
         if config.adapter is None:
-            net.to(net.config.dtype).save_pretrained(run.work.path / "model")
+            model.save_full(net, run.work.path / "model")
         else:
             model.save_adapter(net, run.work.path / "adapter")
         rows = run.held_out if len(run.held_out) else run.samples
@@ -267,7 +267,7 @@ def check(run: Run) -> None:
                  f"{run.total_steps} steps take at most {hours:.2f} h")
     few = longest[:config.micro_batch_size]
     for group in run.optimizer.param_groups:
-        group["lr"] = max(config.learning_rate, 1e-3)
+        group["lr"] = max(config.learning_rate, 2e-3 if config.adapter else 1e-4)  # learn by heart, whatever the recipe
     losses = [overfit_step(run, few) for _ in range(30)]
     terminal.say(f"30 steps on one batch: loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     if losses[-1] >= 0.1:
@@ -285,7 +285,7 @@ def overfit_step(run: Run, indices: list[int]) -> float:
         with run.autocast():
             loss, _ = forward_loss(run.model, to_device(batch, run.world.device))
         (loss / tokens).backward()
-        total += float(loss) / tokens
+        total += float(loss.detach()) / tokens
     torch.nn.utils.clip_grad_norm_(run.parameters.values(), run.work.config.max_grad_norm)
     run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)

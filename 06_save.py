@@ -13,12 +13,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import datasets
-import peft
-import torch
-import transformers
 
 from lib import chat, media, merge, model, parallel, quant, report, stage, terminal
 from lib.chat import Encoder
@@ -177,7 +175,7 @@ def card(work, plan: dict, check: dict, name: str) -> str:
              + (f"{scores['base']:.1%} before, {scores['tuned']:.1%} after." if check["rows"] else "none were held out."), "",
              "## Made from", "", f"{data['train_samples']} samples, {data['supervised_tokens']} supervised tokens"
              f" ({data['rejected_rows']} rows rejected). Method: {read_json(work.input('04_lora') / 'adapter.json')['method']}.",
-             "", f"Versions: torch {torch.__version__}, transformers {transformers.__version__}, peft {peft.__version__}.",
+             "", "Versions: " + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft")) + ".",
              "The licence is the base model's, together with that of the data.", ""]
     return "\n".join(line for line in lines if adapter or "peft" not in line or "Versions" in line)
 

@@ -1,15 +1,15 @@
-"""Axolotl's words that are no knobs here, and what becomes of each: respelled, replaced, refused, or without meaning.
+"""Axolotl's words that are no knobs here, and what becomes of them: respelled, replaced, refused, left out.
 
-A word is refused as "not built yet" where no code honours it and leaving it out would change what its writer gets; it is
-without meaning where the kit does the same in its own way. Sources: the kit's README, "where we differ"; Axolotl's
-configuration reference.
+A word is refused as "not built yet" where no code honours it and leaving it out would give its writer other
+things. It is left out, as one without meaning, where the kit does the same in its own way.
 """
 
 from fnmatch import fnmatchcase
 
 import yaml
 
-from lib.recipe import FALSE, TEXT, TRUE, Entry, Wrong, is_null, plain, source
+from lib.checks import Wrong
+from lib.recipe import FALSE, TEXT_TAG, TRUE, Entry, is_null, plain, source
 
 SPELLINGS = {  # an older key: the knob and value it means where it is switched on
     "flash_attention": ("attn_implementation", "flash_attention_2"),
@@ -21,21 +21,21 @@ SPELLINGS = {  # an older key: the knob and value it means where it is switched 
 }
 
 REPLACED = {  # a knob: its values, what they become, why that is the same
-    "attn_implementation": (("flash", "flash_attention_2", "flash_attention_3", "flex_attention", "xformers"),
-                            "sdpa", "another kernel with the same result"),
+    "attn_implementation": ("flash flash_attention_2 flash_attention_3 flex_attention xformers", "sdpa",
+                            "another kernel with the same result"),
 }
 
 REFUSED = {  # a knob: its values, why they can't be had, the value that can
-    "optimizer": (("adamw_bnb_8bit", "adamw_8bit", "adamw_torch_8bit", "adamw_torch_4bit", "adamw_torch_fp8",
-                   "paged_adamw_8bit", "paged_adamw_32bit", "paged_adamw", "adamw_apex_fused", "adamw_hf", "adafactor",
-                   "lion_8bit", "lion_32bit", "muon", "sgd", "galore_adamw", "schedule_free_adamw", "optimi_adamw"),
+    "optimizer": ("adamw_bnb_8bit adamw_8bit adamw_torch_8bit adamw_torch_4bit adamw_torch_fp8 paged_adamw "
+                  "paged_adamw_8bit paged_adamw_32bit adamw_apex_fused adamw_hf adafactor lion_8bit "
+                  "lion_32bit sgd muon galore_adamw schedule_free_adamw optimi_adamw",
                   "is not built yet, and its steps are others", "adamw_torch_fused"),
-    "lr_scheduler": (("constant_with_warmup", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "rex",
-                      "inverse_sqrt", "one_cycle", "warmup_stable_decay"), "is not built yet", "cosine"),
-    "gradient_checkpointing": (("offload", "offload_disk", "unsloth"), "is not built yet", True),
-    "peft_init_lora_weights": (("pissa", "olora", "loftq", "eva", "corda"),
+    "lr_scheduler": ("constant_with_warmup cosine_with_restarts cosine_with_min_lr polynomial rex one_cycle "
+                     "inverse_sqrt warmup_stable_decay", "is not built yet", "cosine"),
+    "gradient_checkpointing": ("offload offload_disk unsloth", "is not built yet", True),
+    "peft_init_lora_weights": ("pissa olora loftq eva corda",
                                "rewrites the base, so the adapter would not fit the published one", True),
-    "lora_target_modules": (("all-linear",), "would reach into the vision tower", None),
+    "lora_target_modules": ("all-linear", "would reach into the vision tower", None),
 }
 
 NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what is done anyway
@@ -44,6 +44,8 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "special_tokens": ("special tokens of one's own", "pad_token"),
     "tokens": ("tokens of one's own",),
     "added_tokens_overrides": ("tokens of one's own",),
+    "tokenizer_type": ("another tokenizer",),
+    "tokenizer_config": ("another tokenizer",),
     "tokenizer_use_mistral_common": ("Mistral's own tokenizer", False),
     "quant_type": ("another kind of quantisation",),
     "gptq": ("a GPTQ base", False),
@@ -70,10 +72,13 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "gpu_memory_limit": ("a limit to a GPU's memory",),
     "fsdp*": ("sharding over ranks",),
     "deepspeed": ("sharding over ranks",),
-    "resume_from_checkpoint": ("going on from another run's checkpoint", True, False),
+    "resume_from_checkpoint": ("going on from another run's checkpoint", False, True),
     "group_by_length": ("batches of equal length", False),
     "eval_steps": ("evaluating by steps; evals_per_epoch does it by epochs",),
     "early_stopping_patience": ("early stopping",),
+    "neftune_noise_alpha": ("noise on embeddings",),
+    "torch_compile": ("compiled layers", False),
+    "shuffle_merged_datasets": ("rows in the order of their files", True),
     "lr_scheduler_kwargs": ("other schedules",),
     "cosine_min_lr_ratio": ("other schedules",),
     "plugins": ("other plugins than the kernels that are replaced anyway",
@@ -81,6 +86,8 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
                 "axolotl.integrations.liger.LigerPlugin", "axolotl.integrations.kernels.KernelsPlugin"),
     "liger_use_token_scaling": ("another weight for each token", False),
     "wandb_*": ("Weights & Biases; 05_train/metrics.jsonl holds every figure", False, "disabled"),
+    "mlflow_*": ("MLflow; 05_train/metrics.jsonl holds every figure",),
+    "comet_*": ("Comet; 05_train/metrics.jsonl holds every figure",),
     "use_tensorboard": ("TensorBoard; 05_train/metrics.jsonl holds every figure", False),
     "hub_model_id": ("uploading to the hub",),
     "rl": ("reinforcement learning",),
@@ -105,46 +112,56 @@ NO_MEANING = {  # a key or pattern: why it changes nothing here
     "gradient_checkpointing_kwargs": "checkpointing is of the non-reentrant kind, with the same gradients",
     "ddp_find_unused_parameters": "ranks may use different parameters in the same step",
     "auto_resume_from_checkpoints": "05_train goes on from its newest checkpoint by itself",
+    "save_safetensors": "tensors are saved as safetensors and never otherwise",
+    "dataloader_pin_memory": "05_train chooses",
+    "dataloader_prefetch_factor": "05_train chooses",
     "strict": "an unknown key, a missing weight and an unexpected one are always errors",
-    "dataset_processes": "02_data chooses their number",
-    "dataset_num_proc": "02_data chooses their number",
+    "dataset_processes": "02_data chooses",
+    "dataset_num_proc": "02_data chooses",
 }
 
-NOT_YET_IN_DATASETS = """name revision data_files ds_type weight message_property_mappings message_field_role roles
-    message_field_content message_field_training message_field_training_detail roles_to_train train_on_inputs train_on_eos
-    chat_template field_tools field_thinking field_human field_model conversation system_prompt drop_system_message shards
-    shards_idx preprocess_shards trust_remote_code media_root""".split()
+NOT_YET_IN_DATASETS = """
+    name revision data_files ds_type weight trust_remote_code shards shards_idx preprocess_shards media_root
+    message_property_mappings message_field_role message_field_content message_field_training conversation
+    message_field_training_detail roles roles_to_train train_on_inputs train_on_eos chat_template field_tools
+    field_thinking field_human field_model system_prompt drop_system_message
+""".split()
+
+KEYS = [key for key in (*SPELLINGS, *NOT_YET, *NO_MEANING) if "*" not in key]
 
 
-def respelled(entry):
+def respelled(entry: Entry) -> Entry:
     """The entry as its knob and value of today, where it is an older spelling that is switched on."""
     if entry.key not in SPELLINGS or source(entry.node).lower() not in TRUE:
         return entry
     key, value = SPELLINGS[entry.key]
-    node = yaml.ScalarNode(TEXT, value, entry.node.start_mark, entry.node.end_mark)
+    node = yaml.ScalarNode(TEXT_TAG, value, entry.node.start_mark, entry.node.end_mark)
     return Entry(key, entry.name, node, entry.path)
 
 
-def replacement(entry):
-    """(the value that a knob's value is replaced by, words on it), or None. Raises Wrong where it is refused."""
+def replacement(entry: Entry) -> tuple | None:
+    """(the value that a knob's value is replaced by, words on it) or None. Raises Wrong for a refused one."""
     text = entry.node.value if isinstance(entry.node, yaml.ScalarNode) else None
-    values, words, instead = REFUSED.get(entry.key, ((), "", None))
-    if text in values:
+    values, words, instead = REFUSED.get(entry.key, ("", "", None))
+    if text in values.split():
         raise Wrong(words, entry.edit(instead))
-    values, instead, words = REPLACED.get(entry.key, ((), None, ""))
-    return (instead, f"{text} is replaced by {instead}, {words}") if text in values else None
+    values, instead, words = REPLACED.get(entry.key, ("", None, ""))
+    return (instead, f"{text} is replaced by {instead}, {words}") if text in values.split() else None
 
 
-def meaning(entry):
-    """Why a key that is no knob changes nothing here ("" where nothing need be said). Raises Wrong where it would
-    change something, and KeyError where Axolotl doesn't know it either."""
-    if entry.key in SPELLINGS:                                   # and switched off, or respelled() had taken it
+def meaning(entry: Entry) -> str:
+    """Why a key that is no knob changes nothing here, "" where nothing need be said.
+
+    Raises Wrong where it would change something, and KeyError where Axolotl doesn't know it either.
+    """
+    if entry.key in SPELLINGS:                                   # one that is switched off
         return ""
     for pattern, (words, *harmless) in NOT_YET.items():
         if fnmatchcase(entry.key, pattern):
             if is_null(entry.node) or all(atom in harmless for atom in atoms(plain(entry.node))):
                 return ""
-            fix = entry.edit(harmless[0]) if harmless else f"remove {entry.name}"
+            one_value = harmless and isinstance(entry.node, yaml.ScalarNode)
+            fix = entry.edit(harmless[0]) if one_value else f"remove {entry.name}"
             raise Wrong(f"asks for {words}: not built yet", fix)
     for pattern, words in NO_MEANING.items():
         if fnmatchcase(entry.key, pattern):
@@ -152,7 +169,7 @@ def meaning(entry):
     raise KeyError(entry.key)
 
 
-def atoms(value):
+def atoms(value) -> list:
     """[scalars] of a list, [keys] of a mapping, else [the value]; yes and no are booleans."""
     if isinstance(value, list):
         return [atom for item in value for atom in atoms(item)]

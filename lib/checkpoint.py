@@ -55,11 +55,6 @@ def load(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer) -> di
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 
-def newest(folder: Path) -> Path | None:
-    """The whole checkpoint with the highest step, or None."""
-    return max(whole(folder), key=step_of, default=None)
-
-
 def whole(folder: Path) -> list[Path]:
     """All finished checkpoints of a folder."""
     return [p for p in folder.glob("step-*") if re.fullmatch(r"step-\d+", p.name) and (p / "state.json").exists()]

@@ -25,7 +25,7 @@ def partial(run: Path, stem: str) -> Path:
 
 
 def lock(path: Path) -> None:
-    """Nothing; until `unlock` or the end of this process, no other process may write the folder."""
+    """Until `unlock` or the end of this process, no other process may write the folder."""
     unlock(path)  # a test that starts a stage twice in one process may still hold the first start's lock
     file = (path / "lock").open("ab+", buffering=0)
     try:
@@ -48,7 +48,7 @@ def lock(path: Path) -> None:
 
 
 def unlock(path: Path) -> None:
-    """Nothing; other processes may write the folder again."""
+    """Other processes may write the folder again."""
     if file := _locks.pop(path, None):
         file.close()
 
@@ -68,7 +68,7 @@ def newest_checkpoint(path: Path) -> Path | None:
 
 
 def heal(run: Path, stem: str) -> None:
-    """Nothing; what a kill left between stage.json and the rename is in place. StageError while the stage runs."""
+    """What a kill left between stage.json and the rename is in place; StageError while the stage runs."""
     path = partial(run, stem)
     if path.is_dir():
         lock(path)
@@ -79,7 +79,7 @@ def heal(run: Path, stem: str) -> None:
 
 
 def put_in_place(run: Path, stem: str) -> None:
-    """Nothing; STEM.partial is STEM. What was STEM is gone, or STEM.old where --force was given."""
+    """STEM.partial is STEM. What was STEM is gone, or STEM.old where --force was given."""
     path, final = partial(run, stem), run / stem
     if final.exists():
         # Without a ledger it is not the kit's own folder, so not the kit's to throw away.
@@ -91,14 +91,14 @@ def put_in_place(run: Path, stem: str) -> None:
 
 
 def set_aside(path: Path, aside: Path) -> None:
-    """Nothing; the folder has the other name, and what had that name is gone."""
+    """The folder has the other name, and what had that name is gone."""
     if aside.exists():
         shutil.rmtree(aside)
     path.rename(aside)
 
 
 def _tidy(run: Path, stem: str) -> None:
-    """Nothing; a finished folder has no marks of its start, and beside it is no discarded one."""
+    """A finished folder has no marks of its start, and beside it is no discarded one."""
     if ledger.finished(run / stem):
         for name in ("lock", "started.json"):
             (run / stem / name).unlink(missing_ok=True)
@@ -106,7 +106,7 @@ def _tidy(run: Path, stem: str) -> None:
 
 
 def clear(path: Path) -> None:
-    """Nothing; the folder holds its lock alone."""
+    """The folder holds its lock alone."""
     for left in path.iterdir():
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)

@@ -49,17 +49,17 @@ class StageError(Exception):
 
 
 def read_json(path: Path):
-    """The parsed file; StageError where it is not whole."""
+    """The parsed file; StageError where it is gone or not whole."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (FileNotFoundError, ValueError) as error:
         stem = path.parent.name.partition(".")[0]
-        fix = f"start {stem}.py again with --force"
-        raise StageError(f"{path} is not whole JSON: {error}", fix) from None
+        word = "is gone" if isinstance(error, FileNotFoundError) else f"is not whole JSON: {error}"
+        raise StageError(f"{path} {word}", f"start {stem}.py again with --force") from None
 
 
 def write_json(path: Path, content) -> None:
-    """Nothing; the file is on the disk and whole, or it is not there."""
+    """The file is on the disk and whole, or it is not there."""
     half = path.with_name(f".{path.name}.half")  # hidden: what a full disk leaves of it is nobody's output
     with half.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=1, ensure_ascii=False)
@@ -70,7 +70,7 @@ def write_json(path: Path, content) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Nothing; the names in the folder survive a power cut."""
+    """The names in the folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -124,23 +124,22 @@ def knobs(run: Path, stem: str) -> tuple[dict, dict]:
 def source(stem: str) -> dict[str, str]:
     """{file: sha256} of the stage's script and of every file of lib that it imports, if only through another.
 
-    Hashed is the syntax tree without docstrings, so comments, wrapping and help texts don't count. It is hashed
-    as unparsed code, because the text of `ast.dump` changes with the Python version.
+    Hashed is the syntax tree without docstrings, so comments, wrapping and help texts don't count.
     """
     digests, waiting = {}, [f"{stem}.py"]
     while waiting:
         name = waiting.pop()
         if name not in digests and (ROOT / name).is_file():
-            digests[name], imported = _read_source(ROOT, name, (ROOT / name).stat().st_mtime_ns)
+            digests[name], imported = _read_source(name, (ROOT / name).read_bytes())
             waiting += imported
     return dict(sorted(digests.items()))
 
 
 @functools.lru_cache(maxsize=None)
-def _read_source(root: Path, name: str, mtime_ns: int) -> tuple[str, tuple[str, ...]]:
+def _read_source(name: str, text: bytes) -> tuple[str, tuple[str, ...]]:
     """The sha256 of one file's code, and the files of lib that its imports may mean."""
     try:
-        tree = ast.parse((root / name).read_bytes())
+        tree = ast.parse(text)
     except SyntaxError as error:
         raise StageError(f"{name}:{error.lineno} is not Python: {error.msg}", f"edit {name}") from None
     modules = []
@@ -156,7 +155,16 @@ def _read_source(root: Path, name: str, mtime_ns: int) -> tuple[str, tuple[str, 
             modules += [module, *(f"{module}.{alias.name}" for alias in node.names)]
     ours = [module.replace(".", "/") for module in modules if module.split(".")[0] == "lib"]
     files = [file for module in ours for file in (f"{module}.py", f"{module}/__init__.py")]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest(), tuple(files)
+    return hashlib.sha256(_text_of_tree(tree).encode()).hexdigest(), tuple(files)
+
+
+def _text_of_tree(node) -> str:
+    """A syntax tree as text, without empty fields: unlike `ast.dump`, the same in every Python version."""
+    if isinstance(node, ast.AST):
+        kept = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
+        fields = (f"{name}={_text_of_tree(value)}" for name, value in kept)
+        return f"{type(node).__name__}({','.join(fields)})"
+    return f"[{','.join(map(_text_of_tree, node))}]" if isinstance(node, list) else repr(node)
 
 
 def outside(path: Path, sha256: str | None = None) -> dict[str, dict]:
@@ -178,7 +186,8 @@ def outside_changes(then: dict[str, dict]) -> list[str]:
     for name, stamped in then.items():
         path = ROOT / name  # an absolute name replaces ROOT
         if "names" in stamped:
-            lines += [f"{name}{file} is new" for file in sorted(set(files_under(path)) - set(stamped["names"]))]
+            known = set(stamped["names"])
+            lines += [f"{name}{file} is new" for file in files_under(path) if file not in known]
         elif word := fate(path, stamped):
             lines.append(f"{name} {word}")
     return lines
@@ -188,18 +197,18 @@ def changes(then: dict, now: dict) -> list[str]:
     """One line for each difference between two `reads` in knobs, upstream outputs and own source."""
     lines = []
     for knob in sorted(then["knobs"].keys() | now["knobs"].keys()):
-        before, after = (_in_short(reads["knobs"], knob) for reads in (then, now))
-        if before != after or then["knobs"].get(knob) != now["knobs"].get(knob):
-            lines.append(f"{knob} changed: {before} -> {after}")
+        before, after = (_text_of_knob(reads["knobs"], knob) for reads in (then, now))
+        if before != after:
+            lines.append(f"{knob} changed: {before:.80} -> {after:.80}")
     for stem in sorted(then["upstream"].keys() | now["upstream"].keys()):
         if then["upstream"].get(stem) != now["upstream"].get(stem):
             lines.append(f"the outputs of {stem} changed")
     return lines + [f"{file} was edited" for file in edited_sources(then["source"], now["source"])]
 
 
-def _in_short(knobs: dict, knob: str) -> str:
-    text = json.dumps(knobs[knob], ensure_ascii=False) if knob in knobs else "unknown"
-    return text if len(text) <= 80 else f"{text[:77]}..."
+def _text_of_knob(knobs: dict, knob: str) -> str:
+    """A knob's value as JSON, so that a tuple equals the list that was read back."""
+    return json.dumps(knobs[knob], ensure_ascii=False, sort_keys=True) if knob in knobs else "unknown"
 
 
 def edited_sources(then: dict[str, str], now: dict[str, str]) -> list[str]:

@@ -17,6 +17,8 @@ from lib import quant, registry
 from lib.registry import Roles
 from lib.stage import StageError
 
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # at import it regrets kernels that nobody here needs
+
 
 # ------------------------------------------------------------------------------------------------ the plan
 
@@ -24,16 +26,17 @@ def make_plan(knobs) -> dict:
     """The plan of a recipe: class, revision, dtype, quantisation, roles with counts. Reads the config, no weights."""
     config = load_config(knobs.base_model, knobs.revision, knobs.trust_remote_code)
     family = registry.family_of(config.model_type)
+    registry.require_packages(family)
     cls = registry.model_class(config, knobs.model_type)
     plan = {"base_model": knobs.base_model, "revision": getattr(config, "_commit_hash", None) or knobs.revision,
             "trust_remote_code": knobs.trust_remote_code, "model_type": config.model_type, "family": family.name,
             "class": cls.__name__, "dtype": "float32" if knobs.bf16 is False else "bfloat16",
-            "attn_implementation": knobs.attn_implementation, "quantisation": None}
+            "attn_implementation": registry.attention(family, config, knobs.attn_implementation),
+            "quantisation": None}
     model = on_meta(plan)
     roles = registry.roles_of(model, family)
     plan["tied_head"] = tied(model)
-    plan["roles"] = roles.paths
-    plan["roles_guessed"] = roles.guessed
+    plan["roles"], plan["idle"], plan["roles_guessed"] = roles.paths, roles.idle, roles.guessed
     plan["parameters"] = dict(count_parameters(model, roles))
     if knobs.load_in_4bit or knobs.load_in_8bit:
         plan["quantisation"] = {"bits": 4 if knobs.load_in_4bit else 8, "options": knobs.bnb_config_kwargs,
@@ -45,6 +48,7 @@ def make_plan(knobs) -> dict:
 def load_config(base_model: str, revision: str | None, trust_remote_code: bool):
     """The checkpoint's config, or a StageError that says what is missing where."""
     from transformers import AutoConfig
+    registry.refuse_unloadable(base_model)
     try:
         return AutoConfig.from_pretrained(base_model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
@@ -63,11 +67,12 @@ def on_meta(plan: dict):
                                 attn_implementation=plan["attn_implementation"])
 
 
-def count_parameters(model, roles: Roles) -> Counter:
-    """Parameters per role; a tied tensor counts once."""
+def count_parameters(model, roles: Roles, idle: bool = True) -> Counter:
+    """Parameters per role, with or without those that no forward reaches; a tied tensor counts once."""
     counts = Counter()
     for name, parameter in model.named_parameters():
-        counts[roles.of(name)] += parameter.numel()
+        if idle or not roles.is_idle(name):
+            counts[roles.of(name)] += parameter.numel()
     return counts
 
 
@@ -119,11 +124,26 @@ def attach(model, adapter_path: Path, trainable: bool = True):
 
 
 def train_roles(model, roles: Roles, wanted: list[str]) -> None:
-    """Full fine-tuning: the parameters of these roles train, as float32 masters (bf16 ones would not move)."""
+    """Full fine-tuning: the parameters of these roles train, as float32 masters (bf16 ones would not move).
+
+    What no forward's result depends on becomes float32 too, since it may still run on what the others hand it.
+    """
     for name, parameter in model.named_parameters():
         if wanted == ["all"] or roles.of(name) in wanted:
+            parameter.checkpoint_dtype = parameter.dtype
             parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(not roles.is_idle(name))
+
+
+def save_full(model, folder: Path) -> None:
+    """Write the model with every tensor in the type that the base had it in, and leave it so.
+
+    Only parameters are cast: `model.to(bfloat16)` would also round buffers, such as the frequencies of the rope.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(parameter, "checkpoint_dtype", parameter.dtype))
+    with quiet():
+        model.save_pretrained(folder)
 
 
 def trained_parameters(model) -> dict[str, torch.nn.Parameter]:
@@ -163,7 +183,8 @@ def adapter_targets(model, roles: Roles, knobs) -> str:
     """One regular expression that matches exactly the modules LoRA adapts, from the recipe's regex, list or roles."""
     asked = knobs.lora_target_modules
     if asked is None or asked == "all-linear":
-        names = registry.lora_linears(model, roles, tuple(knobs.lora_target_roles))
+        names = registry.lora_linears(model, roles, registry.family_of(model.config.model_type),
+                                     tuple(knobs.lora_target_roles))
         if not names:
             raise StageError(f"lora_target_roles: {knobs.lora_target_roles} have no linear layer in this model",
                              f"choose among {', '.join(sorted(set(roles.paths.values())))}")
@@ -214,7 +235,7 @@ def new_adapter(plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
     from peft import get_peft_model
     needs_base = knobs.peft_use_dora
     model = load(plan, torch.device("cpu")) if needs_base else on_meta(plan)
-    roles = Roles(plan["roles"])
+    roles = Roles.of_plan(plan)
     targets = adapter_targets(model, roles, knobs)
     config = lora_config(knobs, targets)
     torch.manual_seed(knobs.seed)
@@ -225,7 +246,8 @@ def new_adapter(plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
         raise StageError(f"lora_target_modules: {targets!r} matches no module of {plan['class']}"
                          if "not found" in str(error) else f"adapter: peft refuses: {str(error).splitlines()[0]}",
                          "leave lora_target_modules out, or write names like "
-                         + registry.lora_linears(model, roles, ("language",))[0]) from None
+                         + registry.lora_linears(model, roles, registry.family_of(plan["model_type"]),
+                                                 ("language",))[0]) from None
     if not needs_base:
         materialise(peft_model, config)
     return peft_model, adapter_hits(peft_model, roles)
@@ -262,7 +284,6 @@ def quiet():
     bars, level = hf.is_progress_bar_enabled(), hf.get_verbosity()
     hf.disable_progress_bar()
     hf.set_verbosity(logging.ERROR)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)      # at import it regrets kernels that nobody needs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:

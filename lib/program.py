@@ -16,7 +16,7 @@ LATEST = Path("runs/latest")
 
 def arguments(doc: str) -> argparse.ArgumentParser:
     """A parser for the run folder and --force, whose help is the script's docstring."""
-    # The run is positional because torchrun matches prefixes of its own flags: it finds --run or --log ambiguous.
+    # The run is positional, because torchrun matches prefixes of its own flags: --run or --log is ambiguous.
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=doc, formatter_class=raw, allow_abbrev=False)
     parser.add_argument("run", nargs="?", help=f"the run folder; left out, the one named in {LATEST}")
@@ -37,7 +37,7 @@ def resolve_run(given: str | None) -> Path:
 
 
 def remember_latest(run: Path) -> None:
-    """Nothing; runs/latest names this run folder from now on."""
+    """runs/latest names this run folder from now on."""
     LATEST.parent.mkdir(exist_ok=True)
     half = LATEST.with_name(".latest.half")
     half.write_text(f"{run}\n", encoding="utf-8")
@@ -57,7 +57,7 @@ def command(stem: str, run: Path) -> str:
 
 
 def run_script(main) -> None:
-    """Nothing; runs main() as a program, in which a user's mistake ends in two lines and no traceback."""
+    """main() as a program: a mistake that its user can mend ends in two lines and no traceback."""
     try:
         main()
         sys.stdout.flush()
@@ -65,7 +65,7 @@ def run_script(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except KeyboardInterrupt:
-        _stop(_interrupted(), 130)
+        _stop(_interrupted(), 130, quiet=terminal.QUIET)  # the first rank speaks for all
     except BaseException as error:  # goes on upwards, but for what a user can mend
         while error is not None:
             if isinstance(error, StageError):
@@ -76,9 +76,10 @@ def run_script(main) -> None:
         raise
 
 
-def _stop(error: StageError, code: int) -> None:
-    """Never returns."""
-    terminal.error(error.what, error.fix)
+def _stop(error: StageError, code: int, quiet: bool = False) -> None:
+    """Never returns: the two lines on stderr, and the exit code."""
+    if not quiet:
+        terminal.error(error.what, error.fix)
     sys.exit(code)
 
 

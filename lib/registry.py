@@ -5,6 +5,7 @@ used. A model type without a record gets a generic one, whose roles are guessed 
 
 Fork me to: add a family (one `Family(...)` below and one builder in tests/zoo.py).
 """
+import importlib.util
 import re
 from dataclasses import dataclass, field
 
@@ -20,30 +21,85 @@ class Family:
     roles: module path -> role, for everything below it; the longest path wins. Empty means: guess.
     wrappers: special tokens that the chat template, not the processor, puts around media; never trained.
     collate: "cat" joins media tensors along their first axis, "stack" pads them and keeps one entry per row.
+    batch: "alike" lets only rows with equally many pictures share a micro-batch.
+    idle: which parameters no forward reaches, by the name of a rule in `idle_modules`; they can't be trained.
+    no_lora: path components that LoRA leaves alone although they hold linear layers of the language model.
+    eager: sub-configs whose part of the model has no sdpa attention.
+    stop: the token that ends a turn where the template writes none but the next turn's header.
+    template: a file in lib/templates that serves where the published checkpoint has no chat template.
+    packages: what its model or processor imports beyond requirements.txt, as {module: pip name}.
+    use_instead: published ids that are no transformers checkpoint -> those that are.
     """
     name: str
     model_types: tuple[str, ...]
     roles: dict[str, str] = field(default_factory=dict)
     wrappers: tuple[str, ...] = ()
     collate: str = "cat"
+    batch: str = "any"
+    idle: str = ""
+    no_lora: tuple[str, ...] = ()
+    eager: tuple[str, ...] = ()
+    stop: str = ""
+    template: str = ""
+    packages: dict[str, str] = field(default_factory=dict)
+    use_instead: dict[str, str] = field(default_factory=dict)
     note: str = ""
 
 
-TOWER_AND_PROJECTOR = {"model.vision_tower": "vision", "model.multi_modal_projector": "projector",
-                       "model.language_model": "language"}
+TOWER = {"model.vision_tower": "vision", "model.multi_modal_projector": "projector", "model.language_model": "language"}
+VISUAL = {"model.visual": "vision", "model.visual.merger": "projector", "model.language_model": "language"}
+QWEN_WRAPPERS = ("<|vision_start|>", "<|vision_end|>")
+GLM_WRAPPERS = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
 
 FAMILIES = (
-    Family("LLaVA-1.5", ("llava",), TOWER_AND_PROJECTOR,
-           note="one square picture size; Pixtral checkpoints share this model type"),
-    Family("Gemma-3", ("gemma3",), TOWER_AND_PROJECTOR,
-           note="picture tokens attend in both directions, by token_type_ids"),
-    Family("Qwen2.5-VL", ("qwen2_5_vl",),
-           {"model.visual": "vision", "model.visual.merger": "projector", "model.language_model": "language"},
-           wrappers=("<|vision_start|>", "<|vision_end|>"),
+    Family("LLaVA-1.5 and Pixtral", ("llava",), TOWER, idle="after_feature_layer",
+           use_instead={"mistralai/Pixtral-12B-2409": "mistral-community/pixtral-12b",
+                        "liuhaotian/llava-v1.5-7b": "llava-hf/llava-1.5-7b-hf",
+                        "liuhaotian/llava-v1.5-13b": "llava-hf/llava-1.5-13b-hf"},
+           note="Pixtral is this model type around a Mistral and its own tower"),
+    Family("Mistral-Small 3.1 and 4, Magistral", ("mistral3",), TOWER, template="mistral.jinja",
+           note="Mistral-Small-4 is this model type around mistral4 (MLA and experts); Magistral ships no template"),
+    Family("Mllama", ("mllama",),
+           {"model.vision_model": "vision", "model.multi_modal_projector": "projector",
+            "model.language_model": "language"},
+           collate="stack", batch="alike",
+           note="pictures enter by cross-attention, one token each; rows with other picture counts change its logits"),
+    Family("Llama-4", ("llama4",),
+           {"vision_model": "vision", "vision_model.vision_adapter": "projector", "multi_modal_projector": "projector",
+            "language_model": "language"},
+           note="experts train only by lora_target_parameters"),
+    Family("Gemma-3", ("gemma3",), TOWER, note="picture tokens attend in both directions, by token_type_ids"),
+    Family("Gemma-3n", ("gemma3n",),
+           {"model.vision_tower": "vision", "model.audio_tower": "audio", "model.embed_vision": "projector",
+            "model.embed_audio": "projector", "model.language_model": "language"},
+           no_lora=("altup",), packages={"timm": "timm"}),
+    Family("Gemma-4", ("gemma4",),
+           {"model.vision_tower": "vision", "model.audio_tower": "audio", "model.embed_vision": "projector",
+            "model.embed_audio": "projector", "model.language_model": "language"},
+           eager=("audio_config",)),
+    Family("Qwen2-VL", ("qwen2_vl",), VISUAL, QWEN_WRAPPERS),
+    Family("Qwen2.5-VL", ("qwen2_5_vl",), VISUAL, QWEN_WRAPPERS,
            note="native resolution; 3-D rope from mm_token_type_ids and image_grid_thw"),
+    Family("Qwen3-VL", ("qwen3_vl", "qwen3_vl_moe"), VISUAL | {"model.visual.deepstack_merger_list": "projector"},
+           QWEN_WRAPPERS),
+    Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), VISUAL, QWEN_WRAPPERS,
+           note="linear attention in three of four layers; earlier turns lose their thoughts, so each reply is a sample"),
+    Family("GLM-4.6V", ("glm4v", "glm46v", "glm4v_moe"), VISUAL, GLM_WRAPPERS, stop="<|user|>"),
     Family("SmolVLM2", ("smolvlm",),
            {"model.vision_model": "vision", "model.connector": "projector", "model.text_model": "language"},
-           collate="stack", note="tiles with row and column tokens; padding tiles are all zero"),
+           collate="stack", packages={"num2words": "num2words"},
+           note="tiles with row and column tokens; padding tiles are all zero"),
+    Family("LFM2-VL", ("lfm2_vl",), TOWER),
+    Family("InternVL", ("internvl",), TOWER,
+           use_instead={f"OpenGVLab/InternVL3_5-{size}": f"OpenGVLab/InternVL3_5-{size}-HF"
+                        for size in ("1B", "2B", "4B", "8B", "14B", "38B")}),
+    Family("PaddleOCR-VL", ("paddleocr_vl",),
+           {"model.visual": "vision", "model.projector": "projector", "model.language_model": "language"},
+           wrappers=("<|IMAGE_START|>", "<|IMAGE_END|>")),
+    Family("Voxtral", ("voxtral",),
+           {"model.audio_tower": "audio", "model.multi_modal_projector": "projector",
+            "model.language_model": "language"},
+           packages={"mistral_common": "mistral-common[audio]", "soundfile": "soundfile"}),
 )
 
 
@@ -53,6 +109,31 @@ def family_of(model_type: str) -> Family:
         if model_type in family.model_types:
             return family
     return Family(f"generic ({model_type})", (model_type,))
+
+
+def refuse_unloadable(base_model: str) -> None:
+    """A StageError before any download, where a published id is known to be no transformers checkpoint."""
+    for family in FAMILIES:
+        if base_model in family.use_instead:
+            raise StageError(f"base_model: {base_model} is published in a format that transformers doesn't load",
+                             f"use the converted checkpoint: base_model: {family.use_instead[base_model]}")
+
+
+def require_packages(family: Family) -> None:
+    """A StageError with the pip line, where a family needs a package that is not installed."""
+    missing = [pip for module, pip in family.packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise StageError(f"{family.name} needs {', '.join(missing)}, not installed here",
+                         f"pip install {' '.join(repr(pip) if '[' in pip else pip for pip in missing)}")
+
+
+def attention(family: Family, config, wanted: str) -> str | dict[str, str]:
+    """The attention kernel for a model's parts: the wanted one, and eager for the sub-configs that know no other."""
+    eager = [name for name in family.eager if getattr(config, name, None) is not None]
+    if not eager:
+        return wanted
+    parts = {name: wanted for name in ("text_config", "vision_config") if getattr(config, name, None) is not None}
+    return {"": wanted, **parts, **{name: "eager" for name in eager}}
 
 
 # ------------------------------------------------------------------------------------------------ the class
@@ -97,6 +178,7 @@ def model_class(config, override: str | None = None) -> type:
 
 # Inside the language model, these path components have a role of their own in every family.
 INNER = {"experts": "experts", "router": "router", "gate": "router", "shared_expert_gate": "router",
+         "modality_router": "router",
          "cross_attn": "cross_attention", "encoder_attn": "cross_attention"}
 
 # For families without a record: the words by which module trees name their parts.
@@ -110,7 +192,17 @@ GUESSES = (("projector", r"projector|projection|connector|merger|aligner|adapter
 class Roles:
     """Which role each module of a model plays: `paths` maps module paths to roles, the longest path wins."""
     paths: dict[str, str]
+    idle: list[str] = field(default_factory=list)
     guessed: bool = False
+
+    @classmethod
+    def of_plan(cls, plan: dict) -> "Roles":
+        """The roles that model.json holds."""
+        return cls(plan["roles"], plan["idle"], plan["roles_guessed"])
+
+    def is_idle(self, name: str) -> bool:
+        """Whether no forward reaches this module or parameter."""
+        return any(name == path or name.startswith(path + ".") for path in self.idle)
 
     def of(self, name: str) -> str | None:
         """The role of a module or parameter name, or None where no path covers it."""
@@ -133,12 +225,27 @@ def roles_of(model, family: Family) -> Roles:
     if model.get_output_embeddings() is not None:
         paths[names[model.get_output_embeddings()]] = "head"
     paths[names[model.get_input_embeddings()]] = "embedding"
-    roles = Roles(paths, guessed=not family.roles)
+    roles = Roles(paths, idle_modules(model, family), guessed=not family.roles)
     homeless = sorted({name for name, _ in model.named_parameters() if roles.of(name) is None})
     if homeless:
         raise StageError(f"{type(model).__name__}: no role for {len(homeless)} parameters, such as {homeless[0]}",
                          f"add a record for {family.model_types[0]!r} to FAMILIES in lib/registry.py")
     return roles
+
+
+def idle_modules(model, family: Family) -> list[str]:
+    """Paths of the modules that no forward of this family reaches, so that nothing waits for their gradient."""
+    if family.idle != "after_feature_layer":
+        return []
+    # The projector reads the hidden states of an inner layer (-2 in LLaVA-1.5): what comes after it is dead weight.
+    layer = model.config.vision_feature_layer
+    names = [name for name, _ in model.named_modules() if name.startswith("model.vision_tower.")]
+    numbers = {int(found[1]) for name in names if (found := re.search(r"\.layers\.(\d+)$", name))}
+    if not isinstance(layer, int) or not numbers:
+        return []
+    last_used = layer - 1 if layer >= 0 else max(numbers) + 1 + layer
+    return [name for name in names if name.endswith(".post_layernorm")
+            or (found := re.search(r"\.layers\.(\d+)$", name)) and int(found[1]) > last_used]
 
 
 def guess_roles(model) -> dict[str, str]:
@@ -170,7 +277,7 @@ def parents(name: str) -> list[str]:
     return [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
 
 
-def lora_linears(model, roles: Roles, wanted: tuple[str, ...]) -> list[str]:
+def lora_linears(model, roles: Roles, family: Family, wanted: tuple[str, ...]) -> list[str]:
     """Names of the linear layers that LoRA adapts when the recipe asks for these roles.
 
     Language means every linear layer inside its decoder layers, cross-attention and shared experts included; what
@@ -179,11 +286,12 @@ def lora_linears(model, roles: Roles, wanted: tuple[str, ...]) -> list[str]:
     import torch
     names = []
     for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear):
+        if not isinstance(module, torch.nn.Linear) or roles.is_idle(name):
             continue
         role = roles.of(name)
         if role in wanted and role != "language":
             names.append(name)
-        elif "language" in wanted and role in ("language", "cross_attention") and re.search(r"\.\d+\.", name):
+        elif ("language" in wanted and role in ("language", "cross_attention") and re.search(r"\.\d+\.", name)
+              and not set(family.no_lora) & set(name.split("."))):
             names.append(name)
     return names

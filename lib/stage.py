@@ -4,8 +4,9 @@
     work = stage.begin(decision)               # None: up to date. Otherwise write below work.path ...
     work.finish()                              # ... and RUN/02_data.partial becomes RUN/02_data
 
-A stage is finished if and only if RUN/STEM/stage.json is there: it is written last inside RUN/STEM.partial, and
-one rename puts the folder in place. So a stage may be killed at any moment, and the next start knows what to do.
+A stage is finished if and only if RUN/STEM/stage.json is there: it is written last inside RUN/STEM.partial,
+and one rename puts the folder in place. So a stage may be killed at any moment, and the next start knows what
+to do: it skips, runs, resumes or refuses.
 The parts: lib/ledger.py compares, lib/folder.py moves and locks, lib/program.py is the command line.
 """
 
@@ -28,7 +29,7 @@ __all__ += ["run_script", "view"]
 
 @dataclass
 class Decision:
-    """What a start should do: `action` is "skip", "run", "resume" or "refuse"; `what` is why, `fix` mends it."""
+    """What a start should do: `action` is skip, run, resume or refuse; `what` is why, `fix` what mends it."""
 
     stem: str
     run: Path
@@ -95,7 +96,7 @@ def _choose(run: Path, stem: str, reads: dict, resume: bool) -> tuple[str, list[
     if checkpoint:
         raise StageError(
             f"{checkpoint} is there to go on from, but since its training began {_count(since_start)}",
-            f"to go on all the same: {again} --resume; to start over, with that as {stem}.old: {again} --force",
+            f"to go on all the same: {again} --resume; to start over and keep {stem}.old: {again} --force",
         )
     return "run", []
 
@@ -124,7 +125,7 @@ def _check_upstream(run: Path, stem: str) -> list[str]:
 
 
 def _check_outputs(final: Path, again: str) -> None:
-    """Nothing; StageError where a finished folder is not as its stage wrote it."""
+    """StageError where a finished folder is not as its stage wrote it."""
     if edited := ledger.edited_outputs(final):
         fix = f"to write it again and keep this folder as {final.name}.old: {again} --force"
         raise StageError(_count(edited), fix)
@@ -154,7 +155,7 @@ class Knobs(SimpleNamespace):
 
 
 class Work:
-    """A started stage, which writes below `path`: RUN/STEM.partial until `finish`."""
+    """A started stage, which writes below `path`: RUN/STEM.partial, and RUN/STEM after `finish`."""
 
     def __init__(self, decision: Decision, leader: bool):
         self.run, self.stem, self.leader = decision.run, decision.stem, leader
@@ -173,7 +174,7 @@ class Work:
         return self.run / stem
 
     def uses(self, path: Path | str, sha256: str | None = None) -> None:
-        """Nothing; from now on this file, or all of this folder, is an input. To be said before it is read.
+        """From now on this file, or all of this folder, is an input: to be said before it is read.
 
         Whoever has hashed the bytes that he reads hands the sha256 in, and saves the hashing.
         """
@@ -181,7 +182,7 @@ class Work:
             self._outside |= ledger.outside(Path(path), sha256)
 
     def finish(self, volatile: tuple[str, ...] = ()) -> None:
-        """Nothing; the stage is finished. `volatile`: files, folders, globs that are no part of the result."""
+        """The stage is finished. `volatile` names files, folders and globs that are no part of its result."""
         if not self.leader:
             return
         seconds = round(time.monotonic() - self._began_seconds, 3)
@@ -191,11 +192,12 @@ class Work:
         ledger.write_json(self.path / "stage.json", content)
         folder.put_in_place(self.run, self.stem)
         folder.unlock(self.path)
-        terminal.say(f"{self.stem} finished in {terminal.duration(seconds)}: {self.run / self.stem}", "green")
+        self.path = self.run / self.stem
+        terminal.say(f"{self.stem} finished in {terminal.duration(seconds)}: {self.path}", "green")
         _say_next(self.stem, self.run)
 
     def _open(self) -> None:
-        """Nothing; the folder is locked, holds only what is gone on with, and says what this start read."""
+        """The folder is locked, holds only what is gone on with, and says what this start read."""
         self.path.mkdir(parents=True, exist_ok=True)
         folder.lock(self.path)
         if self.resuming:
@@ -233,14 +235,14 @@ def begin(decision: Decision, leader: bool = True) -> Work | None:
     if work.resuming:
         terminal.say(f"{work.stem} goes on from {newest_checkpoint(work.path)}")
     if decision.what:
-        terminal.say(f"{work.stem} {'goes on although' if work.resuming else 'runs again'}: {decision.what}")
+        terminal.say(f"{work.stem} {'goes on although' if work.resuming else 'runs'}: {decision.what}")
     return work
 
 
 def view(stem: str, run: Path, own: bool = False) -> Work:
     """A Work that only looks: it writes and locks nothing, and its `path` is RUN/STEM.
 
-    A view of what a start would do needs earlier stages that are true; one of what it wrote (`own`) only that.
+    A view of what a start would do needs up-to-date earlier stages; one of what it wrote (`own`) only that.
     """
     run = Path(run)
     if own and not ledger.finished(run / stem):
@@ -254,6 +256,6 @@ def view(stem: str, run: Path, own: bool = False) -> Work:
 
 
 def _say_next(stem: str, run: Path) -> None:
-    """Nothing; names the command of the stage that follows."""
+    """Names the command of the stage that follows."""
     for later in STAGES[STAGES.index(stem) + 1 :][:1]:
         terminal.next_command(command(later, run))

@@ -17,33 +17,33 @@ _stderr = Console(highlight=False, stderr=True)
 
 
 def say(text: str, style: str = "") -> None:
-    """Nothing; one line, printed as it is: no markup, no wrapping."""
+    """One line, printed as it is: no markup, no wrapping."""
     console.print(text, style=style or None, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
-    """Nothing; a line that asks for attention and stops nothing."""
+    """A line that asks for attention and stops nothing."""
     say(f"warning: {text}", "yellow")
 
 
 def error(what: str, fix: str) -> None:
-    """Nothing; the two lines with which a stage stops."""
+    """The two lines with which a stage stops."""
     _stderr.print(f"error: {what}", style="bold red", markup=False, soft_wrap=True)
     _stderr.print(f"  fix: {fix}", markup=False, soft_wrap=True)
 
 
 def header(stem: str, sentence: str) -> None:
-    """Nothing; the first line of a stage: which one, and what it does."""
+    """The first line of a stage: which one, and what it does."""
     console.print(f"[bold cyan]{escape(stem)}[/]  {escape(sentence)}", soft_wrap=True)
 
 
 def next_command(text: str) -> None:
-    """Nothing; the last line of a stage: how to go on."""
+    """The last line of a stage: how to go on."""
     console.print(f"next: [bold green]{escape(text)}[/]", soft_wrap=True)
 
 
 def table(title: str, columns: list[str], rows: list[list]) -> None:
-    """Nothing; a table whose numbers stand to the right. Without a terminal its columns are only aligned."""
+    """A table whose numbers stand to the right. Without a terminal its columns are only aligned."""
     cells = [[_cell(value) for value in row] for row in rows]
     right = [any(map(_is_number, column)) and not any(isinstance(value, str) for value in column)
              for column in zip(*rows)] or [False] * len(columns)
@@ -96,9 +96,9 @@ class Progress:
         self._first, self._figures = done, ""
         self._bar = progress.Progress(
             progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=16),
-            progress.MofNCompleteColumn(),
-            progress.TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            progress.BarColumn(bar_width=16, table_column=Column(no_wrap=True, min_width=16)),
+            progress.MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            progress.TextColumn("{task.fields[figures]}", table_column=Column()),  # wraps in a narrow window
             console=console,
             disable=QUIET or not console.is_terminal,
         )
@@ -116,7 +116,7 @@ class Progress:
             self._line()
 
     def update(self, done: int, **figures: str) -> None:
-        """Nothing; `done` of `total` are done, and these are the figures of now."""
+        """`done` of `total` are done, and these are the figures of now."""
         self.done = done
         named = (f"{name.replace('_', ' ')} {text}" for name, text in figures.items())
         self._figures = "  ".join(filter(None, [self.left(), *named]))
@@ -131,7 +131,7 @@ class Progress:
         return f"{duration(seconds)} left" if seconds else ""
 
     def _line(self) -> None:
-        """Nothing; where there is no bar, a line says how far it is."""
+        """Where there is no bar, a line says how far it is."""
         if self._bar.disable:
             self._line_seconds, self._line_at = time.monotonic(), self.done
             say(f"{self.title} {self.done}/{self.total}  {self._figures}".rstrip())

@@ -1,25 +1,26 @@
-"""Bad input in tables: a row says what somebody did, and the two lines that it must end with.
+"""Bad input in tables: a row says what somebody did, and the two lines in which it must end.
 
     CASES = (
-        Bad("a missing recipe", ["recipes/nope.yaml"], "recipes/nope.yaml: no such recipe", "ls recipes/"),
-        Bad("an empty recipe", ["r.yaml"], "r.yaml: the recipe is empty", "write `key: value` lines…", {"r.yaml": ""}),
+        Bad("a missing recipe", ["nope.yaml"], "nope.yaml: no such recipe", "ls recipes/"),
+        Bad("an empty recipe", ["r.yaml"], "r.yaml: the recipe is empty", "write …", files={"r.yaml": ""}),
     )
 
     @bad_input(CASES)
-    def test_a_bad_recipe_is_a_two_line_error(case, tmp_path):
+    def test_a_bad_recipe_ends_in_two_lines(case, tmp_path):
         harness.check(case, "01_config", tmp_path)
 
-The folder may hold more than the row's own files: a run finished by earlier stages, say, copied there by a fixture.
+The folder may already hold more than the row's own files, such as a run that earlier stages have finished.
 """
 
 import contextlib
+import fnmatch
 import hashlib
 import importlib
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,8 +31,11 @@ from lib.stage import ROOT, StageError
 
 @dataclass(frozen=True)
 class Bad:
-    """A row: its name, the words after the script's name, the two lines ("…" stands for any text within a line), and
-    the files it needs, {path: text, bytes, or a function that is called with the path}."""
+    """A row of a table of bad input.
+
+    `argv` are the words after the script's name. In `what` and `fix`, the two lines, "…" stands for any text.
+    `files` are written first: {path: text, bytes, or a function that is called with the path}.
+    """
 
     name: str
     argv: list[str]
@@ -40,52 +44,52 @@ class Bad:
     files: dict[str, str | bytes | Callable[[Path], None]] = field(default_factory=dict)
 
 
-def bad_input(cases):
+def bad_input(cases: Iterable[Bad]):
     """The decorator that runs a test once for each row."""
     names = [case.name for case in cases]
     assert len(names) == len(set(names)), "two rows have the same name"
     return pytest.mark.parametrize("case", cases, ids=names)
 
 
-def check(case: Bad, script: str, folder: Path, may_write: tuple[str, ...] = ()) -> None:
-    """Nothing; `main` of a numbered script stops with the row's two lines, every file of the folder is as it was, and
-    none was added beyond the globs in `may_write` (relative to the folder)."""
+def check(case: Bad, script: str, folder: Path, may_write: Iterable[str] = ()) -> None:
+    """Nothing; called in this process, the script stops with the row's two lines, and nothing is lost.
+
+    Every file of the folder is as it was and none is new, but for the globs in `may_write`: relative to the
+    folder, as "runs/*.partial/*", which lets a stage leave a half-written folder behind.
+    """
     write(folder, case.files)
-    before = contents(folder)
+    before = contents(folder, but=may_write)
     error = refusal(script, case.argv, folder)
-    assert_two_lines((error.what, error.fix), case)
-    after = contents(folder)
-    assert {path: after.get(path) for path in before} == before, "the refusal lost or changed a file"
-    added = {path for path in after.keys() - before.keys() if not any(Path(path).match(glob) for glob in may_write)}
-    assert not added, "the refusal left files behind"
+    assert_two_lines(error.what, error.fix, case)
+    assert contents(folder, but=may_write) == before, "the refusal changed, lost or left files"
 
 
 def check_process(case: Bad, script: str, folder: Path) -> None:
-    """Nothing; the script as a process says the row's two lines on stderr, and nothing else, and exits with 1."""
+    """Nothing; the script's process says the row's two lines on stderr, nothing else, and exits with 1."""
     write(folder, case.files)
     done = process(script, case.argv, folder)
     lines = done.stderr.splitlines()
     assert done.returncode == 1 and len(lines) == 2, done.stderr
     assert lines[0].startswith("error: ") and lines[1].startswith("  fix: "), done.stderr
-    assert_two_lines((lines[0].removeprefix("error: "), lines[1].removeprefix("  fix: ")), case)
+    assert_two_lines(lines[0].removeprefix("error: "), lines[1].removeprefix("  fix: "), case)
 
 
 def refusal(script: str, argv: list[str], folder: Path) -> StageError:
-    """The StageError with which `main(argv)` of a script, called in this process from a folder, must stop."""
+    """The StageError with which `main(argv)` of a script stops when it is called from a folder."""
     with contextlib.chdir(folder), pytest.raises(StageError) as caught:
         importlib.import_module(script).main(argv)
     return caught.value
 
 
 def process(script: str, argv: list[str], folder: Path, **env: str) -> subprocess.CompletedProcess:
-    """A script, finished as a process of its own, with its output as text."""
-    one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    return subprocess.run([sys.executable, ROOT / f"{script}.py", *argv], cwd=folder, capture_output=True, text=True,
-                          encoding="utf-8", env=os.environ | one_thread | env)
+    """A numbered script that has ended as a process of its own, with what it said as text."""
+    command = [sys.executable, ROOT / f"{script}.py", *argv]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"} | env
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", env=env)
 
 
 def write(folder: Path, files: dict) -> None:
-    """Nothing; the row's files are in the folder."""
+    """Nothing; the files are in the folder."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -95,14 +99,18 @@ def write(folder: Path, files: dict) -> None:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """{relative path: sha256} of every file under a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def contents(folder: Path, but: Iterable[str] = ()) -> dict[str, str]:
+    """{relative path: sha256} of the files under a folder that match no glob of `but`."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not any(fnmatch.fnmatch(name, glob) for glob in but):
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
 
 
-def assert_two_lines(said: tuple[str, str], case: Bad) -> None:
-    """Nothing; what was said is what the row expects."""
-    for line, expected in zip(said, (case.what, case.fix), strict=True):
+def assert_two_lines(what: str, fix: str, case: Bad) -> None:
+    """Nothing; the two lines are the row's."""
+    for said, expected in ((what, case.what), (fix, case.fix)):
         pattern = re.escape(expected).replace("…", "[^\n]*")
-        assert re.fullmatch(pattern, line), f"\n  said:     {line}\n  expected: {expected}"
+        assert re.fullmatch(pattern, said), f"\n  said:     {said}\n  expected: {expected}"

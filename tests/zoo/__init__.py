@@ -2,9 +2,10 @@
 
     python -m tests.zoo qwen2_5_vl DIR          # or: from tests import zoo; zoo.build("qwen2_5_vl", folder)
 
-A folder holds config.json, generation_config.json, model.safetensors, the tokenizer, processor_config.json and
-chat_template.jinja. The classes, special tokens and turn formats are the family's own; the vocabulary (bytes and a few
-merges), the sizes (64 wide, 2-4 layers, pictures of some 16 patches) and the weights (random, seeded) are ours.
+A folder holds config.json, generation_config.json, model.safetensors, the tokenizer, processor_config.json
+and chat_template.jinja. The classes, special tokens and turn formats are the family's own. Ours are the
+vocabulary (bytes and a few merges), the sizes (64 wide, 2 to 4 layers, pictures of some 16 patches), the
+weights (random, seeded) and the wording of the templates.
 """
 
 import importlib
@@ -20,14 +21,17 @@ VARIANTS = {
 }
 NAMES = tuple(name for names in VARIANTS.values() for name in names)
 TEXT_ONLY = ("llama_text", "gemma3_text", "qwen_text")
+TEMPLATES = Path(__file__).parent / "templates"
 
 
 def build(name: str, folder: str | Path, seed: int = 0, dtype: str = "float32") -> Path:
     """The folder, with the checkpoint of variant `name` written in it.
 
-    The same name, seed and dtype give the same bytes. float32 is for exact comparisons; real checkpoints are bfloat16.
+    The same name, seed and dtype give the same bytes. float32 is for exact comparisons: real checkpoints are
+    bfloat16. A missing package that this family alone needs raises ImportError with the pip command.
     """
-    from tests.zoo.checkpoint import write  # transformers takes seconds to import, and NAMES is read at collection
+    # Here, since importing transformers takes seconds, and pytest's collection needs no more than NAMES.
+    from tests.zoo.checkpoint import write
 
     module = next((module for module, names in VARIANTS.items() if name in names), None)
     if module is None:

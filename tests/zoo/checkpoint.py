@@ -1,5 +1,6 @@
 """Writes a checkpoint folder from the parts that a family's builder gives."""
 
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,17 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, GenerationConfig
 
-# The sizes shared by the language models and by the towers, under the names that most configurations use.
-DECODER = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-}
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEMPLATES = Path(__file__).parent / "templates"
+from tests.zoo import TEMPLATES
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -37,6 +29,25 @@ class Parts:
             self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
 
 
+def decoder(tokenizer, **more) -> dict:
+    """A text configuration: the sizes all families share, the tokenizer's facts, and `more` of the family."""
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, max_position_embeddings=4096)
+    heads = dict(num_attention_heads=4, num_key_value_heads=2)
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    return {"vocab_size": len(tokenizer), **sizes, **heads, **ids, **more}
+
+
+def tower(**more) -> dict:
+    """A vision or audio configuration under the names that most families use, and `more` of the family."""
+    return dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2) | more
+
+
+def require(package: str, needed_by: str, pip: str) -> None:
+    """Nothing; an ImportError that says what to install, where the package is missing."""
+    if importlib.util.find_spec(package) is None:
+        raise ImportError(f"{needed_by} needs {package}: pip install {pip}")
+
+
 def write(parts: Parts, folder: Path, seed: int, dtype: str) -> Path:
     """The folder, with model, tokenizer, processor and template saved in it."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -50,8 +61,8 @@ def write(parts: Parts, folder: Path, seed: int, dtype: str) -> Path:
         eos_token_id=parts.tokenizer.convert_tokens_to_ids(list(parts.stop)),
         pad_token_id=parts.tokenizer.pad_token_id,
     )
-    for tensor in (*model.parameters(), *model.buffers()):  # Module.to would also cast Llama-4's complex rotary table
-        if tensor.is_floating_point():
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():  # model.to(dtype) would also cast Llama-4's complex rotary table
             tensor.data = tensor.data.to(getattr(torch, dtype))
     model.save_pretrained(folder)
     if parts.template:
@@ -69,8 +80,8 @@ def write(parts: Parts, folder: Path, seed: int, dtype: str) -> Path:
 def randomise(model: nn.Module) -> None:
     """Nothing; gives every parameter a value that shows in the logits.
 
-    The families' own initialisation (std 0.02, zeros for gates and for some projectors) makes a narrow model deaf: pictures
-    would not reach the logits and gradients would vanish. Here an output has about the variance of its inputs.
+    The families' own initialisation (std 0.02, zeros for gates and for some projectors) makes a narrow model
+    deaf: pictures would not reach the logits. Here an output has about the variance of its inputs.
     """
     for module in model.modules():
         convolution = isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))

@@ -1,0 +1,23 @@
+"""versions: the oldest libraries that the kit runs with, checked in this one place."""
+from importlib.metadata import PackageNotFoundError, version
+
+from lib.ledger import StageError
+
+MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18", "datasets": "3.0", "pillow": "11.0", "rich": "13.0"}
+
+
+def check() -> None:
+    """Nothing; a StageError names the first library that is missing or too old."""
+    for name, oldest in MINIMUM.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            raise StageError(f"the Python package {name} is not installed", "pip install -r requirements.txt") from None
+        if parts(found) < parts(oldest):
+            raise StageError(f"{name} {found} is too old: the kit needs {oldest} or newer",
+                             "pip install -r requirements.txt")
+
+
+def parts(text: str) -> tuple[int, ...]:
+    """(2, 14, 1) of "2.14.1+cu130"."""
+    return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())
