@@ -1,33 +1,35 @@
 """collator: batches from encoded samples, for every family by three rules about shapes.
 
-1. [1, T] tensors along the tokens are padded on the right: input_ids with pad_id, labels with IGNORE_INDEX, others with 0.
-2. Media tensors of a "cat" family are joined along their first axis; other axes are zero-padded to the largest.
-3. Media tensors of a "stack" family ([1, tiles, …] per row) are zero-padded on every axis, one entry per row; a row without
-   media gets an all-zero entry, which these families' models drop.
+1. What goes along the tokens, [1, T], is padded on the right: input_ids with pad_id, labels with IGNORE_INDEX, others with 0.
+2. Media of a "cat" family are joined along their first axis; other axes are zero-padded to the largest.
+3. Media of a "stack" family, [1, tiles, …], are zero-padded on every axis, one entry per row; a row without media gets an
+   all-zero entry, which these families' models drop.
+
+Fork me to: batch a new kind of tensor (a fourth rule here, its name in the family's record).
 """
 import torch
 import torch.nn.functional as F
 
 from lib.chat import IGNORE_INDEX
 
-PER_TOKEN = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+PER_TOKEN = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat") -> dict[str, torch.Tensor]:
-    """One batch {name: tensor}; [B, T] for what goes along the tokens. Keys that only some rows have are media."""
+    """One batch {name: tensor} of encoded samples; what goes along the tokens is [B, T]."""
     tokens = max(row["input_ids"].shape[1] for row in rows)
     fill = {"input_ids": pad_id, "labels": IGNORE_INDEX}
     batch = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         present = [row[key] for row in rows if key in row]
-        if key in PER_TOKEN and len(present) == len(rows) and present[0].dim() == 2:
-            value = 0 if key not in fill else fill[key]
-            batch[key] = torch.cat([F.pad(t, (0, tokens - t.shape[1]), value=value) for t in present])  # [B, T]
+        nothing = present[0][:, :1] * 0
+        if key in PER_TOKEN:
+            batch[key] = torch.cat([F.pad(t, (0, tokens - t.shape[1]), value=fill.get(key, 0))
+                                    for t in (row.get(key, nothing) for row in rows)])         # [B, T]
         elif style == "stack":
-            empty = torch.zeros_like(present[0][:, :1])
-            batch[key] = cat_padded([row[key] if key in row else empty for row in rows])
+            batch[key] = cat_padded([row.get(key, nothing) for row in rows])                   # [B, tiles, …]
         else:
-            batch[key] = cat_padded(present)
+            batch[key] = cat_padded(present)                                                   # [I or P, …]
     return batch
 
 
@@ -37,5 +39,5 @@ def cat_padded(tensors: list[torch.Tensor]) -> torch.Tensor:
     padded = []
     for t in tensors:
         room = [side for size, target in zip(reversed(t.shape[1:]), reversed(largest)) for side in (0, target - size)]
-        padded.append(F.pad(t, room) if any(room) else t)
+        padded.append(F.pad(t, room))
     return torch.cat(padded)

@@ -1,26 +1,28 @@
 """evaluate: loss on held-out samples, greedy answers, exact match."""
+from collections.abc import Iterable
+
 import torch
 
 from lib.chat import Encoder, tokenizer_of
 from lib.loss import forward_loss
 from lib.parallel import World
-from lib.sampler import Samples, loader, to_device
+from lib.sampler import to_device
 
 
 @torch.no_grad()
-def held_out_loss(model, samples: Samples, world: World, micro_batch_size: int, autocast) -> dict[str, float]:
-    """{loss per supervised token, token accuracy} over all held-out samples, shared out over the ranks."""
-    mine = list(range(len(samples)))[world.rank::world.world_size]
-    batches = [mine[i:i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
-    totals = torch.zeros(3, dtype=torch.float64)
+def held_out_loss(model, batches: Iterable[dict], world: World, autocast) -> dict[str, float]:
+    """{loss per supervised token, token accuracy} over the batches of all ranks."""
+    exact = torch.float32 if world.device.type == "mps" else torch.float64
+    totals = torch.zeros(3, dtype=exact, device=world.device)
     model.eval()
-    for batch in loader(samples, batches, 0, world.device):
+    for batch in batches:
+        tokens = len(batch["targets"])
         with autocast():
-            loss, correct = forward_loss(model, to_device(batch, world.device))
-        totals += torch.tensor([float(loss), float(correct), len(batch["targets"])], dtype=torch.float64)
+            loss, right = forward_loss(model, to_device(batch, world.device))
+        totals += torch.stack([loss.to(totals), right.to(totals), totals.new_tensor(tokens)])
     model.train()
-    loss, correct, tokens = world.sum(totals.to(world.device, torch.float32 if world.device.type == "mps" else None))
-    return {"eval_loss": float(loss / tokens), "eval_token_accuracy": float(correct / tokens)}
+    loss, right, tokens = world.sum(totals).tolist()
+    return {"eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
 
 
 @torch.no_grad()
@@ -36,4 +38,5 @@ def generate(model, encoder: Encoder, text: str, images: list, max_new_tokens: i
 
 def exact_match(answers: list[str], references: list[str]) -> float:
     """The share of answers that equal their reference, blanks around them aside."""
-    return sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True)) / max(1, len(references))
+    right = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
+    return right / max(1, len(references))

@@ -1,37 +1,49 @@
-"""golden: what the trained weights answer, kept as tensors for a fresh process to reproduce.
+"""golden: what was trained and what it answers, kept for a fresh process to reproduce.
 
-Computed in the plain inference forward (no autocast, no dropout, no kit), because that is what serves: under autocast the same
-weights differ by about one percent.
+The logits are those of the plain inference forward (no autocast, no dropout), because that is what serves: under
+autocast the same weights differ by about one percent.
 """
+import hashlib
+import json
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lib.chat import IGNORE_INDEX
+
 POSITIONS = 16                            # logits kept per row: 16 x 262k x 4 bytes = 16 MiB
 
 
 @torch.no_grad()
-def write_golden(model, samples, count: int, path: Path) -> None:
-    """Write the encoded inputs of the first `count` samples and their float32 logits [positions, V] where trained.
+def write_golden(model, weights: dict[str, torch.Tensor], samples, count: int, path: Path) -> None:
+    """Write the inputs of the first `count` samples and the float32 logits [positions, V] where they train.
 
-    Keys: `ROW.NAME` for each tensor that the model takes, `ROW.positions` and `ROW.logits`.
+    Keys: `ROW.NAME` for each tensor that the model takes, `ROW.positions` and `ROW.logits`. In the header: the
+    sample ids, and the sha256 of each of the `weights` by its name.
     """
-    tensors, ids = {}, []
-    for row in range(min(count, len(samples))):
+    tensors = {}
+    rows = range(min(count, len(samples)))
+    for row in rows:
         encoded = samples[row]
         labels = encoded.pop("labels")
-        positions = (torch.nonzero(labels[0, 1:] != -100).flatten())[:POSITIONS]
+        positions = torch.nonzero(labels[0, 1:] != IGNORE_INDEX).flatten()[:POSITIONS]
         inputs = {key: value.to(model.device) for key, value in encoded.items()}
         logits = model(**inputs, use_cache=False).logits[0].cpu()[positions].float()
         tensors |= {f"{row}.{key}": value.contiguous() for key, value in encoded.items()}
         tensors |= {f"{row}.positions": positions, f"{row}.logits": logits.contiguous()}
-        ids.append(samples.records[row]["sample_id"])
-    save_file(tensors, path, metadata={"sample_ids": "\n".join(ids)})
+    header = {"sample_ids": [samples.ids[row] for row in rows],
+              "sha256": {name: fingerprint(tensor) for name, tensor in weights.items()}}
+    save_file(tensors, path, metadata={key: json.dumps(value) for key, value in header.items()})
 
 
-def read_sample_ids(path: Path) -> list[str]:
-    """The ids of the golden rows, in their order."""
-    with safe_open(str(path), "pt") as file:
-        return file.metadata()["sample_ids"].split("\n")
+def fingerprint(tensor: torch.Tensor) -> str:
+    """The sha256 of a tensor's bytes."""
+    return hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+
+
+def read_header(path: Path) -> dict:
+    """{sample_ids: [...], sha256: {tensor name: hash}} of golden.safetensors."""
+    with safe_open(path, "pt") as file:
+        return {key: json.loads(value) for key, value in file.metadata().items()}

@@ -1,9 +1,9 @@
-"""loss: cross-entropy on supervised positions only, a chunk of logits at a time, inside the model's own forward.
+"""loss: cross-entropy on supervised positions only, a chunk of logits at a time, in the model's own forward.
 
-The full logits of a batch ([B, T, V] in float32) are often larger than the model. Here the output head never runs on a position
-that isn't trained, and never on more than CHUNK of them at once.
+The full logits of a batch ([B, T, V] in float32) are often larger than the model. Here the output head never
+runs on a position that isn't trained, and never on more than CHUNK of them at once.
 
-Fork me to: change the objective (edit `chunk_loss`; add a weight per token by carrying it next to `targets`).
+Fork me to: change the objective (`trained_head_loss`, which autograd follows; use it for frozen heads, too).
 """
 from contextlib import contextmanager
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib.chat import IGNORE_INDEX
 
-CHUNK = 256                               # rows of logits alive at once: 256 x 262k x 4 bytes = 256 MiB
+CHUNK = 256                               # rows of logits at once: 256 x 262k x 4 bytes = 256 MiB
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -26,14 +26,14 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def forward_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of token losses, number of correct argmax tokens), fp32 scalars, of one forward through the root module.
+    """(sum of token losses, number of right argmax tokens), scalars, of one forward through the root module.
 
-    batch: the collator's tensors on the model's device, with `positions` and `targets` [N]. Divide by a token count
-    outside: the right one is the whole optimizer step's.
+    batch: the collator's tensors on the model's device, with `positions` and `targets` [N]. Divide by a token
+    count outside: the right one is the whole optimizer step's.
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions", "targets")}
-    head = model.get_output_embeddings()
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    head = model.get_output_embeddings()
     with loss_in_place_of(head, batch["positions"], batch["targets"], softcap) as result:
         model(**inputs, use_cache=False)
     return result[0]
@@ -41,17 +41,16 @@ def forward_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
 
 @contextmanager
 def loss_in_place_of(head, positions, targets, softcap):
-    """Makes one call of the output head compute the loss; the list it yields holds (loss sum, correct count).
+    """Makes one call of the output head compute the loss; the list that it yields then holds what it found.
 
-    The head's caller gets logits with an empty vocabulary axis. Replacing the call, not the model, keeps one way
-    for every family, and the root's hooks (FSDP2, checkpointing) run as in any forward.
+    The head's caller gets logits with an empty vocabulary axis. Replacing the call, not the model, is one way
+    for every family, and hooks on the root (FSDP2's, for one) run as in any forward.
     """
     forward, result = head.forward, []
 
     def loss_instead(hidden):             # [B, T, D]
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)  # [N, D]
-        frozen = isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters())
-        if frozen:
+        if isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters()):
             result.append(FrozenHeadLoss.apply(rows, head.weight, head.bias, targets, softcap))
         else:
             result.append(trained_head_loss(rows, forward, targets, softcap))
@@ -70,44 +69,46 @@ def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
 
 
 def trained_head_loss(rows, head, targets, softcap) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss sum, correct count) where the head trains: its logits are computed again in the backward, by chunks."""
+    """(loss sum, right count) where the head trains: the backward makes its logits again, by chunks."""
     def chunk_loss(hidden, wanted):
-        logits = capped(head(hidden).float(), softcap)
+        logits = capped(head(hidden).float(), softcap)  # [CHUNK, V]
         return F.cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(-1) == wanted).sum()
-    losses, corrects = [rows.new_zeros((), dtype=torch.float32) + 0 * rows.sum()], [targets.new_zeros(())]
-    for hidden, wanted in zip(rows.split(CHUNK), targets.split(CHUNK)):
-        loss, correct = checkpoint(chunk_loss, hidden, wanted, use_reentrant=False)
-        losses.append(loss)
-        corrects.append(correct)
-    return torch.stack(losses).sum(), torch.stack(corrects).sum()
+
+    total, right = 0, 0
+    for hidden, wanted in zip(rows.split(CHUNK), targets.split(CHUNK)):  # no rows: one chunk all the same
+        loss, count = checkpoint(chunk_loss, hidden, wanted, use_reentrant=False)
+        total, right = total + loss, right + count
+    return total, right
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """(loss sum, correct count) for a head that doesn't train: the gradient of each chunk is made with its logits.
+    """(loss sum, right count) for a head that doesn't train: each chunk's gradient is made with its logits.
 
-    Source: the idea of Cut Cross-Entropy (arXiv 2411.09009) in plain torch: d loss / d logits is softmax minus one-hot,
-    so nothing but [N, D] has to outlive the forward. Logits are in the weights' dtype, softmax in float32.
+    Source: the idea of Cut Cross-Entropy (arXiv 2411.09009) in plain torch: d loss / d logits is softmax
+    minus one-hot, so nothing but [N, D] outlives the forward. Logits in the weights' dtype, softmax in fp32.
     """
 
     @staticmethod
     def forward(ctx, rows, weight, bias, targets, softcap):
-        gradient = torch.empty_like(rows)
+        learns = ctx.needs_input_grad[0]  # not in evaluation, which then costs half
+        gradient = torch.empty_like(rows) if learns else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
-        correct = torch.zeros((), dtype=torch.long, device=rows.device)
+        right = targets.new_zeros(())
         for start in range(0, rows.shape[0], CHUNK):
             hidden, wanted = rows[start:start + CHUNK], targets[start:start + CHUNK, None]
             logits = capped(F.linear(hidden.to(weight.dtype), weight, bias).float(), softcap)  # [CHUNK, V]
             log_sum = logits.logsumexp(-1, keepdim=True)
             total += (log_sum - logits.gather(1, wanted)).sum()
-            correct += (logits.argmax(-1, keepdim=True) == wanted).sum()
-            slope = (logits - log_sum).exp_()
-            slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
-            if softcap is not None:
-                slope *= 1 - (logits / softcap) ** 2
-            gradient[start:start + CHUNK] = slope.to(weight.dtype) @ weight
+            right += (logits.argmax(-1, keepdim=True) == wanted).sum()
+            if learns:
+                slope = (logits - log_sum).exp_()
+                slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
+                if softcap is not None:
+                    slope *= 1 - (logits / softcap) ** 2
+                gradient[start:start + CHUNK] = slope.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
-        ctx.mark_non_differentiable(correct)
-        return total, correct
+        ctx.mark_non_differentiable(right)
+        return total, right
 
     @staticmethod
     def backward(ctx, grad_total, _):

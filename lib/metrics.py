@@ -1,17 +1,19 @@
 """metrics: what training writes down: metrics.jsonl, timings.jsonl, and the loss curve made of them.
 
-metrics.jsonl is exact: the same on every machine and after every resume. timings.jsonl holds what is not.
+metrics.jsonl is exact: the same after every resume, and on every machine that computes alike. timings.jsonl
+holds what is not.
 """
 import json
 from pathlib import Path
 
-from lib import parallel, report
+from lib import charts, parallel
+from lib.checkpoint import sync
 
 EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens")
 
 
 class Log:
-    """Appends one line a step on rank 0. On resuming at step N, lines of later steps are cut off first."""
+    """Appends a line a step on rank 0. On resuming at step N, lines of later steps are cut off first."""
 
     def __init__(self, folder: Path, world: parallel.World, steps_per_epoch: int, first_step: int):
         self.folder, self.world, self.steps_per_epoch = folder, world, steps_per_epoch
@@ -22,7 +24,8 @@ class Log:
 
     def step(self, step: int, figures: dict) -> None:
         """Write what one optimizer step found, and how long it took."""
-        self.write({"step": step, "epoch": round(step / self.steps_per_epoch, 4)} | {key: figures[key] for key in EXACT})
+        epoch = round(step / self.steps_per_epoch, 4)
+        self.write({"step": step, "epoch": epoch} | {key: figures[key] for key in EXACT})
         seconds = figures["seconds"]
         timing = {"step": step, "seconds": round(seconds, 4),
                   "tokens_per_second": round(figures["tokens"] * self.world.world_size / seconds, 1),
@@ -40,11 +43,16 @@ class Log:
         """Append to metrics.jsonl."""
         self._append("metrics.jsonl", row)
 
+    def sync(self) -> None:
+        """Wait until metrics.jsonl is on disk: a checkpoint must not outlive the lines that led to it."""
+        if self.world.is_leader:
+            sync(self.folder / "metrics.jsonl")
+
     def draw(self) -> None:
         """Write loss.svg."""
         if self.world.is_leader:
-            svg = report.curve(loss_series(self.folder / "metrics.jsonl"), "optimizer step", "loss per token",
-                               standalone=True)
+            series = loss_series(self.folder / "metrics.jsonl")
+            svg = charts.curve(series, "optimizer step", "loss per token", standalone=True)
             (self.folder / "loss.svg").write_text(svg, encoding="utf-8")
 
     def _append(self, name: str, row: dict) -> None:
@@ -57,7 +65,9 @@ def cut_back(path: Path, last_step: int) -> None:
     """Keep the whole lines up to a step."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
-    path.write_text("".join(kept), encoding="utf-8")
+    half = path.with_name(f".{path.name}.half")
+    half.write_text("".join(kept), encoding="utf-8")
+    half.replace(path)
 
 
 def loss_series(metrics: Path) -> dict[str, list[tuple[int, float]]]:

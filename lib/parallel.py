@@ -1,22 +1,28 @@
 """parallel: one process or many (torchrun), on CUDA, MPS or CPU; the only file that knows which.
 
-For adapters no wrapper module is needed: every rank holds the model, and after the last micro-batch of a step the
-gradients are summed over ranks in one flat buffer. A rank whose rows had no picture simply adds zeros.
+No wrapper module is needed: every rank holds the model, and after a step's last micro-batch the gradients are
+summed over ranks, some tensors at a time. A rank whose rows had no picture, or that had no row, adds zeros.
 """
 import json
 import os
-from collections.abc import Callable, Iterable
+import resource
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from lib.stage import StageError
+
+BUCKET = 2**26                            # gradient elements that are summed over ranks at once: 256 MiB
 
 
 @dataclass(frozen=True)
 class World:
     """This process's place: rank of world_size, and the device it computes on."""
     rank: int
-    local_rank: int
     world_size: int
     device: torch.device
 
@@ -28,7 +34,7 @@ class World:
     def agree(self, decide: Callable[[], str]) -> str:
         """What `decide()` returned on rank 0, on every rank: a short text (JSON for anything with a shape).
 
-        An exception on rank 0 stops the others too, before they wait for it in a collective.
+        Where it raises on rank 0, the others stop too, instead of waiting for a rank that is gone.
         """
         if self.world_size == 1:
             return decide()
@@ -36,21 +42,29 @@ class World:
         if self.is_leader:
             try:
                 text = decide()
-            except BaseException as raised:  # handed on below: the others must not wait for a rank that died
+            except BaseException as raised:  # raised again below, once the others know
                 error = raised
-        message = json.dumps({"failed": error is not None, "text": text}).encode() if self.is_leader else b""
-        size = torch.tensor([len(message)], device=self.device)
-        dist.broadcast(size, src=0)
-        body = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-        if self.is_leader:
-            body.copy_(torch.frombuffer(bytearray(message), dtype=torch.uint8))
-        dist.broadcast(body, src=0)
-        answer = json.loads(bytes(body.tolist()))
+        failed, text = json.loads(self._broadcast(json.dumps([error is not None, text])))
         if error is not None:
             raise error
-        if answer["failed"]:
-            raise SystemExit(1)
-        return answer["text"]
+        if failed:
+            sys.exit(1)
+        return text
+
+    def _broadcast(self, text: str) -> str:
+        """Rank 0's text, on every rank."""
+        sent = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        size = torch.tensor([len(sent)], device=self.device)
+        dist.broadcast(size, src=0)
+        body = sent if self.is_leader else torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(body, src=0)
+        return bytes(body.tolist()).decode()
+
+    def stop(self, what: str, fix: str) -> None:
+        """Never returns: all ranks have found the same mistake, and the first one says it."""
+        if self.is_leader:
+            raise StageError(what, fix)
+        sys.exit(1)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor summed over ranks, in place."""
@@ -62,15 +76,13 @@ class World:
         """Sum .grad over ranks; a parameter without one counts as zeros, on every rank in the same order."""
         if self.world_size == 1:
             return
-        parameters = list(parameters)
-        zero = torch.zeros_like
-        flat = torch.cat([(p.grad if p.grad is not None else zero(p)).flatten().float() for p in parameters])
-        dist.all_reduce(flat)
-        place = 0
-        for p in parameters:
-            piece = flat[place:place + p.numel()].view_as(p).to(p.dtype)
-            place += p.numel()
-            p.grad = piece if p.grad is None else p.grad.copy_(piece)
+        for bucket in buckets(parameters):
+            for p in bucket:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            flat = torch.cat([p.grad.flatten() for p in bucket])
+            dist.all_reduce(flat)
+            for p, piece in zip(bucket, flat.split([p.numel() for p in bucket])):
+                p.grad.copy_(piece.view_as(p))
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -78,19 +90,33 @@ class World:
             dist.barrier()
 
 
-def start() -> World:
-    """Join the other processes that torchrun started, or be alone."""
+def buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
+    """The parameters in lists of at most BUCKET elements, or of one tensor."""
+    bucket, size = [], 0
+    for p in parameters:
+        if bucket and size + p.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(p)
+        size += p.numel()
+    if bucket:
+        yield bucket
+
+
+@contextmanager
+def world() -> Iterator[World]:
+    """This process's World, after joining the others that torchrun started.
+
+    After an error it doesn't take leave: the others may be waiting in a collective, and torchrun ends them.
+    """
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
     device = pick_device(local_rank)
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return World(rank, local_rank, world_size, device)
-
-
-def stop() -> None:
-    """Leave the process group, if there is one."""
-    if dist.is_initialized():
+    if world_size > 1:
+        cuda = device.type == "cuda"
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    yield World(rank, world_size, device)
+    if world_size > 1:
         dist.destroy_process_group()
 
 
@@ -108,7 +134,5 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory used so far: the GPU's own count, or this process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    import resource
-    import sys
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

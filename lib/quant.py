@@ -12,8 +12,8 @@ def kept_linears(model, roles: Roles) -> list[str]:
     """Full names of the linear layers that must stay unquantised: all outside the language role's layers.
 
     transformers matches these from the start of the name: "vision_tower" would skip nothing inside
-    "model.vision_tower", so every name is written out. An explicit list also replaces the default one, which is
-    what keeps the output head; it is among the names here.
+    "model.vision_tower", so every name is written out. An explicit list also replaces the default one, which
+    keeps the output head; it is among the names here.
     """
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     return sorted(linears - set(quantised_linears(model, roles)))
@@ -26,15 +26,22 @@ def quantised_linears(model, roles: Roles) -> list[str]:
 
 
 def plain_options(plan: dict) -> dict | None:
-    """The arguments of transformers' BitsAndBytesConfig for a plan, as JSON can hold them; None where it has none."""
+    """The arguments of transformers' BitsAndBytesConfig for a plan, as JSON can hold them, or None."""
     wanted = plan["quantisation"]
     if wanted is None:
         return None
     if wanted["bits"] == 8:
         return {"load_in_8bit": True, "llm_int8_skip_modules": wanted["kept_linears"], **wanted["options"]}
-    return {"load_in_4bit": True, "llm_int8_skip_modules": wanted["kept_linears"], "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16",
-            "bnb_4bit_quant_storage": "bfloat16", **wanted["options"]}
+    return {"load_in_4bit": True, "llm_int8_skip_modules": wanted["kept_linears"],
+            "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_quant_storage": "bfloat16", "bnb_4bit_compute_dtype": plan["dtype"],
+            **wanted["options"]}
+
+
+def configuration(plan: dict):
+    """transformers' BitsAndBytesConfig for a plan with quantisation."""
+    from transformers import BitsAndBytesConfig
+    return BitsAndBytesConfig(**plain_options(plan))
 
 
 def check(model, plan: dict) -> int:
@@ -44,8 +51,8 @@ def check(model, plan: dict) -> int:
     found = {name for name, module in model.named_modules() if isinstance(module, kinds)}
     wrong = found ^ set(plan["quantisation"]["linears"])
     if wrong:
-        raise StageError(f"quantisation: {len(wrong)} layers differ from the plan, such as {sorted(wrong)[0]}",
-                         "run 03_load_model.py again; if it persists, the record's roles in lib/registry.py are wrong")
+        raise StageError(f"quantisation: {len(wrong)} layers are not as planned, such as {sorted(wrong)[0]}",
+                         "run 03_load_model.py again; else the roles in lib/registry.py are wrong")
     keep_gradients(model)
     return len(found)
 
@@ -53,7 +60,7 @@ def check(model, plan: dict) -> int:
 def keep_gradients(model) -> None:
     """Stop bitsandbytes from repacking weights on CPUs with AVX512_BF16 in the first evaluation forward.
 
-    The repacked layout has no backward: the loss still looks right, and every LoRA gradient is zero from then on.
+    The repacked layout has no backward: the loss looks right, and every LoRA gradient is zero from then on.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

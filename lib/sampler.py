@@ -1,16 +1,17 @@
 """sampler: which samples each optimizer step trains, and the loader that brings them as batches.
 
-The order depends on (seed, epoch) only. A step's samples are fixed before they are dealt out to ranks and micro-batches, so 4x1,
-2x2 and 1x4 train the same, on one rank or several, and resuming at step N needs nothing but N.
+The order depends on (seed, epoch) only. A step's samples are fixed before they are dealt out to ranks and
+micro-batches: 4x1, 2x2 and 1x4 train the same, on one rank or several, and resuming at step N needs N alone.
 """
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lib.chat import Encoder
+from lib.chat import IGNORE_INDEX, Encoder
 from lib.collator import collate
 from lib.loss import supervised_positions
 from lib.stage import StageError
@@ -38,11 +39,6 @@ class Order:
         start = place * self.global_batch_size
         return permutation(self.samples, self.seed, epoch)[start:start + self.global_batch_size]
 
-    def micro_batches(self, step: int, micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-        """One rank's share of a step, cut into micro-batches; may be empty in an epoch's last step."""
-        mine = self.of_step(step)[rank::world_size]
-        return [mine[i:i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
-
 
 @functools.lru_cache(maxsize=4)
 def permutation(samples: int, seed: int, epoch: int) -> list[int]:
@@ -51,23 +47,39 @@ def permutation(samples: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(samples, generator=generator).tolist()
 
 
+def dealt(indices: list[int], micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """One rank's share of a step, cut into micro-batches: none at all where a last step has few samples."""
+    mine = indices[rank::world_size]
+    return [mine[i:i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
+
+
 @dataclass
 class Samples(Dataset):
     """02's samples, encoded one by one in the DataLoader's workers and compared with what 02 measured."""
     records: object
     encoder: Encoder
+    ids: list[str] = field(init=False)
+    input_tokens: list[int] = field(init=False)
+    media_tokens: list[int] = field(init=False)
+    supervised_tokens: list[int] = field(init=False)
+
+    def __post_init__(self):
+        columns = self.records.with_format("arrow")  # as whole columns, since a row would bring its pictures
+        self.ids = columns["sample_id"].to_pylist()
+        self.input_tokens, self.media_tokens, self.supervised_tokens = (
+            columns[f"{kind}_tokens"].to_pylist() for kind in ("input", "media", "supervised"))
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        record = self.records[index]
-        row = self.encoder(record)
-        found = (row["input_ids"].shape[1], int((row["labels"][:, 1:] != -100).sum()))
-        measured = (record["input_tokens"], record["supervised_tokens"])
+        row = self.encoder(self.records[index])
+        found = row["input_ids"].shape[1], int((row["labels"][:, 1:] != IGNORE_INDEX).sum())
+        measured = self.input_tokens[index], self.supervised_tokens[index]
         if found != measured:
-            raise StageError(f"sample {record['sample_id']} has {found[0]} tokens, {found[1]} of them supervised; "
-                             f"02 measured {measured[0]} and {measured[1]}", "run 02_data.py again with these versions")
+            raise StageError(f"sample {self.ids[index]} has {found[0]} tokens, {found[1]} of them trained; "
+                             f"02 measured {measured[0]} and {measured[1]}",
+                             "run 02_data.py again with --force: its libraries or files were others")
         return row
 
 
@@ -83,12 +95,13 @@ class Batcher:
         return batch
 
 
-def loader(samples: Samples, batches: list[list[int]], workers: int, device: torch.device) -> DataLoader:
-    """Yields a batch for each list of indices, in that order; decoding and the processor run in `workers` processes."""
-    encoder = samples.encoder
+def loader(samples: Samples, batches: Iterable[list[int]], workers: int, device: torch.device) -> DataLoader:
+    """A batch for each list of indices, in that order, decoded and encoded in `workers` processes."""
+    encoder, processes = samples.encoder, {}
+    if workers:
+        processes = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
     return DataLoader(samples, batch_sampler=batches, collate_fn=Batcher(encoder.pad_id, encoder.collate),
-                      num_workers=workers, pin_memory=device.type == "cuda",
-                      multiprocessing_context="spawn" if workers else None, prefetch_factor=4 if workers else None)
+                      num_workers=workers, pin_memory=device.type == "cuda", **processes)
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -1,29 +1,30 @@
 """template: conversations as text, by the checkpoint's own chat template, and the characters in it that the model writes.
 
-A reply is what a render gains by it: the render up to the reply without the one before it that asks for it. Where the turn
-ends is seen by rendering a mark in place of the reply's text. Real templates drop, trim and rewrite, so each of these
-renders is checked against the others, and what doesn't fit is a RowError, never a guess.
+A reply is what a render gains by it: the render up to the reply, without the one before it that asks for it. Where its turn
+ends is seen by rendering a mark in place of its text. Real templates drop, trim and rewrite what they are given, so the
+renders are checked against one another, and what doesn't fit is a RowError: a mask is exact, or there is none.
 
-Fork me to: train on other words (Template.conversations decides what a sample is, Template._reply what is trained in it).
+Fork me to: train on other words (`conversations` says what a sample is, `_reply` what is trained in it).
 """
+import functools
 import re
 from dataclasses import dataclass
 
 from jinja2 import TemplateSyntaxError
 
-from lib.sources import RowError
+from lib.chat import placeholders, special_tokens, tokenizer_of
+from lib.messages import RowError, count, has_media, text_parts, texts_of
 from lib.stage import StageError
 
-MARK = "⟦mark⟧"                           # stands in for a text whose place in the render is looked for
-QUOTED_TYPE = re.compile(r"""(['"])type\1: """)         # what a list of typed parts looks like, printed as it is
-MEDIA = ("image", "video", "audio")
+MARK = "⟦mark⟧"                                         # stands in for a text whose place is looked for
+QUOTED_TYPE = re.compile(r"""(['"])type\1: """)         # typed parts that were printed as Python or JSON
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A sample's text, its trained (start, end) characters, and how many of the row's media it shows.
+    """A sample's text, the (start, end) characters in it that are trained, and how many of the row's media it shows.
 
-    `ends_added` counts the replies that the template left without an end of turn, which is put there.
+    `ends_added` counts the replies that the template left without an end of turn, which the kit put there.
     """
     text: str
     spans: list[tuple[int, int]]
@@ -33,55 +34,60 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Reply:
-    """The trained characters of an assistant turn, several where a medium is among them; `ended` by the template or not."""
+    """An assistant turn's trained (start, end) characters, several if media stand among them; `ended` by the template?"""
     spans: list[tuple[int, int]]
     ended: bool
-
-    @property
-    def end(self) -> int:
-        """Behind the last trained character."""
-        return self.spans[-1][1]
-
-
-def tokenizer_of(processor):
-    """The tokenizer inside a processor; a text-only checkpoint's processor is the tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
-
-
-def special_tokens(processor) -> re.Pattern:
-    """Matches every string that the tokenizer turns into a special token, media placeholders included."""
-    tokenizer = tokenizer_of(processor)
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special |= {getattr(processor, f"{kind}_token", None) for kind in MEDIA}
-    longest_first = sorted(special - {None, ""}, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
 class Template:
     """A processor's chat template.
 
-    stops: the tokens at which the checkpoint's generation stops. They tell whether a template whose turns have no end of
-    their own means the next turn's header to be it.
+    stops: the tokens at which the checkpoint's generation stops, beside the tokenizer's eos. They tell which of several
+    tokens ends a turn, and whether a template that writes no end means the next turn's header to be it.
     """
 
     def __init__(self, processor, stops: tuple[str, ...] = ()):
-        self.processor, self.stops = processor, stops
         if not processor.chat_template:
-            raise StageError(f"base_model: this {type(processor).__name__} has no chat template",
-                             "name a .jinja file in the recipe: chat_template: …; or take an instruction-tuned checkpoint")
-        self.special = special_tokens(processor)
-        self.typed = {"user": True}                       # which roles' contents are rendered from typed parts
-        self.typed["user"] = self._takes_parts([], "user")
-        asked = [{"role": "user", "content": text_parts("x")}]
-        self.typed |= {role: self._takes_parts(asked, role) for role in ("system", "assistant", "tool")}
+            raise StageError(f"base_model: its {type(processor).__name__} has no chat template",
+                             "add chat_template: FILE.jinja to the recipe, or name an instruction-tuned checkpoint")
+        self.processor, self.stops = processor, {*stops, tokenizer_of(processor).eos_token}
+        self.special, self.placeholders = special_tokens(processor), placeholders(processor)
+        self.typed: dict[str, bool] = {}                # whether a role's typed parts are rendered as their text
+        for role in ("user", "system", "assistant", "tool"):
+            self.typed[role] = self._takes_parts(role)
+
+    def conversations(self, messages: list[dict]) -> list[Conversation]:
+        """The samples of a row: one with its replies, and one for each reply that a later turn makes the template rewrite.
+
+        Raises RowError where a text holds a special token, is dropped or changed, or a reply isn't found exactly.
+        """
+        self._check_parts(messages)
+        replies = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        if not any(text.strip() for place in replies for text in texts_of(messages[place])):
+            raise RowError("nothing to learn: no assistant message has a text",
+                           "write what the assistant should answer, or remove the row")
+        full = self.render(messages)
+        self._check_other_texts(messages, full)
+        shared, apart = [], []
+        for place in replies:
+            head = messages[:place + 1]
+            upto = self.render(head)
+            reply = self._reply(head, upto)
+            if full.startswith(upto[:reply.spans[-1][1]]):
+                shared.append(reply)
+            else:
+                apart.append(self._ended(head, upto, [reply]))
+        return [self._ended(messages, full, shared), *apart] if shared else apart
 
     # -------------------------------------------------------------------------------------------- messages to text
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """The conversation's text; `prompt` adds the header that asks for the next reply. RowError if it is refused."""
+        return self._apply([self._shaped(message) for message in messages], prompt)
+
+    def _apply(self, messages: list[dict], prompt: bool = False) -> str:
         try:
-            return self.processor.apply_chat_template([self._shaped(m) for m in messages], tokenize=False,
-                                                      add_generation_prompt=prompt)
+            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         except TemplateSyntaxError as error:
             raise StageError(f"chat_template: line {error.lineno}: {error.message}", "mend the template") from None
         except Exception as error:  # templates raise what they like: one of the kit's three boundaries
@@ -90,111 +96,134 @@ class Template:
                            "change the order of roles, or name a chat_template that takes it") from None
 
     def _shaped(self, message: dict) -> dict:
-        """The message as this template takes it: typed parts, or the text alone."""
-        if has_media(message) or self.typed.get(message["role"], True):
+        """The message as this template takes it: typed parts, or their text alone."""
+        if self.typed.get(message["role"], True) or has_media(message):
             return message
         return {**message, "content": "".join(texts_of(message))}
 
-    def _takes_parts(self, before: list[dict], role: str) -> bool:
-        """Whether typed parts of a role come out as their text, rather than as an error, as nothing or as a repr."""
-        self.typed[role] = True
-        around = [{"role": role, "content": text_parts(MARK)}, *before] if role == "system" else \
-                 [*before, {"role": role, "content": text_parts(MARK)}]
+    def _takes_parts(self, role: str) -> bool:
+        """Whether a role's typed parts come out as their text, and not as an error, as nothing or as a printed list."""
+        marked = {"role": role, "content": text_parts(MARK)}
+        asked = self._shaped({"role": "user", "content": text_parts("x")})
         try:
-            text = self.render(around)
+            text = self._apply({"user": [marked], "system": [marked, asked]}.get(role, [asked, marked]))
         except RowError:
             return False
         return MARK in text and not QUOTED_TYPE.search(text)
 
-    # -------------------------------------------------------------------------------------------- rows to samples
+    def _check_parts(self, messages: list[dict]) -> None:
+        """RowError where a text spells a token that only the template may write, or a medium has no token at all."""
+        for number, message in enumerate(messages):
+            if found := self.special.search("".join(texts_of(message))):
+                raise RowError(f"message {number} ({message['role']}) spells the special token {found.group()!r}",
+                               'remove it from the text; a picture is a part {"type": "image"}, not a token in a text')
+            for part in message["content"]:
+                if part["type"] != "text" and part["type"] not in self.placeholders:
+                    raise RowError(f"message {number} ({message['role']}) has an {part['type']}, and base_model takes none",
+                                   f"name a base_model that takes {part['type']}s, or remove them from the row")
 
-    def conversations(self, messages: list[dict]) -> list[Conversation]:
-        """The samples of a row: one with every reply, and one more for each reply that later turns rewrite.
-
-        Raises RowError where a text is dropped or changed or holds a special token, and where a reply isn't found exactly.
-        """
-        refuse_special(messages, self.special)
-        full = self.render(messages)
-        self._check_others(messages, full)
-        shared, apart = [], []
-        for last in (i for i, message in enumerate(messages) if message["role"] == "assistant"):
-            upto = self.render(messages[:last + 1])
-            reply = self._reply(messages[:last + 1], upto)
-            if full.startswith(upto[:reply.end]):
-                shared.append(reply)
-            else:
-                apart.append(self._ended(upto, messages[:last + 1], [reply]))
-        if not any(text.strip() for m in messages if m["role"] == "assistant" for text in texts_of(m)):
-            raise RowError("nothing to learn: no assistant message has a text",
-                           "write what the assistant should answer, or remove the row")
-        return [self._ended(full, messages, shared), *apart] if shared else apart
-
-    def _check_others(self, messages: list[dict], full: str) -> None:
-        """RowError where the render lacks a text that isn't a reply: `_reply` looks after those."""
+    def _check_other_texts(self, messages: list[dict], full: str) -> None:
+        """RowError where a text other than a reply's doesn't stand in the render; `_reply` looks after those."""
         texts, marked = [], []
         for message in messages:
-            parts = message["content"]
-            if message["role"] != "assistant":
-                places = iter(range(len(texts), len(texts) + len(parts)))
-                texts += texts_of(message)
-                parts = [{"type": "text", "text": f"{MARK}{next(places)}."} if part["type"] == "text" else part
-                         for part in parts]
+            parts = list(message["content"])
+            for place, part in enumerate(parts):
+                if part["type"] == "text" and part["text"].strip() and message["role"] != "assistant":
+                    parts[place] = {"type": "text", "text": f"{MARK}{len(texts)}."}
+                    texts.append(part["text"].strip())
             marked.append({**message, "content": parts})
         render = self.render(marked)
-        for place, text in enumerate(texts):
-            if text.strip() and (f"{MARK}{place}." not in render or text.strip() not in full):
-                raise RowError(f"the chat template drops or changes this text: {text.strip()[:60]!r}",
+        for number, text in enumerate(texts):
+            if text not in full or f"{MARK}{number}." not in render:
+                raise RowError(f"the chat template drops or changes this text: {text[:60]!r}",
                                "name a chat_template that renders every message as it stands")
 
+    # -------------------------------------------------------------------------------------------- text to spans
+
     def _reply(self, messages: list[dict], upto: str) -> Reply:
-        """Where the last message, an assistant's, stands in the render of these messages."""
+        """Where the last message, an assistant's, stands in `upto`, the render of these messages."""
         before, reply = messages[:-1], messages[-1]
         parts, texts = reply["content"], texts_of(reply)
-        if not parts or parts[-1]["type"] != "text":      # a mark behind the last medium shows where the turn ends
+        if not parts or parts[-1]["type"] != "text":    # a mark behind the last medium shows where the turn ends
             parts, texts = [*parts, *text_parts("")], [*texts, ""]
-        marks = [part if part["type"] != "text" else {"type": "text", "text": MARK} for part in parts]
-        gaps = self.render([*before, {**reply, "content": marks}]).split(MARK)
-        prompt = self.render(before, prompt=True) if before else ""
-        start = next((len(head) for head in (prompt, gaps[0]) if head and upto.startswith(head)), None)
-        stop = len(upto) - len(gaps[-1])
-        if len(gaps) != len(texts) + 1 or start is None or not start <= stop or not upto.endswith(gaps[-1]):
-            raise lost("the chat template's finished turn doesn't begin or end as its prompt and other replies do")
-        if not all(text.strip() in upto[start:stop] for text in texts):
-            raise lost("the chat template drops or changes an assistant's text")
-        spans = self._between_media(upto, start, texts, gaps) if has_media(reply) else [(start, stop)]
-        ending = self.special.search(upto, stop)
-        end = ending.end() if ending else len(upto.rstrip())
-        ended = end > stop
-        return Reply([*spans[:-1], (spans[-1][0], max(end, stop))], ended)
+        marks = [{"type": "text", "text": MARK} if part["type"] == "text" else part for part in parts]
+        head, *gaps = self.render([*before, {**reply, "content": marks}]).split(MARK)
+        prompt = self.render(before, prompt=True) if before else head
+        start = next((len(known) for known in (prompt, head) if upto.startswith(known)), None)
+        stop = len(upto) - len(gaps[-1]) if len(gaps) == len(texts) and upto.endswith(gaps[-1]) else 0
+        if start is None or stop < start or not all(text.strip() in upto[start:stop] for text in texts):
+            raise unclear("the chat template's finished turn is not its prompt, the assistant's text and an end")
+        cuts = self._media_in(upto, start, texts, [head, *gaps]) if has_media(reply) else []
+        end = self._end_of_turn(upto, stop)
+        edges = [start, *(edge for cut in cuts for edge in cut), end]
+        spans = list(zip(edges[::2], edges[1::2]))
+        return Reply([(a, b) for a, b in spans[:-1] if a < b] + spans[-1:], ended=end > stop)
 
-    def _between_media(self, upto: str, start: int, texts: list[str], gaps: list[str]) -> list[tuple[int, int]]:
-        """The spans of a reply with media: its texts, without what the template writes for the media among them."""
-        place, spans = len(gaps[0]), []
-        if self.special.search(upto, start, place):       # a medium stands before the first text
-            start = place
+    def _end_of_turn(self, upto: str, stop: int) -> int:
+        """Where the turn ends whose text ends at `stop`: behind the next special token, or the stop token that follows it."""
+        found = self.special.search(upto, stop)
+        if not found:
+            return max(stop, len(upto.rstrip()))
+        first = found.end()
+        while found:                                    # Cohere's turns end with two tokens, and generation at the second
+            if found.group() in self.stops:
+                return found.end()
+            found = self.special.match(upto, found.end())
+        return first
+
+    def _media_in(self, upto: str, start: int, texts: list[str], gaps: list[str]) -> list[tuple[int, int]]:
+        """The characters that the template wrote for the media among a reply's texts: their tokens and what is around them."""
+        place, cuts = len(gaps[0]), []
+        if not upto.startswith(gaps[0]):
+            raise unclear("the media in an assistant's turn can't be told from its text")
+        if self.special.search(upto, start, place):
+            cuts.append((start, place))
         for text, gap in zip(texts, gaps[1:]):
             shown = next((t for t in (text, text.strip()) if upto.startswith(t + gap, place)), None)
-            if shown is None or not upto.startswith(gaps[0]):
-                raise lost("the texts of an assistant's turn can't be told from the media in it")
+            if shown is None:
+                raise unclear("the media in an assistant's turn can't be told from its text")
             place += len(shown)
-            spans.append((start, place))
+            cuts.append((place, place + len(gap)))
             place += len(gap)
-            if not self.special.search(gap):              # no medium between these two texts: one span
-                start = spans.pop()[0]
-            else:
-                start = place
-        return spans if spans and spans[-1][1] + len(gaps[-1]) == len(upto) else [*spans, (start, len(upto) - len(gaps[-1]))]
+        return [(a, b) for a, b in cuts[:-1] if self.special.search(upto, a, b)]
 
-    def _ended(self, text: str, messages: list[dict], replies: list[Reply]) -> Conversation:
-        """The conversation, with an end behind each reply that the template left without one."""
+    def _ended(self, messages: list[dict], text: str, replies: list[Reply]) -> Conversation:
+        """The conversation, with an end put behind each reply that the template left without one."""
         spans, added = [], 0
-        shift = 0
         for reply in replies:
+            shift = added * len(self.closing) if added else 0
             *whole, (start, end) = [(a + shift, b + shift) for a, b in reply.spans]
             if not reply.ended:
-                closing = self._closing_token()
-                if not text.startswith(closing, end):
-                    text, shift, added = text[:end] + closing + text[end:], shift + len(closing), added + 1
-                end += len(closing)
+                if not text.startswith(self.closing, end):
+                    text, added = text[:end] + self.closing + text[end:], added + 1
+                end += len(self.closing)
             spans += [*whole, (start, end)]
-        return Conversation(text, spans, self._count_media(text, messages), added)
+        return Conversation(text, spans, self._count_media(messages, text), added)
+
+    @functools.cached_property
+    def closing(self) -> str:
+        """What ends a turn for which the template writes no end: the next header if generation stops at it, else eos."""
+        turns = [{"role": role, "content": text_parts(text)} for role, text in
+                 (("user", "x"), ("assistant", MARK), ("user", "x"))]
+        header = self.special.match(self.render(turns).partition(MARK)[2].lstrip())
+        if header and header.group() in self.stops:
+            return header.group()
+        if tokenizer_of(self.processor).eos_token is None:
+            raise StageError("the chat template ends no turn, and the tokenizer has no eos token to end it with",
+                             "name a chat_template that writes an end-of-turn token after each reply")
+        return tokenizer_of(self.processor).eos_token
+
+    def _count_media(self, messages: list[dict], text: str) -> int:
+        """How many media these messages have; RowError unless the render shows as many."""
+        kinds = [part["type"] for message in messages for part in message["content"] if part["type"] != "text"]
+        for kind in sorted(set(kinds)):
+            shown = text.count(self.placeholders[kind])
+            if shown != kinds.count(kind):
+                raise RowError(f"{count(kinds.count(kind), kind)} in the messages, {shown} in the chat template's render",
+                               f"name a chat_template that shows every {kind}, or remove them from the row")
+        return len(kinds)
+
+
+def unclear(reason: str) -> RowError:
+    """The reject of a row whose replies can't be told from the rest of its render."""
+    return RowError(reason, "name a chat_template whose replies stand as they are given")

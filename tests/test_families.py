@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
-from lib import chat, collator, loss, model, registry
+from lib import adapter, chat, loss, model, registry
 from lib.sampler import Batcher
+from lib.template import Template
 from tests import zoo
 
 NAMES = [name for name in zoo.NAMES if name != "voxtral"]          # sounds are not read yet
@@ -100,7 +101,7 @@ class Subject:
 
     @cached_property
     def processor(self):
-        return chat.load_processor(self.folder, family=self.family)
+        return chat.complete(chat.load_processor(self.folder), self.family)
 
     @cached_property
     def encoder(self):
@@ -108,7 +109,7 @@ class Subject:
 
     @cached_property
     def template(self):
-        return chat.Template(self.processor, self.family)
+        return Template(self.processor, chat.stop_tokens(self.folder, self.processor))
 
     def conversation(self, *turns):
         """Messages from (number of pictures, question, answer) turns."""

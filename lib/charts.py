@@ -1,0 +1,234 @@
+"""Charts as SVG, as strings: histograms and curves, inside a page or as a file of their own (05's loss.svg).
+
+Apart from lib/report.py, because training draws a curve: so an edit of a page is none of training's source.
+Fork me to: change the colours (LIGHT, DARK, CHART_CSS), or draw another chart.
+"""
+import math
+import re
+import statistics
+from html import escape
+from itertools import pairwise
+
+# `good` is the one accent: what is trained, and what training made right. `s0`.. are the lines of a chart.
+LIGHT = {"paper": "#ffffff", "wash": "#f3f4f6", "rule": "#dfe2e7", "muted": "#59616b", "ink": "#14171a",
+         "good": "#08704f", "learnt": "#d7f1e4", "bad": "#b3372b",
+         "s0": "#08704f", "s1": "#bf5408", "s2": "#2b62c4", "s3": "#8440b0"}
+DARK = {"paper": "#111417", "wash": "#1d2126", "rule": "#2e343b", "muted": "#a0a9b4", "ink": "#e9ebee",
+        "good": "#55d6a8", "learnt": "#143d30", "bad": "#ff9182",
+        "s0": "#55d6a8", "s1": "#ffab66", "s2": "#86b1ff", "s3": "#d09bf5"}
+CHART_CSS = """
+svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--muted) }
+svg .ink { fill: var(--ink) } svg .good { fill: var(--good) } svg .bad { fill: var(--bad) }
+svg .strong { font-weight: 650 } svg .title { font-size: 22px } svg .answer { font-size: 15px }
+svg .end { text-anchor: end } svg .mid { text-anchor: middle }
+svg .paper { fill: var(--paper); stroke: var(--rule) } svg .wash { fill: var(--wash) }
+svg .frame { fill: none; stroke: var(--rule) }
+svg .bar { fill: var(--s0) } svg .grid { stroke: var(--rule) }
+svg .mark { stroke: var(--ink); stroke-dasharray: 3 3 }
+svg .line { fill: none; stroke-width: 2; stroke-linejoin: round } svg circle.line { fill: var(--paper) }
+svg .s0 { stroke: var(--s0) } svg .s1 { stroke: var(--s1) }
+svg .s2 { stroke: var(--s2) } svg .s3 { stroke: var(--s3) }
+svg .d1 { stroke-dasharray: 7 4 } svg .d2 { stroke-dasharray: 2 3 } svg .d3 { stroke-dasharray: 10 3 2 3 }
+svg line, svg polyline { vector-effect: non-scaling-stroke }
+svg .raw { stroke-width: 1; opacity: .35 } svg .raw, svg circle { stroke-dasharray: none }
+"""
+
+
+def histogram(values, label, unit="tokens", marks=()):
+    """A histogram with its median and maximum. marks: [(value, name)], more lines, as for sequence_len."""
+    kept = [value for value in values if _is_usable(value)]
+    left_out = f" ({len(values) - len(kept)} without a value)" if len(kept) < len(values) else ""
+    if not kept:
+        return _chart(f'<p class="note">No values{left_out}.</p>', "half", label)
+    start, step, counts = _bins(kept)
+    end = start + step * len(counts)
+    shown = {}
+    for value, name in ((statistics.median(kept), "median"), (max(kept), "max"), *marks):
+        if _is_usable(value):
+            shown[value] = f"{shown[value]}, {name}" if value in shown else name
+    near = {value: name for value, name in shown.items() if start <= value <= end + (end - start) / 2}
+    far = "".join(f", {name} {number(value, 4)}" for value, name in shown.items() if value not in near)
+    x = Scale([start, end, *near], 48, 404, snap=False)
+    y = Scale([0, max(counts)], 206, 66)
+    x.ticks = [tick for tick in x.ticks if tick % 1 == 0 or step < 1]  # no half tokens,
+    y.ticks = [tick for tick in y.ticks if tick % 1 == 0]  # no half samples
+    bars = "".join(
+        f'<rect class="bar" x="{x.at(low) + .5:.1f}" width="{max(x.at(low + step) - x.at(low) - 1, 1):.1f}" '
+        f'y="{y.at(count):.1f}" height="{206 - y.at(count):.1f}"><title>{number(low, 4)} to '
+        f'{number(low + step, 4)}: {count:,}</title></rect>'
+        for low, count in ((start + n * step, count) for n, count in enumerate(counts)) if count)
+    words = ", ".join(f"{name} {number(value, 4)}" for value, name in shown.items())
+    svg = drawing(420, 250, f"Histogram of {label}: {len(kept):,} values, {words} {unit}",
+               _grid(x, y, unit) + bars + _marks(near, x, 66, 206))
+    return _chart(svg, "half", label + far + left_out)
+
+
+def _bins(values):
+    """(start, step, counts) of about 16 bins of a round width; whole numbers a bin each sit in its middle."""
+    low, high = min(values), max(values)
+    whole = all(float(value).is_integer() for value in values)
+    step = _round_step((high - low) / 16 or (not whole and abs(high) / 16) or 1)
+    step = max(step, 1) if whole else step
+    start = math.floor(low / step) * step - (0.5 if whole and step == 1 else 0)
+    counts = [0] * (int((high - start) / step) + 1)
+    for value in values:
+        counts[int((value - start) / step)] += 1
+    return (start, step, counts) if len(counts) > 1 else (start - 2 * step, step, [0, 0, *counts, 0, 0])
+
+
+def _marks(marks, x, top, bottom):
+    """Dashed lines with a name above; a name that would touch its neighbour goes a row higher."""
+    html, row_ends = [], []
+    for value, name in sorted(marks.items()):
+        words, place = f"{name} {number(value, 4)}", x.at(value)
+        width = 7.6 * len(words)
+        left = min(max(place - width / 2, 0), 420 - width)
+        row = next((n for n, end in enumerate(row_ends) if end < left), len(row_ends))
+        row_ends[row:row + 1] = [left + width + 6]
+        y = top - 8 - 18 * row
+        html.append(f'<line class="mark" x1="{place:.1f}" x2="{place:.1f}" y1="{y + 4}" y2="{bottom}"/>'
+                    f'<text class="ink mid" x="{left + width / 2:.1f}" y="{y}">{escape(words)}</text>')
+    return "".join(html)
+
+
+def curve(series, x_label, y_label, log_y=False, standalone=False):
+    """A line chart of {name: [(x, y), ...]}: smoothed over faint raw where a line jumps about."""
+    usable = {name: [(x, y) for x, y in points
+                     if _is_usable(x) and _is_usable(y) and (y > 1e-300 or not log_y)]
+              for name, points in series.items()}
+    lines = {name: sorted(points) for name, points in usable.items() if points}
+    if not lines:
+        words = f"{y_label}: no values"
+        svg = drawing(720, 40, words, f'<text x="0" y="24">{escape(words)}</text>', standalone)
+        return svg if standalone else _chart(svg)
+    x = Scale([x for points in lines.values() for x, _ in points], 64, 706, snap=False)
+    names = {name: f"s{n % 4} d{(n + n // 4) % 4}" for n, name in enumerate(lines)}  # colour, dash: 16 pairs
+    legend, top = _legend(names, y_label)
+    y = Scale([y for points in lines.values() for _, y in points], 300, top, log=log_y)
+    body = legend + _grid(x, y, x_label) + "".join(_line(lines[name], x, y, names[name]) for name in lines)
+    last = ", ".join(f"{name} ends at {number(points[-1][1], 3)}" for name, points in lines.items())
+    svg = drawing(720, 350, f"{y_label} by {x_label}: {last}", body, standalone)
+    return svg if standalone else _chart(svg)
+
+
+def _legend(names, y_label):
+    """(html, where the chart may begin): the label, then each line with its name, in rows."""
+    html = [f'<text class="ink strong" x="0" y="20">{escape(y_label)}</text>']
+    left, y = 40 + 11 * len(y_label), 20  # 11 a letter leaves room for the larger ones of a phone
+    for name, kind in names.items() if len(names) > 1 or y_label not in names else ():
+        if left + 36 + 11 * len(name) > 720:
+            left, y = 0, y + 24
+        html.append(f'<line class="line {kind}" x1="{left}" x2="{left + 28}" y1="{y - 4.5}" y2="{y - 4.5}"/>'
+                    f'<text x="{left + 36}" y="{y}">{escape(name)}</text>')
+        left += 68 + 11 * len(name)
+    return "".join(html), y + 28
+
+
+def _line(points, x, y, colour):
+    """One series. A long one is thinned: to its extremes, so that a spike stays, and to means to smooth."""
+    def path(line, kind=""):
+        places = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in line)
+        return f'<polyline class="line {kind}{colour}" points="{places}"/>'
+    size = math.ceil(len(points) / 600)
+    chunks = [points[n:n + size] for n in range(0, len(points), size)]
+    raw = [point for chunk in chunks for point in
+           sorted({min(chunk, key=lambda p: p[1]), max(chunk, key=lambda p: p[1])})]
+    if len(points) <= 40:
+        return path(points) + "".join(
+            f'<circle class="line {colour}" cx="{x.at(a):.1f}" cy="{y.at(b):.1f}" r="3"/>' for a, b in points)
+    heights = [b for _, b in points]
+    if sum(abs(b - a) for a, b in pairwise(heights)) <= 3 * (max(heights) - min(heights)):
+        return path(raw)  # it is smooth: a learning rate's corner stays a corner
+    means = [tuple(statistics.fmean(column) for column in zip(*chunk)) for chunk in chunks]
+    reach = max(2, len(means) // 40)
+    smooth = []
+    for n, (a, _) in enumerate(means):  # a centred mean: unlike a running one it doesn't lag behind
+        near = max(reach // 2, min(reach, n, len(means) - 1 - n))
+        smooth.append((a, statistics.fmean(b for _, b in means[max(0, n - near):n + near + 1])))
+    return path(raw, "raw ") + path(smooth)
+
+
+class Scale:
+    """Places of values along a line of pixels; ticks are round values, and snap ends the scale on two."""
+
+    def __init__(self, values, start, end, log=False, snap=True):
+        low, high = (math.log10(f(values)) if log else f(values) for f in (min, max))
+        if not log and 0 <= low <= high / 2:
+            low = 0
+        if high - low <= 1e-9 * max(abs(high), abs(low)):  # one value: give it room on both sides
+            room = 1 if log else abs(low) / 2 or 1
+            low, high = low - room, high + room
+        if log and high - low <= 3:
+            powers = range(math.floor(low), math.ceil(high) + 1)
+            rounds = [power + math.log10(factor) for power in powers for factor in (1, 2, 5)]
+        else:
+            step = _round_step((high - low) / 5)
+            step = max(step, 1) if log else step
+            rounds = [n * step for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
+        slack = 1e-9 * (high - low)
+        if snap:
+            low = max(value for value in rounds if value <= low + slack)
+            high = min(value for value in rounds if value >= high - slack)
+        ticks = [value for value in rounds if low - slack <= value <= high + slack]
+        self.ticks = [10 ** tick for tick in ticks] if log else ticks
+        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
+
+    def at(self, value):
+        """The pixel of a value."""
+        value = math.log10(value) if self.log else value
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def _round_step(step):
+    """The next of 1, 2, 5, 10, 20, 50 … that is no smaller than step."""
+    step = max(step, 1e-300)
+    power = 10 ** math.floor(math.log10(step))
+    return next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= step * (1 - 1e-9))
+
+
+def _grid(x, y, x_label):
+    html = [f'<text class="mid" x="{(x.start + x.end) / 2}" y="{y.start + 41}">{escape(x_label)}</text>']
+    for tick in y.ticks:
+        at = y.at(tick)
+        html.append(f'<line class="grid" x1="{x.start}" x2="{x.end}" y1="{at:.1f}" y2="{at:.1f}"/>'
+                    f'<text class="end" x="{x.start - 8}" y="{at + 4.5:.1f}">{number(tick)}</text>')
+    html += [f'<text class="mid" x="{x.at(tick):.1f}" y="{y.start + 20}">{number(tick)}</text>'
+             for tick in x.ticks]
+    return "".join(html)
+
+
+def number(value, digits=9):
+    """A number as short as it can be: 1,024 and 12.5k, 0.05 and 2e-4."""
+    if not math.isfinite(value):
+        return str(value)
+    if 0 < abs(value) < 1e-3 or abs(value) >= 1e15:
+        mantissa, exponent = f"{value:.{min(digits, 3) - 1}e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(unit, 1e4):
+            return f"{value / unit:.{digits}g}{letter}"
+    return f"{value:,.{digits}g}"
+
+
+def _is_usable(value):
+    """True for a number that a chart can place: not None, NaN or infinite, and its square fits a float."""
+    return value is not None and abs(value) < 1e150
+
+
+def _chart(content, kind="", caption=""):
+    caption = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+    return f'<figure class="chart {kind}">{caption}{content}</figure>'
+
+
+def drawing(width, height, label, body, standalone=False, margin=16):
+    """An <svg>. Standalone it carries its own paper and colours, for it may be shown on any ground."""
+    if not standalone:
+        return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
+    light, dark = (re.sub(r"var\(--(\w+)\)", lambda name: colours[name[1]], CHART_CSS)
+                   for colours in (LIGHT, DARK))
+    wide, high = width + 2 * margin, height + 2 * margin
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-margin} {-margin} {wide} {high}" '
+            f'width="{wide}" height="{high}" role="img"><title>{escape(label)}</title>\n<style>{light}'
+            f'@media (prefers-color-scheme: dark) {{{dark}}}</style>\n'
+            f'<rect class="paper" x="{.5 - margin}" y="{.5 - margin}" rx="8" '
+            f'width="{wide - 1}" height="{high - 1}"/>{body}</svg>\n')

@@ -1,0 +1,138 @@
+"""messages: a row of any data set as the one shape that the rest of the kit knows.
+
+A message is {role, content}, its content a list of parts: {"type": "text", "text": …} or {"type": "image"}. The pictures
+themselves stand beside the messages, in the order of their parts.
+
+Fork me to: accept another shape of row (`normalise`).
+"""
+MEDIA_COLUMNS = {"images": "image", "image": "image"}
+PLACES = ("image", "path", "url", "bytes")           # keys under which a part may name its picture
+ROLES = ("system", "user", "assistant", "tool")
+WRITE = 'write {"role": …, "content": …}'
+
+
+class RowError(ValueError):
+    """A row that can't be used: RowError(reason, fix), both one line."""
+
+    def __init__(self, reason: str, fix: str):
+        super().__init__(reason)
+        # JSON can hold halves of surrogate pairs, which no file or terminal takes.
+        self.reason, self.fix = (text.encode("utf-8", "backslashreplace").decode() for text in (reason, fix))
+
+
+def normalise(row, field_messages: str | None = None) -> tuple[list[dict], list]:
+    """(messages, pictures) of a row, the pictures as the row gives them. RowError where it can't be one.
+
+    Pictures named in parts keep their place. Those of an image column fill the bare {"type": "image"} parts, over all
+    turns in order, or go before the first user text where the row has no such part.
+    """
+    if not isinstance(row, dict):
+        raise RowError(f"a row must be an object, not {name_of(row)}", 'write {"messages": […]}')
+    key = field_messages or "messages"
+    if not isinstance(row.get(key), list) or not row[key]:
+        raise RowError(f"no list of messages under {key!r}; the row has {shortened(', '.join(map(str, row)) or 'nothing')}",
+                       "write the conversation there, or name its key with field_messages")
+    if row.get("tools"):
+        raise RowError("the row has tools, which aren't rendered yet", "remove the row, or its tools")
+    messages = [message_of(message, number) for number, message in enumerate(row[key])]
+    listed = [picture for column in MEDIA_COLUMNS for picture in as_list(row.get(column))]
+    return messages, fill(messages, listed)
+
+
+def message_of(message, number: int) -> dict:
+    """A message with typed content; pictures are still in their parts, under "source"."""
+    if not isinstance(message, dict):
+        raise RowError(f"message {number} is {name_of(message)}, not an object", WRITE)
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise RowError(f"message {number} has the role {shortened(repr(role))}", f"use one of {', '.join(ROLES)}")
+    unknown = [key for key, value in message.items() if key not in ("role", "content") and value not in (None, [], {})]
+    if unknown:
+        raise RowError(f"message {number} ({role}) has {shortened(repr(unknown[0]))}, which isn't rendered yet",
+                       "remove that key, or put its text into the content")
+    if isinstance(content, str):
+        content = text_parts(content)
+    if not isinstance(content, list):
+        raise RowError(f"message {number} ({role}) has no content", "write a text or a list of typed parts")
+    message = {"role": role, "content": [part_of(part, number) for part in content]}
+    if any("\ud800" <= character <= "\udfff" for text in texts_of(message) for character in text):
+        raise RowError(f"message {number} ({role}) holds half a surrogate pair, which is no character",
+                       "write that character whole, or remove it")
+    return message
+
+
+def part_of(part, number: int) -> dict:
+    """A part of a message's content; a picture's has "source", None where a column is to fill it."""
+    kind = part.get("type") if isinstance(part, dict) else name_of(part)
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise RowError(f"message {number} has a text part without a text", 'write {"type": "text", "text": …}')
+        return {"type": "text", "text": part["text"]}
+    if kind == "image":
+        source = next((part[key] for key in PLACES if part.get(key) is not None), None)
+        if isinstance(part.get("base64"), str):
+            source = f"data:;base64,{part['base64']}"
+        return {"type": "image", "source": source}
+    raise RowError(f"message {number} has a part of type {shortened(repr(kind))}", "use text or image")
+
+
+def as_list(value) -> list:
+    """An image column's value as a list: one picture, several, none or null."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def fill(messages: list[dict], listed: list) -> list:
+    """The pictures of all parts in order. What is left of their parts is {"type": "image"}."""
+    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+    bare = [part for part in parts if part["source"] is None]
+    if listed and not parts:
+        first = next((message for message in messages if message["role"] == "user"), None)
+        if first is None:
+            raise RowError(f"{count(len(listed), 'picture')}, but no user message to stand in", "add a user message")
+        parts = [{"type": "image", "source": picture} for picture in listed]
+        first["content"][:0] = parts
+    elif len(bare) != len(listed):
+        raise RowError(f"{count(len(bare), 'image placeholder')}, but {count(len(listed), 'listed picture')}",
+                       'write one {"type": "image"} part for each entry of the image column')
+    else:
+        for part, picture in zip(bare, listed):
+            part["source"] = picture
+    for number, message in enumerate(messages):
+        if parts and any("<image>" in text for text in texts_of(message)):
+            raise RowError(f"message {number} has <image> in its text, which is only characters here",
+                           'write a part {"type": "image"} in its place')
+    return [part.pop("source") for part in parts]
+
+
+def text_parts(text: str) -> list[dict]:
+    """A message's content that is one text."""
+    return [{"type": "text", "text": text}]
+
+
+def texts_of(message: dict) -> list[str]:
+    """The texts of a message's parts."""
+    return [part["text"] for part in message["content"] if part["type"] == "text"]
+
+
+def has_media(message: dict) -> bool:
+    """Whether a message has a part that is not text."""
+    return any(part["type"] != "text" for part in message["content"])
+
+
+def count(number: int, word: str) -> str:
+    """A number with its noun: "1 picture", "2 pictures"."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def name_of(value) -> str:
+    """What a JSON value is, as in "a list"."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def shortened(text: str) -> str:
+    """At most 80 characters of a text, in one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:79]}…"

@@ -1,0 +1,135 @@
+"""plan: what a recipe's model is, made of its config and empty tensors, so the same on every machine.
+
+It is 03's model.json. Scripts 03 to 06 load by it and by nothing else (lib/model.py), and compare with it.
+"""
+import contextlib
+import json
+import logging
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+
+from lib import quant, registry, terminal
+from lib.registry import Roles
+from lib.stage import StageError
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # regrets, at import, kernels that nobody needs
+
+
+def make_plan(knobs) -> dict:
+    """The plan of a recipe: class, revision, dtype, quantisation, roles with counts. No weights are read."""
+    config = load_config(knobs.base_model, knobs.revision, knobs.trust_remote_code)
+    check_weight_files(knobs.base_model)
+    family = registry.family_of(config.model_type)
+    registry.require_packages(family)
+    plan = {"base_model": knobs.base_model, "trust_remote_code": knobs.trust_remote_code,
+            "revision": getattr(config, "_commit_hash", None) or knobs.revision,
+            "model_type": config.model_type, "family": family.name,
+            "class": registry.model_class(config, knobs.model_type).__name__,
+            "dtype": "float32" if knobs.bf16 is False else "bfloat16",
+            "attn_implementation": registry.attention(family, config, knobs.attn_implementation),
+            "quantisation": None}
+    model = with_an_attention_it_has(plan)
+    roles = registry.roles_of(model, family)
+    plan |= {"tied_head": tied(model), "roles": roles.paths, "idle": roles.idle,
+             "roles_guessed": roles.guessed, "parameters": dict(count_parameters(model, roles))}
+    if knobs.load_in_4bit or knobs.load_in_8bit:
+        plan["quantisation"] = {"bits": 4 if knobs.load_in_4bit else 8, "options": knobs.bnb_config_kwargs,
+                                "linears": quant.quantised_linears(model, roles),
+                                "kept_linears": quant.kept_linears(model, roles)}
+    return plan
+
+
+def load_config(base_model: str, revision: str | None, trust_remote_code: bool):
+    """The checkpoint's config, or a StageError that says what is missing where."""
+    from transformers import AutoConfig
+    registry.refuse_unloadable(base_model)
+    try:
+        return AutoConfig.from_pretrained(base_model, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        fix = ("mend its config.json, or name another model; an unknown type may need a newer transformers"
+               if Path(base_model).exists() else
+               "correct base_model or revision; a gated or private model also needs `hf auth login`")
+        raise StageError(f"base_model: {base_model}: no usable config ({first_line(error)})", fix) from None
+
+
+def check_weight_files(base_model: str) -> None:
+    """Nothing; a StageError names the weight file of a local folder that is missing or cut short."""
+    folder = Path(base_model)
+    index = folder / "model.safetensors.index.json"
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
+    for path in sorted({*folder.glob("*.safetensors"), *(folder / name for name in named)}):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            reason = f"not whole: {first_line(error)}" if path.exists() else f"missing; {index.name} names it"
+            raise StageError(f"base_model: {path} is {reason}", "download or copy that file again") from None
+
+
+def on_meta(plan: dict):
+    """The plan's model without memory: every tensor on the meta device, shapes and names as loaded."""
+    config = load_config(plan["base_model"], plan["revision"], plan["trust_remote_code"])
+    cls = registry.model_class(config, plan["class"])
+    with torch.device("meta"), quiet():
+        return cls._from_config(config, dtype=getattr(torch, plan["dtype"]),
+                                attn_implementation=plan["attn_implementation"])
+
+
+def with_an_attention_it_has(plan: dict):
+    """`on_meta`; a model without the wanted attention kernel gets eager, which computes the same."""
+    try:
+        return on_meta(plan)
+    except ValueError as error:  # so transformers refuses a kernel
+        if plan["attn_implementation"] == "eager":
+            raise StageError(f"{plan['class']}: {first_line(error)}", "choose another base_model") from None
+        terminal.warn(f"{plan['class']} has no {plan['attn_implementation']} attention; eager gives the same")
+        plan["attn_implementation"] = "eager"
+        return on_meta(plan)
+
+
+def count_parameters(model, roles: Roles, idle: bool = True) -> Counter:
+    """Parameters per role, with or without those that no forward reaches; a tied tensor counts once."""
+    counts = Counter()
+    for name, parameter in model.named_parameters():
+        if idle or not roles.is_idle(name):
+            counts[roles.of(name)] += parameter.numel()
+    return counts
+
+
+def tied(model) -> bool:
+    """Whether output head and input embedding share one tensor."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def public_name(plan: dict) -> str:
+    """The base model's name for an export: a hub id, or a folder's own name without where it lies."""
+    folder = Path(plan["base_model"])
+    return folder.resolve().name if folder.exists() else plan["base_model"]
+
+
+def first_line(error: Exception) -> str:
+    """An error's first line, or its class where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def quiet():
+    """Keep the libraries' progress bars, notices and deprecations off the terminal; errors come through."""
+    from transformers.utils import logging as hf
+    bars, level = hf.is_progress_bar_enabled(), hf.get_verbosity()
+    hf.disable_progress_bar()
+    hf.set_verbosity(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        try:
+            yield
+        finally:
+            hf.set_verbosity(level)
+            if bars:
+                hf.enable_progress_bar()

@@ -1,0 +1,52 @@
+"""What several test files need: quiet threads, no network, built checkpoints, a little data set of real pictures."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning threads on two busy cores are slower than one
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach out fails at once
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import functools
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple")
+
+
+@pytest.fixture(scope="session")
+def zoo(tmp_path_factory):
+    """A function: a variant's name -> the folder of its checkpoint, built once for all tests. Don't write into it."""
+    from tests.zoo import build
+
+    root = tmp_path_factory.mktemp("zoo")
+    return functools.cache(lambda name: build(name, root / name))
+
+
+@pytest.fixture(scope="session")
+def script():
+    """A function: the stem of a numbered script -> its module; `script("02_data").main(argv)` runs the stage."""
+    return importlib.import_module
+
+
+@pytest.fixture
+def colours():
+    """A function: folder -> its data.jsonl of questions about pictures, which are squares of one colour."""
+    return write_colours
+
+
+def write_colours(folder: Path, rows: int = len(COLOURS)) -> Path:
+    """The path of a data.jsonl that is written with its pictures; row n asks for COLOURS[n], in a picture of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number, colour in zip(range(rows), COLOURS):
+        Image.new("RGB", (40 + 8 * number, 32), colour).save(folder / f"{colour}.png")
+        lines.append({"messages": [{"role": "user", "content": "Which colour is it?"}, {"role": "assistant", "content": colour}],
+                      "images": [f"{colour}.png"]})
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return data

@@ -1,0 +1,81 @@
+"""A batch computes what its rows compute alone, whatever rows it mixes and in whatever order."""
+
+import functools
+from itertools import permutations
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForMultimodalLM
+
+from lib import registry
+from lib.chat import IGNORE_INDEX, Encoder, load_processor
+from lib.collator import cat_padded, collate
+from lib.template import Template
+
+MODEL_TYPES = {"llava": "llava", "qwen2_5_vl": "qwen2_5_vl", "gemma3": "gemma3", "smolvlm2": "smolvlm"}
+KINDS = {"text": [], "one picture": [(48, 40)], "two pictures": [(64, 32), (32, 80)]}
+MIXES = [*permutations(KINDS), *permutations(KINDS, 2), ("two pictures", "two pictures"), ("text", "text"), ("one picture",)]
+
+
+class Rows:
+    """A family's model with a row of each kind, encoded, and the logits that each has alone."""
+
+    def __init__(self, name: str, folder):
+        processor = load_processor(folder)
+        self.encoder = Encoder.of(processor, registry.family_of(MODEL_TYPES[name]))
+        self.model = AutoModelForMultimodalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        template = Template(processor)
+        self.rows, self.alone = {}, {}
+        for kind, sizes in KINDS.items():
+            images = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
+            content = [{"type": "image"}] * len(images) + [{"type": "text", "text": f"What is {kind}?"}]
+            (conversation,) = template.conversations([
+                {"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": kind * 2}]}])
+            self.rows[kind] = self.encoder.encode(conversation.text, conversation.spans, images)
+            self.alone[kind] = self.logits(self.rows[kind])
+
+    @torch.inference_mode()
+    def logits(self, batch: dict) -> torch.Tensor:
+        """[B, T, V]"""
+        return self.model(**{key: value for key, value in batch.items() if key != "labels"}, use_cache=False).logits
+
+
+@pytest.fixture(scope="module")
+def rows_of(zoo):
+    return functools.cache(lambda name: Rows(name, zoo(name)))
+
+
+@pytest.mark.parametrize("mix", MIXES, ids=" + ".join)
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_a_batch_has_the_logits_that_its_rows_have_alone(name, mix, rows_of):
+    family = rows_of(name)
+    batch = collate([family.rows[kind] for kind in mix], family.encoder.pad_id, family.encoder.collate)
+    logits = family.logits(batch)
+    for kind, row in zip(mix, logits):
+        alone = family.alone[kind][0]
+        assert (row[:len(alone)] - alone).abs().max() <= 1e-5 * alone.abs().max()
+
+
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_padding_is_masked_and_not_trained(name, rows_of):
+    family = rows_of(name)
+    batch = collate(list(family.rows.values()), family.encoder.pad_id, family.encoder.collate)
+    for row, mask, ids, labels in zip(family.rows.values(), batch["attention_mask"], batch["input_ids"], batch["labels"]):
+        tokens = row["input_ids"].shape[1]
+        assert mask[:tokens].all() and not mask[tokens:].any()
+        assert (ids[tokens:] == family.encoder.pad_id).all() and (labels[tokens:] == IGNORE_INDEX).all()
+
+
+def test_a_key_along_the_tokens_that_some_rows_lack_is_zero_there():
+    ids = torch.tensor([[5, 6, 7]])
+    batch = collate([{"input_ids": ids}, {"input_ids": ids[:, :2], "token_type_ids": torch.tensor([[0, 1]])}], pad_id=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 6, 9]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0], [0, 1, 0]]
+
+
+def test_pictures_of_several_sizes_are_padded_at_the_bottom_and_right():
+    small, large = torch.ones(2, 3, 2, 2), torch.ones(1, 3, 4, 3)
+    joined = cat_padded([small, large])
+    assert joined.shape == (3, 3, 4, 3)
+    assert joined[0].sum() == 3 * 2 * 2 and joined[0, :, :2, :2].all() and joined[2].all()
