@@ -1,30 +1,30 @@
-"""02_data: turn rows of conversations and pictures into samples, and show what the model will learn from them.
+"""02_data: turn rows of conversations and pictures into samples, and show what the model will learn.
 
-    python 02_data.py runs/demo [--show 3] [--force]
+    python 02_data.py runs/demo [--force]
+    python 02_data.py runs/demo --show 3     # prints three samples, what is trained in green
 
-Reads:  01_config/config.json; the data files and pictures that the recipe names; the base model's processor and template.
-Writes: 02_data/train, eval (samples, Arrow), processor/, report.json, rejects.jsonl, preview.html, preview.jsonl.
-Source: labels follow the chat template's render, see lib/template.py.
+Reads:  01_config/config.json; the data files and their pictures; the base model's processor and template.
+Writes: 02_data/train, eval (samples, Arrow), processor/, report.json, rejects.jsonl, preview.html and .jsonl.
+Source: labels follow the chat template's own render, see lib/template.py.
 Fork me to: accept another shape of row (lib/messages.py:normalise), or train other words (lib/template.py).
 """
 import json
-from collections import Counter
 from pathlib import Path
 
 from lib import media, preview, registry, samples, sources, stage, terminal
-from lib.chat import IGNORE_INDEX, Encoder, load_processor, stop_tokens, tokenizer_of
+from lib.chat import IGNORE_INDEX, Encoder, complete, load_processor, stop_tokens, tokenizer_of
 from lib.messages import RowError, count, normalise
-from lib.model import load_config
+from lib.plan import load_config
 from lib.stage import StageError
 from lib.template import Template
 
-PROCESSOR_FILES = (".json", ".jinja", ".model", ".txt", ".py")    # of a base model's folder, all but its weights
+PROCESSOR_FILES = (".json", ".jinja", ".model", ".txt", ".py")    # of a base model's folder; not the weights
 
 
 def main(argv=None):
     """Measure every row once, keep what can be learnt from, list the rest with a reason, and show it."""
     parser = stage.arguments(__doc__)
-    parser.add_argument("--show", type=int, metavar="N", help="only print N samples, what is trained in green")
+    parser.add_argument("--show", type=int, metavar="N", help="only print N samples")
     args = parser.parse_args(argv)
     run = stage.resolve_run(args.run)
     if args.show is not None:
@@ -35,15 +35,14 @@ def main(argv=None):
     if work is None:
         return
     config = work.config
-    # 2. Load the processor (tokenizer, chat template, picture sizes), save it, and go on with what was saved.
+    # 2. Load the processor (tokenizer, chat template, picture sizes), save it, go on with what was saved.
     template, encoder = load_template_and_encoder(work)
     # 3. Read, render and measure every row; the bad ones are listed, and none is dropped without a word.
-    rejects: list[dict] = []
-    specs = config.datasets + (config.test_datasets or [])
-    measured = [measure(spec, name, work, template, encoder, rejects)
-                for spec, name in zip(specs, samples.names_of(specs))]
-    train = [sample for found in measured[:len(config.datasets)] for sample in found]
-    held_out = [sample for found in measured[len(config.datasets):] for sample in found]
+    specs, rejects = config.datasets + (config.test_datasets or []), []
+    found = [measure(spec, name, work, template, encoder, rejects)
+             for spec, name in zip(specs, samples.names_of(specs))]
+    train = sum(found[:len(config.datasets)], [])
+    held_out = sum(found[len(config.datasets):], [])
     samples.write_lines(work.path / "rejects.jsonl", rejects)
     if rejects:
         stop_at_rejects(work, rejects, kept=len(train))
@@ -53,8 +52,7 @@ def main(argv=None):
     # 5. Write the samples, and pages on which a person sees what will be learnt.
     samples.save(train, work.path / "train")
     samples.save(held_out, work.path / "eval")
-    counts = count_all(train, held_out, rejects)
-    write_report(work, counts, train + held_out, rejects)
+    counts = preview.write_report(work.path / "report.json", train, held_out, rejects)
     preview.write_previews(work.path, encoder, train, counts)
     terminal.table("02_data", ["what", "count"], [[name.replace("_", " "), n] for name, n in counts.items()])
     preview.show(train[:1], encoder.processor)
@@ -69,10 +67,11 @@ def show(work, number: int) -> None:
     preview.show(list(train.select(range(min(number, len(train))))), encoder.processor)
 
 
-# ------------------------------------------------------------------------------------------------ the processor
+# ---- the processor ---------------------------------------------------------------------------------------
+
 
 def load_template_and_encoder(work) -> tuple[Template, Encoder]:
-    """The base model's, with the recipe's options and chat template, as 02_data/processor gives them to any later stage."""
+    """The base model's, with the recipe's options, as 02_data/processor gives them to every later stage."""
     config, base_model = work.config, Path(work.config.base_model)
     if base_model.is_dir():
         for path in sorted(base_model.iterdir()):
@@ -80,27 +79,35 @@ def load_template_and_encoder(work) -> tuple[Template, Encoder]:
                 work.uses(path)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     family = registry.family_of(load_config(config.base_model, **options).model_type)
-    processor = load_processor(config.base_model, config.processor_type, **options, **config.processor_kwargs)
-    if config.chat_template:
-        processor.chat_template = tokenizer_of(processor).chat_template = given_template(work)
-    Encoder.of(processor, family).save(work.path / "processor")
+    registry.require_packages(family)
+    options |= config.processor_kwargs
+    processor = load_processor(config.base_model, config.processor_type, **options)
+    if given := given_template(work, processor, family):
+        processor.chat_template = tokenizer_of(processor).chat_template = given
+    Encoder.of(complete(processor, family), family).save(work.path / "processor")
     encoder = Encoder.load(work.path / "processor", config.trust_remote_code)
     stops = stop_tokens(config.base_model, processor, revision=config.revision)
-    return Template(encoder.processor, stops), encoder
+    return Template(encoder.processor, (*stops, family.stop)), encoder
 
 
-def given_template(work) -> str:
-    """The recipe's chat template, which it holds itself or names a file for."""
+def given_template(work, processor, family: registry.Family) -> str | None:
+    """The recipe's chat template, Jinja or a file; else ours, for a family that is published without one."""
     given = work.config.chat_template
-    if "{{" in given or "{%" in given:
+    if given and ("{{" in given or "{%" in given):
         return given
-    work.uses(given)
-    return Path(given).read_text(encoding="utf-8")
+    if given:
+        work.uses(given)
+        return Path(given).read_text(encoding="utf-8")
+    if family.template and not processor.chat_template:
+        terminal.say(f"chat_template: this checkpoint has none, so {family.template} of the kit serves")
+        return (Path(registry.__file__).parent / "templates" / family.template).read_text(encoding="utf-8")
+    return None
 
 
-# ------------------------------------------------------------------------------------------------ rows to samples
+# ---- rows to samples -------------------------------------------------------------------------------------
 
-def measure(spec: dict, name: str, work, template: Template, encoder: Encoder, rejects: list[dict]) -> list[dict]:
+
+def measure(spec: dict, name: str, work, template: Template, encoder: Encoder, rejects: list) -> list[dict]:
     """The samples of a data set, measured by encoding them; what can't be used is added to `rejects`."""
     path, found = spec["path"], []
     if not Path(path).exists():
@@ -115,12 +122,13 @@ def measure(spec: dict, name: str, work, template: Template, encoder: Encoder, r
             try:
                 found += samples_of(row, number, f"{name}-{number}", spec, work, template, encoder)
             except RowError as error:
-                rejects.append({"dataset": path, "row": number, "where": where, "reason": error.reason, "fix": error.fix})
+                rejects.append({"dataset": path, "row": number, "where": where, "reason": error.reason,
+                                "fix": error.fix})
             progress.update(number + 1, kept=str(len(found)), rejected=str(len(rejects)))
     return found
 
 
-def samples_of(row, number: int, name: str, spec: dict, work, template: Template, encoder: Encoder) -> list[dict]:
+def samples_of(row, number: int, name: str, spec: dict, work, template: Template, encoder: Encoder) -> list:
     """The samples of one row (a template that rewrites earlier turns makes several), or a RowError."""
     if isinstance(row, RowError):
         raise row
@@ -129,8 +137,9 @@ def samples_of(row, number: int, name: str, spec: dict, work, template: Template
     found = []
     for conversation in template.conversations(messages):
         encoded = encode(conversation, images[:conversation.media], encoder)
-        found.append({"sample_id": f"{name}.{len(found)}" if found else name, "row": number, "dataset": spec["path"],
-                      "messages": json.dumps(messages, ensure_ascii=False), "text": conversation.text,
+        found.append({"sample_id": f"{name}.{len(found)}" if found else name, "row": number,
+                      "dataset": spec["path"], "messages": json.dumps(messages, ensure_ascii=False),
+                      "text": conversation.text,
                       "spans": [{"start": start, "end": end} for start, end in conversation.spans],
                       "media": records[:conversation.media], "ends_added": conversation.ends_added,
                       **lengths(encoded, encoder, work.config.sequence_len)})
@@ -138,7 +147,7 @@ def samples_of(row, number: int, name: str, spec: dict, work, template: Template
 
 
 def read_pictures(pictures: list, root: Path, work) -> tuple[list[dict], list]:
-    """(media records, RGB images); a RowError where one can't be had. The files are inputs of this stage, good or bad."""
+    """(media records, RGB images), or a RowError. Their files are inputs of this stage, good or bad."""
     records, images = [], []
     for picture in pictures:
         try:
@@ -166,54 +175,29 @@ def encode(conversation, images: list, encoder: Encoder) -> dict:
                        "change the picture's size, or remove the row") from None
 
 
-def lengths(encoded: dict, encoder: Encoder, sequence_len: int) -> dict:
+def lengths(encoded: dict, encoder: Encoder, sequence_len: int) -> dict[str, int]:
     """The sample's token counts; a RowError if it is too long or teaches nothing. Media are never cut."""
-    ids, labels = encoded["input_ids"][0], encoded["labels"][0]
-    counts = {"input_tokens": len(ids), "supervised_tokens": int((labels[1:] != IGNORE_INDEX).sum()),
-              "media_tokens": sum(int((ids == media_id).sum()) for media_id in encoder.never_trained)}
-    if counts["input_tokens"] > sequence_len:
+    ids, labels = encoded["input_ids"][0], encoded["labels"][0]                  # [T]
+    if len(ids) > sequence_len:
         raise RowError(f"{count(len(ids), 'token')}, over sequence_len {sequence_len}",
                        "raise sequence_len, shorten the row, or use smaller pictures")
-    if counts["supervised_tokens"] == 0:
+    supervised_tokens = int((labels[1:] != IGNORE_INDEX).sum())                  # no token predicts the first
+    if supervised_tokens == 0:
         raise RowError("nothing to learn: no token is trained", "write what the assistant should answer")
-    return counts
+    return {"input_tokens": len(ids), "supervised_tokens": supervised_tokens,
+            "media_tokens": sum(int((ids == media_id).sum()) for media_id in encoder.never_trained)}
 
-
-# ------------------------------------------------------------------------------------------------ what was found
 
 def stop_at_rejects(work, rejects: list[dict], kept: int) -> None:
-    """Show what can't be used; with on_bad_row: error, or with nothing left, stop here. Every row has been looked at."""
-    terminal.table(f"{count(len(rejects), 'row')} can't be used", ["rows", "such as", "fix"],
-                   [[kind["rows"], kind["such_as"], kind["fix"]] for kind in kinds_of(rejects)[:8]])
+    """Show what can't be used; with on_bad_row: error, or nothing left, stop. All rows were looked at."""
+    kinds = [[kind["rows"], kind["such_as"], kind["fix"]] for kind in preview.kinds_of(rejects)[:8]]
+    terminal.table(f"{count(len(rejects), 'row')} can't be used", ["rows", "such as", "fix"], kinds)
     if work.config.on_bad_row == "error" or not kept:
-        first, more = rejects[0], len(rejects) - 1
-        listed = f"; all are in {work.path / 'rejects.jsonl'}" if more else ""
+        first, others = rejects[0], len(rejects) - 1
+        more = f" (and {count(others, 'more bad row')})" if others else ""
+        listed = f"; all are in {work.path / 'rejects.jsonl'}" if others else ""
         without = "; or go without: on_bad_row=skip" if kept else ""
-        raise StageError(f"{first['where']}: {first['reason']}" + (f" (and {count(more, 'more bad row')})" if more else ""),
-                         f"{first['fix']}{listed}{without}")
-
-
-def kinds_of(rejects: list[dict]) -> list[dict]:
-    """[{rows, such_as, fix}] of rejects, the most frequent kind first: what is mended alike is of one kind."""
-    first = {reject["fix"]: f"{reject['where']}: {reject['reason']}" for reject in reversed(rejects)}
-    numbers = Counter(reject["fix"] for reject in rejects)
-    return [{"rows": number, "such_as": first[fix], "fix": fix} for fix, number in numbers.most_common()]
-
-
-def count_all(train: list[dict], held_out: list[dict], rejects: list[dict]) -> dict[str, int]:
-    """The counts that 02 prints and report.json keeps."""
-    every = train + held_out
-    totals = {name: sum(sample[name] for sample in every) for name in ("input_tokens", "media_tokens", "supervised_tokens")}
-    return {"train_samples": len(train), "held_out_samples": len(held_out), "rejected_rows": len(rejects), **totals,
-            "longest_sample_tokens": max(sample["input_tokens"] for sample in every),
-            "replies_ended_by_the_kit": sum(sample["ends_added"] for sample in every)}
-
-
-def write_report(work, counts: dict[str, int], every: list[dict], rejects: list[dict]) -> None:
-    """report.json: counts, for people and machines."""
-    content = {"counts": counts, "sequence_len": work.config.sequence_len,
-               "by_dataset": dict(Counter(sample["dataset"] for sample in every)), "rejects": kinds_of(rejects)}
-    (work.path / "report.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        raise StageError(f"{first['where']}: {first['reason']}{more}", f"{first['fix']}{listed}{without}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ Writes: 05_train/adapter/ or model/, checkpoints/step-N/, metrics.jsonl (exact),
         golden.safetensors (what the trained weights answer, for 06 to compare).
 Source: loss on generated text only, normalised over the whole optimizer step; gradient checkpointing
         (arXiv 1604.06174).
-Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the schedule (lib/optim.py), the order of
-        samples (lib/sampler.py).
+Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the schedule (lib/optim.py), the order
+        of samples (lib/sampler.py).
 """
 import contextlib
 import json
@@ -114,7 +114,7 @@ def go_on(state: dict, per_rank: int, world: parallel.World) -> tuple[int, int]:
     """(step, samples a step) of a checkpoint: other ranks share them otherwise, another recipe is refused."""
     size = state["global_batch_size"]
     if per_rank * state["world_size"] != size:
-        world.stop(f"micro_batch_size x gradient_accumulation_steps is {per_rank}, the checkpoint was trained "
+        world.stop(f"micro_batch_size x gradient_accumulation_steps is {per_rank}; the checkpoint was made "
                    f"with {size // state['world_size']}", "change them back, or start over with --force")
     return state["step"], size
 
@@ -154,7 +154,7 @@ def optimizer_step(run: Run, step: int, indices: list[int], batches: Iterator[di
     step_tokens = sum(samples.supervised_tokens[index] for index in indices)
     ranks = range(world.world_size)
     shares = [dealt(indices, config.micro_batch_size, rank, world.world_size) for rank in ranks]
-    found = torch.zeros(len(shares), len(shares[0]), 2, device=world.device)  # [rank, micro-batch, loss|right]
+    found = torch.zeros(len(shares), len(shares[0]), 2, device=world.device)  # [rank, batch, loss|right]
     torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)   # dropout repeats when resumed
     for number in range(len(shares[world.rank])):
         asked = time.monotonic()

@@ -1,37 +1,45 @@
 """06_save: export what was trained, prove in a fresh process that it works, and show what it learnt.
 
     python 06_save.py runs/demo [--force]
-    python 06_save.py runs/demo --ask photo.jpg "What is this?"     # with and without the training; writes nothing
+    python 06_save.py runs/demo --ask photo.jpg "What is this?"     # before and after; writes nothing
 
-Reads:  05_train (adapter or model, golden.safetensors, metrics.jsonl), 02_data, 03_load_model/model.json, 04_lora/adapter.json.
-Writes: 06_save/adapter/ or model/ (with tokenizer, processor, README.md), merged/ if asked, check.json, report.html, figure.svg.
+Reads:  05_train (adapter or model, golden.safetensors, metrics.jsonl), 02_data, 03_load_model/model.json,
+        04_lora/adapter.json.
+Writes: 06_save/adapter/ or model/ (with tokenizer, processor, README.md), merged/ if asked, check.json,
+        report.html, figure.svg.
 Source: PEFT's adapter format; the proof is lib/proof.py, on plain transformers and peft.
-Fork me to: change the model card (`card`), the page (`write_report`), or what counts as a right answer (lib/evaluate.py).
+Fork me to: change the model card (lib/card.py), the page (`write_report`), or what counts as a right answer
+        (lib/evaluate.py).
 """
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 
 import datasets
 
-from lib import chat, media, merge, model, parallel, quant, report, stage, terminal
+from lib import media, merge, model, parallel, proof, quant, report, stage, terminal
+from lib.card import model_card
 from lib.chat import Encoder
 from lib.evaluate import exact_match, generate
-from lib.golden import read_sample_ids
+from lib.golden import read_header
+from lib.media import MediaError
+from lib.messages import RowError
 from lib.metrics import loss_series
+from lib.plan import public_name, quiet
 from lib.stage import StageError
+from lib.template import Template
 
-TOLERANCE = {"adapter": 1e-3, "model": 1e-3, "merged": 5e-2}     # of the largest logit; a bf16 merge rounds once
+SAME = 1e-3                                         # share of the largest logit: same weights, same forward
+MERGED = {"float32": 1e-3, "bfloat16": 5e-2}        # a merge rounds every weight once
 
 
 def main(argv=None):
     """Export, merge if asked, prove, answer, report."""
     parser = stage.arguments(__doc__)
-    parser.add_argument("--ask", nargs="+", metavar=("PHOTO", "QUESTION"), help="pictures, then a question")
+    parser.add_argument("--ask", nargs="+", metavar="PHOTO", help="pictures, then a question: only answer")
     args = parser.parse_args(argv)
     run = stage.resolve_run(args.run)
     if args.ask:
@@ -41,28 +49,21 @@ def main(argv=None):
     work = stage.begin(stage.decide("06_save", run, force=args.force))
     if work is None:
         return
-    trained, config = work.input("05_train"), work.config
     plan = read_json(work.input("03_load_model") / "model.json")
-    encoder = Encoder.load(work.input("02_data") / "processor", config.trust_remote_code)
-    # 2. Export: the weights, and beside them the tokenizer, processor and template that training used.
-    kind = "model" if config.adapter is None else "adapter"
-    exports = [export(work, kind, trained / kind, encoder)]
-    if config.merge and kind == "adapter":
-        merge.write_merged(plan, trained / "adapter", work.path / "merged")
-        exports.append(export(work, "merged", None, encoder))
+    encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
+    # 2. Export the weights, and beside them the tokenizer, processor and template that training used.
+    exports = export(work, plan, encoder)
     # 3. Prove it in a process that knows nothing of the kit, which also answers held-out rows.
     rows = held_out_rows(work, encoder)
-    proof = prove(work, plan, encoder, exports, rows)
-    check = checked(proof, rows, exports)
-    (work.path / "check.json").write_text(json.dumps(check, indent=1) + "\n", encoding="utf-8")
+    found = prove(work, plan, encoder, exports, rows)
+    check = checked(found, rows, plan)
+    write_json(work.path / "check.json", check)
     # 4. Describe it: a model card in every export, one page for people.
-    for folder in exports:
-        (folder / "README.md").write_text(card(work, plan, check, folder.name), encoding="utf-8")
-    shutil.copy(exports[0] / "README.md", work.path / "README.md")
-    write_report(work, plan, check, answer_cards(rows, proof["answers"]))
-    say_results(work, check)
+    describe(work, plan, check, exports)
+    write_report(work, plan, check, answer_cards(rows, found["answers"]))
+    say_results(check)
     work.finish(volatile=("report.html", "figure.svg"))
-    terminal.say(f"look at: {work.run / '06_save' / 'report.html'}", "bold")
+    terminal.say(f"look at: {work.path / 'report.html'}", "bold")
 
 
 def read_json(path: Path) -> dict:
@@ -70,46 +71,40 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------------------------------ export and proof
+def write_json(path: Path, content: dict) -> None:
+    """A JSON file for people and machines."""
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
-def export(work, name: str, weights: Path | None, encoder: Encoder) -> Path:
-    """06_save/NAME with weights (copied, unless already there), tokenizer, processor and chat template."""
-    folder = work.path / name
-    if weights is not None:
-        shutil.copytree(weights, folder)
-    encoder.processor.save_pretrained(folder)
-    return folder
+
+# ---- export and proof ----
+
+def export(work, plan: dict, encoder: Encoder) -> list[Path]:
+    """06_save/adapter or model, and merged if asked: each a folder that loads with all it needs."""
+    trained = work.input("05_train") / ("adapter" if work.config.adapter else "model")
+    folders = [work.path / trained.name]
+    shutil.copytree(trained, folders[0])
+    if work.config.merge and work.config.adapter:
+        folders.append(work.path / "merged")
+        merge.write_merged(plan, trained, folders[1])
+    for folder in folders:
+        encoder.processor.save_pretrained(folder)
+    return folders
 
 
 def held_out_rows(work, encoder: Encoder) -> list[dict]:
     """The samples that are answered, with their reference: the first `answer_rows` held-out ones, or none."""
-    records = datasets.load_from_disk(str(work.input("02_data") / "eval"))
+    records = datasets.load_from_disk(work.input("02_data") / "eval")
     chosen = records.select(range(min(len(records), work.config.answer_rows)))
     return [record | {"reference": encoder.prompt(record)[2]} for record in chosen]
 
 
 def prove(work, plan: dict, encoder: Encoder, exports: list[Path], rows: list[dict]) -> dict:
     """What lib/proof.py found in a fresh process that has neither the kit nor its folder on its path."""
-    golden = work.input("05_train") / "golden.safetensors"
-    by_id = {r["sample_id"]: r for name in ("eval", "train")
-             for r in datasets.load_from_disk(str(work.input("02_data") / name))}
     with tempfile.TemporaryDirectory() as scratch:
-        task = {"export": str(exports[0]), "merged": str(exports[1]) if len(exports) > 1 else None,
-                "adapter": work.config.adapter is not None, "golden": str(golden),
-                **{key: plan[key] for key in ("base_model", "revision", "trust_remote_code", "class", "dtype",
-                                              "attn_implementation")},
-                "quantisation": quant.plain_options(plan), "device": str(parallel.pick_device()),
-                "max_new_tokens": work.config.max_new_tokens, "pad_id": encoder.pad_id,
-                "golden_rows": [task_row(by_id[i], encoder, Path(scratch)) for i in read_sample_ids(golden)],
-                "rows": [task_row(row, encoder, Path(scratch)) for row in rows]}
-        for key in ("export", "merged", "golden"):
-            task[key] = task[key] and str(Path(task[key]).absolute())
-        if Path(task["base_model"]).exists():
-            task["base_model"] = str(Path(task["base_model"]).absolute())
         given, found = Path(scratch, "task.json"), Path(scratch, "result.json")
-        given.write_text(json.dumps(task), encoding="utf-8")
-        process = subprocess.run([sys.executable, "-I", str(Path(merge.__file__).with_name("proof.py")), given, found],
-                                 cwd=scratch, capture_output=True, text=True, encoding="utf-8")
+        write_json(given, proof_task(work, plan, encoder, exports, rows, Path(scratch)))
+        process = subprocess.run([sys.executable, "-I", proof.__file__, given, found], cwd=scratch,
+                                 capture_output=True, text=True, encoding="utf-8")
         if process.returncode:
             last = (process.stderr.strip() or "no message").splitlines()[-1]
             raise StageError(f"{exports[0]}: plain transformers can't load or run the export: {last}",
@@ -117,9 +112,25 @@ def prove(work, plan: dict, encoder: Encoder, exports: list[Path], rows: list[di
         return read_json(found)
 
 
-def task_row(record: dict, encoder: Encoder, scratch: Path) -> dict:
+def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dict], scratch: Path) -> dict:
+    """The proof's task.json: absolute paths, the plan's facts, samples as texts and lossless pictures."""
+    golden, base = work.input("05_train") / "golden.safetensors", Path(plan["base_model"])
+    merged = str(exports[1].absolute()) if len(exports) > 1 else None
+    by_id = {record["sample_id"]: record for part in ("eval", "train")
+             for record in datasets.load_from_disk(work.input("02_data") / part)}
+    facts = ("revision", "trust_remote_code", "class", "dtype", "attn_implementation")
+    return {**{fact: plan[fact] for fact in facts}, "adapter": work.config.adapter is not None,
+            "export": str(exports[0].absolute()), "merged": merged, "golden": str(golden.absolute()),
+            "base_model": str(base.absolute() if base.exists() else base),
+            "quantisation": quant.plain_options(plan), "device": str(parallel.pick_device()),
+            "max_new_tokens": work.config.max_new_tokens, "pad_id": encoder.pad_id,
+            "golden_rows": [proof_row(by_id[i], encoder, scratch) for i in read_header(golden)["sample_ids"]],
+            "rows": [proof_row(row, encoder, scratch) for row in rows]}
+
+
+def proof_row(record: dict, encoder: Encoder, scratch: Path) -> dict:
     """A sample as plain texts and lossless picture files."""
-    prompt, pictures, reference = encoder.prompt(record)
+    prompt, pictures, _ = encoder.prompt(record)
     files = []
     for medium in record["media"]:
         path = scratch / f"{medium['sha256']}.png"
@@ -127,62 +138,44 @@ def task_row(record: dict, encoder: Encoder, scratch: Path) -> dict:
             media.open_image(medium).save(path)
         files.append(str(path))
     return {"sample_id": record["sample_id"], "text": record["text"], "images": files, "prompt": prompt,
-            "prompt_images": files[:len(pictures)], "reference": reference}
+            "prompt_images": files[:len(pictures)]}
 
 
-def checked(proof: dict, rows: list[dict], exports: list[Path]) -> dict:
-    """check.json; a StageError where the fresh process computed something else than training did."""
-    fix = "the export is in the .partial folder for a look; 05_train is untouched"
-    if proof["processor"]:
-        raise StageError(f"the exported processor makes another {proof['processor']} than training had", fix)
-    for name, found in proof["exports"].items():
-        if found.get("odd_keys"):
-            raise StageError(f"{name}: {len(found['odd_keys'])} adapter tensors don't fit, such as {found['odd_keys'][0]}", fix)
-        if not found["max_logit_difference"] <= TOLERANCE[name] * found["max_logit"]:
-            raise StageError(f"{name}: logits in a fresh process differ by {found['max_logit_difference']:.3g} "
-                             f"of {found['max_logit']:.3g} from those after training", fix)
+def checked(found: dict, rows: list[dict], plan: dict) -> dict:
+    """check.json; a StageError where the fresh process had something else than training did."""
+    fix = "the export is in 06_save.partial for a look; 05_train is untouched"
+    if found["processor"]:
+        raise StageError(f"the exported processor makes another {found['processor']} than training had", fix)
+    for name, export in found["exports"].items():
+        if odd := export.pop("changed_tensors", []):
+            raise StageError(f"{name}: {len(odd)} tensors are not what was trained, such as {odd[0]}", fix)
+        difference, largest = export["max_logit_difference"], export["max_logit"]
+        if not difference <= largest * (MERGED[plan["dtype"]] if name == "merged" else SAME):
+            raise StageError(f"{name}: logits in a fresh process differ by {difference:.3g} of {largest:.3g} "
+                             "from those after training", fix)
     references = [row["reference"] for row in rows]
-    answers = proof["answers"]
-    return {"exports": proof["exports"], "processor_identical": True,
-            "max_logit_difference": max(found["max_logit_difference"] for found in proof["exports"].values()),
-            "rows": len(rows),
-            "exact_match": {which: exact_match([a[which] for a in answers], references) if rows else None
-                            for which in ("base", "tuned")}}
+    scores = {which: exact_match([answer[which] for answer in found["answers"]], references) if rows else None
+              for which in ("base", "tuned")}
+    differences = [export["max_logit_difference"] for export in found["exports"].values()]
+    return {"exact_match": scores, "rows": len(rows), "max_logit_difference": max(differences),
+            "processor_identical": True, "exports": found["exports"]}
 
 
-# ------------------------------------------------------------------------------------------------ card and page
+# ---- card and page ----
 
-def card(work, plan: dict, check: dict, name: str) -> str:
-    """The model card of an export: what it is, how to load it, how good it is, how it was made."""
-    adapter = work.config.adapter is not None
-    data = read_json(work.input("02_data") / "report.json")["counts"]
-    load = [f"model = {plan['class']}.from_pretrained(BASE, dtype=\"{plan['dtype']}\")" if name == "adapter" else
-            f"model = {plan['class']}.from_pretrained(FOLDER, dtype=\"{plan['dtype']}\")"]
-    imports = [f"from transformers import AutoProcessor, {plan['class']}"]
-    if name == "adapter":
-        imports.append("from peft import PeftModel")
-        load.append("model = PeftModel.from_pretrained(model, FOLDER)")
-    base = Path(plan["base_model"]).name if Path(plan["base_model"]).exists() else plan["base_model"]
-    scores = check["exact_match"]
-    lines = ["---", f"base_model: {base}", f"library_name: {'peft' if name == 'adapter' else 'transformers'}",
-             "pipeline_tag: image-text-to-text", "---", "", f"# {base}, fine-tuned", "",
-             f"{'A LoRA adapter for' if name == 'adapter' else 'A full model made from'} `{base}`"
-             + (f" at revision `{plan['revision']}`." if plan["revision"] else "."), "",
-             "## Load it", "", "```python", *imports, "",
-             *(['BASE = "…"      # the base model'] if name == "adapter" else []), 'FOLDER = "…"    # this folder', *load,
-             "processor = AutoProcessor.from_pretrained(FOLDER)", "```", "",
-             "## Results", "", f"Exact match by greedy generation on {check['rows']} held-out rows: "
-             + (f"{scores['base']:.1%} before, {scores['tuned']:.1%} after." if check["rows"] else "none were held out."), "",
-             "## Made from", "", f"{data['train_samples']} samples, {data['supervised_tokens']} supervised tokens"
-             f" ({data['rejected_rows']} rows rejected). Method: {read_json(work.input('04_lora') / 'adapter.json')['method']}.",
-             "", "Versions: " + ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft")) + ".",
-             "The licence is the base model's, together with that of the data.", ""]
-    return "\n".join(line for line in lines if adapter or "peft" not in line or "Versions" in line)
+def describe(work, plan: dict, check: dict, exports: list[Path]) -> None:
+    """README.md in every export, and the first one's beside them."""
+    counts = read_json(work.input("02_data") / "report.json")["counts"]
+    trained = read_json(work.input("04_lora") / "adapter.json")
+    for folder in exports:
+        card = model_card(folder.name, plan, counts, trained, check)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    shutil.copy(exports[0] / "README.md", work.path / "README.md")
 
 
 def answer_cards(rows: list[dict], answers: list[dict]) -> list[dict]:
     """The rows as lib/report.py shows them: pictures, question, reference, both answers with their marks."""
-    return [{"pictures": [media.open_image(m) for m in row["media"]],
+    return [{"pictures": [media.open_image(medium) for medium in row["media"]],
              "question": last_question(json.loads(row["messages"])), "reference": row["reference"], **found,
              **{f"{which}_right": bool(exact_match([found[which]], [row["reference"]])) for which in found}}
             for row, found in zip(rows, answers, strict=True)]
@@ -190,76 +183,86 @@ def answer_cards(rows: list[dict], answers: list[dict]) -> list[dict]:
 
 def last_question(messages: list[dict]) -> str:
     """The text of the last user message."""
-    asked = [m for m in messages if m["role"] == "user"][-1:]
+    asked = [message for message in messages if message["role"] == "user"][-1:]
     return " ".join(part["text"] for m in asked for part in m["content"] if part["type"] == "text")
 
 
 def write_report(work, plan: dict, check: dict, cards: list[dict]) -> None:
     """report.html, and figure.svg for a README: what was trained, on what, how well, proved how."""
     config = read_json(work.run / "01_config" / "config.json")
-    adapter, data = read_json(work.input("04_lora") / "adapter.json"), read_json(work.input("02_data") / "report.json")
+    counts = read_json(work.input("02_data") / "report.json")["counts"]
+    trained = read_json(work.input("04_lora") / "adapter.json")
     scores = check["exact_match"]
     score = f"{scores['base']:.0%} -> {scores['tuned']:.0%}" if cards else "no held-out rows"
-    loss = report.curve(loss_series(work.input("05_train") / "metrics.jsonl"), "optimizer step", "loss per token")
-    proofs = [[name, f"{found['max_logit_difference']:.3g}", f"{found['max_logit']:.3g}", f"{found['argmax_agreement']:.1%}"]
-              for name, found in check["exports"].items()]
-    page = report.page(f"{Path(plan['base_model']).name}, fine-tuned", [
+    losses = loss_series(work.input("05_train") / "metrics.jsonl")
+    data = [[what.replace("_", " "), count] for what, count in counts.items()]
+    knobs = [[knob, None if value is None else json.dumps(value)] for knob, value in config.items()]
+    roles = [[role, trained["modules"].get(role, 0), n] for role, n in trained["trained_parameters"].items()]
+    page = report.page(f"{public_name(plan)}, fine-tuned", [
         ("Result", report.tiles([(score, f"exact match on {check['rows']} held-out rows"),
-                                 (sum(adapter["trained_parameters"].values()), "trained parameters"),
-                                 (data["counts"]["train_samples"], "training samples"), (adapter["method"], "method")])),
+                                 (sum(trained["trained_parameters"].values()), "trained parameters"),
+                                 (counts["train_samples"], "training samples"),
+                                 (trained["method"], "method")])),
         ("Answers", report.answers(cards)),
-        ("Loss", loss),
-        ("Recipe", report.table(["knob", "value"], [[k, json.dumps(v) if v is not None else None]
-                                                    for k, v in config.items()])),
-        ("What trained", report.table(["role", "modules", "parameters"],
-                                      [[r, adapter["modules"].get(r, 0), n]
-                                       for r, n in adapter["trained_parameters"].items()])),
-        ("Data", report.table(["what", "count"], [[k.replace("_", " "), v] for k, v in data["counts"].items()])),
-        ("Proof", report.paragraph("A fresh process loaded each export with plain transformers and peft and compared "
-                                   "its logits with those right after training.")
-         + report.table(["export", "largest logit difference", "largest logit", "same argmax"], proofs)),
+        ("Loss", report.curve(losses, "optimizer step", "loss per token")),
+        ("Recipe", report.table(["knob", "value"], knobs)),
+        ("What trained", report.table(["role", "modules", "parameters"], roles)),
+        ("Data", report.table(["what", "count"], data)),
+        ("Proof", report.paragraph("A fresh process loaded each export with plain transformers and peft and "
+                                   "compared its logits with those right after training.")
+         + report.table(PROOF_COLUMNS, proofs(check))),
         ("How to load it", report.code((work.path / "README.md").read_text(encoding="utf-8"))),
     ], subtitle=f"{plan['family']}, {plan['class']}")
     (work.path / "report.html").write_text(page, encoding="utf-8")
     if cards:
-        best = sorted(cards, key=lambda c: (c["base_right"], not c["tuned_right"]))[:8]
-        figure = report.figure(best, "Held-out rows, before and after", f"exact match on {check['rows']} rows: {score}")
+        best = sorted(cards, key=lambda card: (card["base_right"], not card["tuned_right"]))[:8]
+        caption = f"exact match on {check['rows']} rows: {score}"
+        figure = report.figure(best, "Held-out rows, before and after", caption)
         (work.path / "figure.svg").write_text(figure, encoding="utf-8")
 
 
-def say_results(work, check: dict) -> None:
+PROOF_COLUMNS = ["export", "largest logit difference", "largest logit", "same argmax"]
+
+
+def proofs(check: dict) -> list[list]:
+    """A line for each export, as the page and the terminal show it."""
+    return [[name, f"{found['max_logit_difference']:.3g}", f"{found['max_logit']:.3g}",
+             f"{found['argmax_agreement']:.1%}"] for name, found in check["exports"].items()]
+
+
+def say_results(check: dict) -> None:
     """The result as a table."""
-    rows = [[name, f"{found['max_logit_difference']:.3g}", f"{found['argmax_agreement']:.1%}"]
-            for name, found in check["exports"].items()]
-    terminal.table("in a fresh process", ["export", "largest logit difference", "same argmax"], rows)
+    terminal.table("in a fresh process", PROOF_COLUMNS, proofs(check))
     if check["rows"]:
         terminal.table(f"exact match on {check['rows']} held-out rows", ["before", "after"],
-                       [[f"{check['exact_match']['base']:.1%}", f"{check['exact_match']['tuned']:.1%}"]])
+                       [[f"{check['exact_match'][which]:.1%}" for which in ("base", "tuned")]])
     else:
         terminal.warn("no held-out rows: nothing was answered (set val_set_size or test_datasets)")
 
 
-# ------------------------------------------------------------------------------------------------ try it
+# ---- try it ----
 
 def ask(work, photos: list[str], question: str) -> None:
-    """The view `--ask`: the model's answer to a question about some pictures, before and after training."""
-    plan = read_json(work.input("03_load_model") / "model.json")
+    """The view `--ask`: the answer to a question about some pictures, before and after training."""
+    plan, trained = read_json(work.input("03_load_model") / "model.json"), work.input("05_train")
     encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
-    try:
-        pictures = [media.open_image(media.read_medium(photo, Path())) for photo in photos]
-    except media.MediaError as error:
-        raise StageError(str(error), "name a picture file") from None
     content = [*({"type": "image"} for _ in photos), {"type": "text", "text": question}]
-    text = chat.Template(encoder.processor).render([{"role": "user", "content": content}], prompt=True)
-    device, trained = parallel.pick_device(), work.input("05_train")
+    try:
+        pictures = [media.read_medium(photo, Path())[1] for photo in photos]
+        text = Template(encoder.processor).render([{"role": "user", "content": content}], prompt=True)
+    except (MediaError, RowError) as error:
+        raise StageError(f"--ask: {error}", "pictures come first, then one question in quotes") from None
+    device, answers = parallel.pick_device(), []
     base = model.load(plan, device, mode="inference")
-    before = generate(base, encoder, text, pictures, work.config.max_new_tokens)
-    if work.config.adapter is None:
-        tuned = model.load(plan | {"base_model": str(trained / "model"), "revision": None}, device, mode="inference")
-    else:
-        tuned = model.attach(base, trained / "adapter", trainable=False).eval()
-    after = generate(tuned, encoder, text, pictures, work.config.max_new_tokens)
-    terminal.table(question, ["model", "answer"], [["before", before], ["after", after]])
+    with quiet():
+        answers.append(["before", generate(base, encoder, text, pictures, work.config.max_new_tokens)])
+        if work.config.adapter is None:
+            tuned = plan | {"base_model": str(trained / "model"), "revision": None}
+            tuned = model.load(tuned, device, mode="inference")
+        else:
+            tuned = model.attach(base, trained / "adapter", trainable=False).eval()
+        answers.append(["after", generate(tuned, encoder, text, pictures, work.config.max_new_tokens)])
+    terminal.table(question, ["model", "answer"], answers)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import re
 import torch
 
 from lib import registry, terminal
-from lib.plan import first_line, public_name, quiet
+from lib.chat import first_line
+from lib.plan import public_name, quiet
 from lib.registry import Roles
 from lib.stage import StageError
 

@@ -48,9 +48,21 @@ def load_processor(path, kind: str | None = None, **options):
     return processor
 
 
+def complete(processor, family: registry.Family):
+    """The processor, with the family's own chat template and special tokens where the checkpoint brings none."""
+    tokenizer = tokenizer_of(processor)
+    for name, token in family.special_tokens.items():
+        if getattr(tokenizer, name) is None:
+            setattr(tokenizer, name, token)
+    if not processor.chat_template and family.template:
+        text = (Path(__file__).with_name("templates") / family.template).read_text(encoding="utf-8")
+        processor.chat_template = tokenizer.chat_template = text
+    return processor
+
+
 def first_line(error: Exception) -> str:
     """The start of what a library says went wrong."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def tokenizer_of(processor):
@@ -62,6 +74,13 @@ def placeholders(processor) -> dict[str, str]:
     """{kind of medium: the token that stands for one in a rendered text}, of the kinds that a processor takes."""
     tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in KINDS}
     return {kind: token for kind, token in tokens.items() if token}
+
+
+def first_token(processor) -> str:
+    """The token that the tokenizer itself puts before a text that doesn't start with it; "" if it puts none."""
+    tokenizer = tokenizer_of(processor)
+    ids = tokenizer("x")["input_ids"]
+    return tokenizer.bos_token if tokenizer.bos_token and ids[:1] == [tokenizer.bos_token_id] else ""
 
 
 def special_tokens(processor) -> re.Pattern:
@@ -132,7 +151,8 @@ class Encoder:
         batch = self._process(text, images)
         offsets = batch.pop("offset_mapping")[0].tolist()
         # The processor writes many tokens in place of each placeholder: spans move to the text that it tokenized.
-        replaced = (batch.pop("text_replacement_offsets", None) or [[]])[0]
+        replaced = batch.pop("text_replacement_offsets", [[]])[0]
+        replaced = [] if isinstance(replaced, torch.Tensor) else replaced    # some make a tensor of no replacement
         spans = [(moved(start, replaced), moved(end, replaced)) for start, end in spans]
         seams = sorted({place for span in spans for place in span if straddled(offsets, place)})
         if seams:
@@ -156,10 +176,15 @@ class Encoder:
         return special_tokens(self.processor)
 
     def _process(self, text: str, images: list) -> dict:
+        """The processor's tensors. Floats are float32: some processors round to bfloat16, whatever the model is in."""
         options = {"return_tensors": "pt", "add_special_tokens": False, "return_offsets_mapping": True}
         if self.processor is tokenizer_of(self.processor):
-            return dict(self.processor([text], **options))
-        return dict(self.processor(text=[text], images=images or None, return_text_replacement_offsets=True, **options))
+            batch = dict(self.processor([text], **options))
+        else:
+            batch = dict(self.processor(text=[text], images=images or None, padding_side="right",
+                                        return_text_replacement_offsets=True, **options))
+        return {key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+                for key, value in batch.items()}
 
     def _tokenize_apart(self, batch: dict, text: str, seams: list[int]) -> list[tuple[int, int]]:
         """Tokenize prompt and reply apart, as inference does, where the tokenizer merged characters across their seam.

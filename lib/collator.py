@@ -1,9 +1,10 @@
 """collator: batches from encoded samples, for every family by three rules about shapes.
 
-1. What goes along the tokens, [1, T], is padded on the right: input_ids with pad_id, labels with IGNORE_INDEX, others with 0.
+1. What goes along the tokens, [1, T], is padded on the right: input_ids with pad_id, labels with
+   IGNORE_INDEX, others with 0.
 2. Media of a "cat" family are joined along their first axis; other axes are zero-padded to the largest.
-3. Media of a "stack" family, [1, tiles, …], are zero-padded on every axis, one entry per row; a row without media gets an
-   all-zero entry, which these families' models drop.
+3. Media of a "stack" family, [1, tiles, …], are zero-padded on every axis, one entry per row; a row without
+   media gets an all-zero entry, which these families' models drop.
 
 Fork me to: batch a new kind of tensor (a fourth rule here, its name in the family's record).
 """
@@ -38,6 +39,6 @@ def cat_padded(tensors: list[torch.Tensor]) -> torch.Tensor:
     largest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors))]
     padded = []
     for t in tensors:
-        room = [side for size, target in zip(reversed(t.shape[1:]), reversed(largest)) for side in (0, target - size)]
-        padded.append(F.pad(t, room))
+        room = [(0, target - size) for size, target in zip(t.shape[1:], largest)]
+        padded.append(F.pad(t, [side for sides in reversed(room) for side in sides]))    # the last axis first
     return torch.cat(padded)

@@ -1,7 +1,7 @@
 """golden: what was trained and what it answers, kept for a fresh process to reproduce.
 
-The logits are those of the plain inference forward (no autocast, no dropout), because that is what serves: under
-autocast the same weights differ by about one percent.
+The logits are those of the plain inference forward (no autocast, no dropout), because that is what serves:
+under autocast the same weights differ by about one percent.
 """
 import hashlib
 import json
@@ -20,8 +20,8 @@ POSITIONS = 16                            # logits kept per row: 16 x 262k x 4 b
 def write_golden(model, weights: dict[str, torch.Tensor], samples, count: int, path: Path) -> None:
     """Write the inputs of the first `count` samples and the float32 logits [positions, V] where they train.
 
-    Keys: `ROW.NAME` for each tensor that the model takes, `ROW.positions` and `ROW.logits`. In the header: the
-    sample ids, and the sha256 of each of the `weights` by its name.
+    Keys: `ROW.NAME` for each tensor that the model takes, `ROW.positions` and `ROW.logits`. In the header:
+    the sample ids, and the sha256 of each of the `weights` by its name.
     """
     tensors = {}
     rows = range(min(count, len(samples)))

@@ -5,6 +5,7 @@ runs on a position that isn't trained, and never on more than CHUNK of them at o
 
 Fork me to: change the objective (`trained_head_loss`, which autograd follows; use it for frozen heads, too).
 """
+import inspect
 from contextlib import contextmanager
 
 import torch
@@ -32,9 +33,8 @@ def forward_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     count outside: the right one is the whole optimizer step's.
     """
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions", "targets")}
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
     head = model.get_output_embeddings()
-    with loss_in_place_of(head, batch["positions"], batch["targets"], softcap) as result:
+    with loss_in_place_of(head, batch["positions"], batch["targets"], softcap_of(model)) as result:
         model(**inputs, use_cache=False)
     return result[0]
 
@@ -61,6 +61,15 @@ def loss_in_place_of(head, positions, targets, softcap):
         yield result
     finally:
         del head.forward
+
+
+def softcap_of(model) -> float | None:
+    """The bound that the model puts on its logits, or None. Not every class heeds what its config says."""
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    if softcap is None:
+        return None
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return softcap if "final_logit_softcapping" in inspect.getsource(type(base).forward) else None
 
 
 def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:

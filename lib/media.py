@@ -1,7 +1,7 @@
 """media: pictures from anything that a row holds, as the RGB image that the processor will see.
 
-Every decode in the kit goes through `decode`: in 02, where a bad picture is found, and in 05's workers and 06, where none
-can be bad any more.
+Every decode in the kit goes through `decode`: in 02, where a bad picture is found, and in 05's workers and in
+06, where none can be bad any more.
 
 Fork me to: change what a picture becomes (`to_rgb`), or where it comes from (`locate`).
 """
@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-MAX_PIXELS = 120_000_000       # a 120-megapixel picture is 360 MB decoded; anything above is a mistake or a bomb
-Image.MAX_IMAGE_PIXELS = None  # PIL would only warn up to twice its own limit: ours is checked before decoding
+MAX_PIXELS = 120_000_000       # 360 MB decoded; anything above is a mistake or a bomb
+Image.MAX_IMAGE_PIXELS = None  # PIL only warns, up to twice its own limit; ours is checked before decoding
 
 
 class MediaError(ValueError):
@@ -25,16 +25,17 @@ class MediaError(ValueError):
 
 
 def read_medium(source, root: Path) -> tuple[dict, Image.Image]:
-    """({kind, path, bytes, sha256, width, height, seconds}, RGB image) of a picture that is given as path, bytes, base64
-    data uri, {path, bytes} or PIL image.
+    """(media record, RGB image) of a path, bytes, a data uri, {path, bytes} or a PIL image.
 
-    Paths are relative to `root` and stay paths in the record; bytes are kept in it.
+    The record is {kind, path, bytes, sha256, width, height, seconds}. Paths are relative to `root` and stay
+    paths in it; bytes are kept in it. MediaError if there is no picture to be had.
     """
     path, data = locate(source, root)
     raw = data if data is not None else read_file(path)
     image = decode(raw, path or "picture in the row")
     record = {"kind": "image", "path": str(path) if data is None else None, "bytes": data,
-              "sha256": hashlib.sha256(raw).hexdigest(), "width": image.width, "height": image.height, "seconds": None}
+              "sha256": hashlib.sha256(raw).hexdigest(),
+              "width": image.width, "height": image.height, "seconds": None}
     return record, image
 
 
@@ -59,18 +60,18 @@ def locate(source, root: Path) -> tuple[Path | None, bytes | None]:
         raise MediaError("picture", f"must be a path, bytes or an image, not {source!r:.40}")
     text = str(source)
     if text.startswith("data:"):
-        return None, from_base64(text.partition(",")[2])
+        return None, from_base64(text)
     if text.startswith(("http://", "https://")):
-        raise MediaError(f"{text:.80}", "pictures behind urls are not fetched; download them and give the path")
+        raise MediaError(f"{text:.80}", "pictures behind urls are not fetched; download it and give the path")
     return root / text, None
 
 
-def from_base64(text: str) -> bytes:
-    """The decoded bytes, or a MediaError."""
+def from_base64(uri: str) -> bytes:
+    """The bytes of a data uri, or a MediaError."""
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode("".join(uri.partition(",")[2].split()), validate=True)
     except ValueError as error:
-        raise MediaError(f"{text:.40}", f"broken base64 ({error})") from None
+        raise MediaError(f"{uri:.40}", f"broken base64 ({error})") from None
 
 
 def read_file(path: Path) -> bytes:
@@ -84,7 +85,7 @@ def read_file(path: Path) -> bytes:
 
 
 def decode(raw: bytes, name) -> Image.Image:
-    """The first frame as an upright RGB image, transparency on white. A MediaError names what can't be decoded."""
+    """The first frame as an upright RGB image, transparency on white; a MediaError if that can't be had."""
     if not raw:
         raise MediaError(name, "empty file (0 bytes)")
     try:
@@ -99,7 +100,7 @@ def decode(raw: bytes, name) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode: deep greys are scaled (a plain convert clips them to white), transparency lies on white."""
+    """RGB of any mode: deep greys are scaled (a plain convert clips them), transparency lies on white."""
     if image.mode.startswith(("I", "F")):
         grey = image.convert("F")
         scale = 255 / white_of(image.mode, grey.getextrema()[1])
@@ -111,7 +112,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def white_of(mode: str, brightest: float) -> float:
-    """The value that means white in a grey picture of more than 8 bits: its type's, or the usual one that holds it."""
+    """The value that means white in a grey picture of over 8 bits: its type's, or the usual one that fits."""
     if mode.startswith("I;16"):
         return 65535
     usual = (1, 255, 65535) if mode == "F" else (255, 65535)

@@ -1,7 +1,7 @@
 """messages: a row of any data set as the one shape that the rest of the kit knows.
 
-A message is {role, content}, its content a list of parts: {"type": "text", "text": …} or {"type": "image"}. The pictures
-themselves stand beside the messages, in the order of their parts.
+A message is {role, content}, its content a list of parts: {"type": "text", "text": …} or {"type": "image"}.
+The pictures themselves stand beside the messages, in the order of their parts.
 
 Fork me to: accept another shape of row (`normalise`).
 """
@@ -23,14 +23,15 @@ class RowError(ValueError):
 def normalise(row, field_messages: str | None = None) -> tuple[list[dict], list]:
     """(messages, pictures) of a row, the pictures as the row gives them. RowError where it can't be one.
 
-    Pictures named in parts keep their place. Those of an image column fill the bare {"type": "image"} parts, over all
-    turns in order, or go before the first user text where the row has no such part.
+    Pictures named in parts keep their place. Those of an image column fill the bare {"type": "image"} parts,
+    over all turns in order, or go before the first user text where the row has no such part.
     """
     if not isinstance(row, dict):
         raise RowError(f"a row must be an object, not {name_of(row)}", 'write {"messages": […]}')
     key = field_messages or "messages"
     if not isinstance(row.get(key), list) or not row[key]:
-        raise RowError(f"no list of messages under {key!r}; the row has {shortened(', '.join(map(str, row)) or 'nothing')}",
+        keys = shortened(", ".join(map(str, row))) or "nothing"
+        raise RowError(f"no list of messages under {key!r}; the row has {keys}",
                        "write the conversation there, or name its key with field_messages")
     if row.get("tools"):
         raise RowError("the row has tools, which aren't rendered yet", "remove the row, or its tools")
@@ -45,11 +46,12 @@ def message_of(message, number: int) -> dict:
         raise RowError(f"message {number} is {name_of(message)}, not an object", WRITE)
     role, content = message.get("role"), message.get("content")
     if role not in ROLES:
-        raise RowError(f"message {number} has the role {shortened(repr(role))}", f"use one of {', '.join(ROLES)}")
-    unknown = [key for key, value in message.items() if key not in ("role", "content") and value not in (None, [], {})]
-    if unknown:
-        raise RowError(f"message {number} ({role}) has {shortened(repr(unknown[0]))}, which isn't rendered yet",
-                       "remove that key, or put its text into the content")
+        raise RowError(f"message {number} has the role {shortened(repr(role))}",
+                       f"use one of {', '.join(ROLES)}")
+    for key, value in message.items():
+        if key not in ("role", "content") and value not in (None, [], {}):
+            raise RowError(f"message {number} ({role}) has {shortened(repr(key))}, which isn't rendered yet",
+                           "remove that key, or put its text into the content")
     if isinstance(content, str):
         content = text_parts(content)
     if not isinstance(content, list):
@@ -66,7 +68,8 @@ def part_of(part, number: int) -> dict:
     kind = part.get("type") if isinstance(part, dict) else name_of(part)
     if kind == "text":
         if not isinstance(part.get("text"), str):
-            raise RowError(f"message {number} has a text part without a text", 'write {"type": "text", "text": …}')
+            raise RowError(f"message {number} has a text part without a text",
+                           'write {"type": "text", "text": …}')
         return {"type": "text", "text": part["text"]}
     if kind == "image":
         source = next((part[key] for key in PLACES if part.get(key) is not None), None)
@@ -90,7 +93,8 @@ def fill(messages: list[dict], listed: list) -> list:
     if listed and not parts:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
-            raise RowError(f"{count(len(listed), 'picture')}, but no user message to stand in", "add a user message")
+            raise RowError(f"{count(len(listed), 'picture')}, but no user message to stand in",
+                           "add a user message")
         parts = [{"type": "image", "source": picture} for picture in listed]
         first["content"][:0] = parts
     elif len(bare) != len(listed):

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import adapter, quant, registry, terminal
 from lib.adapter import base_name
-from lib.plan import check_weight_files, first_line, load_config, make_plan, on_meta, quiet
+from lib.chat import first_line
+from lib.plan import check_weight_files, load_config, make_plan, on_meta, quiet
 from lib.registry import Roles
 from lib.stage import StageError
 
@@ -151,7 +152,7 @@ def attach(model, adapter_path: Path, trainable: bool = True):
 
 
 def save_adapter(peft_model, folder: Path) -> dict[str, torch.Tensor]:
-    """{name: tensor} as written to adapter_model.safetensors, with adapter_config.json, for plain peft to read.
+    """{name: tensor} as written to adapter_model.safetensors, beside adapter_config.json, for plain peft.
 
     The adapter's own tensors only: peft would add the embeddings when it can't look the base up on the hub.
     """

@@ -14,6 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from lib import quant, registry, terminal
+from lib.chat import first_line
 from lib.registry import Roles
 from lib.stage import StageError
 
@@ -111,11 +112,6 @@ def public_name(plan: dict) -> str:
     """The base model's name for an export: a hub id, or a folder's own name without where it lies."""
     folder = Path(plan["base_model"])
     return folder.resolve().name if folder.exists() else plan["base_model"]
-
-
-def first_line(error: Exception) -> str:
-    """An error's first line, or its class where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextlib.contextmanager

@@ -1,4 +1,6 @@
-"""preview: what training will see of a sample, for a person: in the terminal, on a page and as JSON lines."""
+"""preview: what training will see, for a person: in the terminal, on a page, as JSON, and in numbers."""
+import json
+from collections import Counter
 from pathlib import Path
 
 from rich.text import Text
@@ -11,34 +13,57 @@ from lib.samples import write_lines
 PREVIEW_ROWS = 16
 
 
-def preview_row(encoder: Encoder, sample: dict) -> dict:
-    """One sample exactly as training will see it, as plain data."""
-    encoded = encoder(sample)
-    ids = encoded["input_ids"][0].tolist()
-    return {"sample_id": sample["sample_id"], "row": sample["row"], "dataset": sample["dataset"],
-            "input_ids": ids, "labels": encoded["labels"][0].tolist(),
-            "tokens": tokenizer_of(encoder.processor).convert_ids_to_tokens(ids),
-            "images": len(sample["media"]), "media_tokens": sample["media_tokens"]}
+def write_report(path: Path, train: list[dict], held_out: list[dict], rejects: list[dict]) -> dict[str, int]:
+    """The counts of everything, written as report.json together with those by data set and kind of reject."""
+    every = train + held_out
+    sums = {name: sum(sample[name] for sample in every)
+            for name in ("input_tokens", "media_tokens", "supervised_tokens")}
+    counts = {"train_samples": len(train), "held_out_samples": len(held_out), "rejected_rows": len(rejects),
+              **sums, "longest_sample_tokens": max(sample["input_tokens"] for sample in every),
+              "replies_ended_by_the_kit": sum(sample["ends_added"] for sample in every)}
+    content = {"counts": counts, "by_dataset": dict(Counter(sample["dataset"] for sample in every)),
+               "rejects": kinds_of(rejects)}
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    return counts
 
 
-def write_previews(folder: Path, encoder: Encoder, train: list[dict], counts: dict) -> None:
+def kinds_of(rejects: list[dict]) -> list[dict]:
+    """[{rows, such_as, fix}], the most frequent kind first: what is mended in one way is of one kind."""
+    first = {reject["fix"]: f"{reject['where']}: {reject['reason']}" for reject in reversed(rejects)}
+    numbers = Counter(reject["fix"] for reject in rejects)
+    return [{"rows": number, "such_as": first[fix], "fix": fix} for fix, number in numbers.most_common()]
+
+
+def write_previews(folder: Path, encoder: Encoder, train: list[dict], counts: dict[str, int]) -> None:
     """preview.jsonl (the first rows as tensors) and preview.html (the same to look at, with histograms)."""
     rows = [preview_row(encoder, sample) for sample in train[:PREVIEW_ROWS]]
     write_lines(folder / "preview.jsonl", rows)
     media_tokens = tokenizer_of(encoder.processor).convert_ids_to_tokens(list(encoder.never_trained))
     cards = [sample_card(sample, row, media_tokens) for sample, row in zip(train, rows)]
+    words = {"train_samples": "samples to train on", "held_out_samples": "held out",
+             "rejected_rows": "rows rejected", "supervised_tokens": "trained tokens"}
+    lengths = [report.histogram([sample[f"{name}_tokens"] for sample in train], f"{word} per sample")
+               for name, word in (("input", "tokens"), ("supervised", "trained tokens"))]
     page = report.page("What the model will learn", [
-        ("In short", report.tiles([(counts["train_samples"], "samples to train on"), (counts["held_out_samples"], "held out"),
-                                   (counts["rejected_rows"], "rows rejected"), (counts["supervised_tokens"], "trained tokens")])),
+        ("In short", report.tiles([(counts[name], word) for name, word in words.items()])),
         ("Samples", report.TOKEN_KEY + "".join(cards)),
-        ("Lengths", report.histogram([sample["input_tokens"] for sample in train], "tokens per sample")
-         + report.histogram([sample["supervised_tokens"] for sample in train], "trained tokens per sample")),
-    ], subtitle=f"The first {len(rows)} samples as training sees them. Trained tokens are marked.")
+        ("Lengths", "".join(lengths)),
+    ], subtitle=f"The first {len(rows)} samples as training sees them.")
     (folder / "preview.html").write_text(page, encoding="utf-8")
 
 
+def preview_row(encoder: Encoder, sample: dict) -> dict:
+    """One sample exactly as training will see it, as plain data."""
+    encoded = encoder(sample)
+    ids, labels = (encoded[name][0].tolist() for name in ("input_ids", "labels"))
+    return {"sample_id": sample["sample_id"], "row": sample["row"], "dataset": sample["dataset"],
+            "input_ids": ids, "labels": labels,
+            "tokens": tokenizer_of(encoder.processor).convert_ids_to_tokens(ids),
+            "images": len(sample["media"]), "media_tokens": sample["media_tokens"]}
+
+
 def sample_card(sample: dict, row: dict, media_tokens: list[str]) -> str:
-    """A sample on the page: its pictures, every token, and its counts."""
+    """A sample on the page: its counts, its pictures, every token."""
     pictures = "".join(report.picture(open_image(medium), f"picture {number} of {row['sample_id']}")
                        for number, medium in enumerate(sample["media"], start=1))
     facts = [(f"row {row['row']}", row["dataset"]), ("tokens", sample["input_tokens"]),
@@ -54,6 +79,6 @@ def show(samples: list[dict], processor) -> None:
         text.highlight_words(placeholders(processor).values(), "dim")
         for span in sample["spans"]:
             text.stylize("bold green", span["start"], span["end"])
-        terminal.say(f"{sample['sample_id']}: {sample['input_tokens']} tokens, {sample['media_tokens']} of them media, "
-                     f"{sample['supervised_tokens']} trained (green)", "bold")
+        terminal.say(f"{sample['sample_id']}: {sample['input_tokens']} tokens, {sample['media_tokens']} of "
+                     f"them media, {sample['supervised_tokens']} trained (green)", "bold")
         terminal.console.print(text)

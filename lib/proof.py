@@ -1,10 +1,12 @@
-"""proof: load an exported adapter or model as a stranger would, and compare it with what training computed.
+"""proof: load an exported adapter or model as a stranger would, and compare it with what training had.
 
     python lib/proof.py task.json result.json
 
-Runs as a process of its own on plain transformers and peft; nothing of the kit is imported, so nothing of it can help. task.json is
-written by 06_save.py: where the export lies, golden.safetensors, and held-out rows as texts with picture files.
+Runs as a process of its own on plain transformers and peft: nothing of the kit is imported, so nothing of it
+can help. 06_save.py writes task.json: where exports and golden.safetensors lie, and held-out rows as texts
+with picture files.
 """
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -13,52 +15,57 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
 
 
 def main(task_path: str, result_path: str) -> None:
-    """Write {proofs, answers}: per export the largest logit difference, and every row's base and tuned answer."""
+    """Write {processor, exports, answers}: what differs from training, and the answers of base and tuned."""
     task = json.loads(Path(task_path).read_text(encoding="utf-8"))
-    processor = transformers.AutoProcessor.from_pretrained(task["export"], trust_remote_code=task["trust_remote_code"])
-    processor = with_right_padding(processor)
-    result = {"processor": processor_difference(processor, task), "exports": {}, "answers": []}
-    if task["adapter"]:
-        from peft import PeftModel
-        base = load(task, task["base_model"], task["revision"])
-        tuned = PeftModel.from_pretrained(base, task["export"]).eval()
-        result["exports"]["adapter"] = compare(tuned, task) | {"odd_keys": odd_adapter_keys(tuned, task["export"])}
-        with tuned.disable_adapter():
-            before = [answer(tuned, processor, row, task) for row in task["rows"]]
-    else:
-        base = load(task, task["base_model"], task["revision"])
-        before = [answer(base, processor, row, task) for row in task["rows"]]
-        del base
-        tuned = load(task, task["export"])
-        result["exports"]["model"] = compare(tuned, task)
-    after = [answer(tuned, processor, row, task) for row in task["rows"]]
-    del tuned
+    processor, golden = load_processor(task), golden_rows(task["golden"])
+    result = {"processor": processor_difference(processor, task, golden)} | prove(task, processor, golden)
     if task["merged"]:
-        merged = load(task | {"quantisation": None}, task["merged"])
-        result["exports"]["merged"] = compare(merged, task)
-    result["answers"] = [{"base": b, "tuned": a} for b, a in zip(before, after, strict=True)]
+        merged = logits(load(plain(task), task["merged"]), golden)
+        result["exports"]["merged"] = compare(merged, expected(task, golden))
     Path(result_path).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
-def with_right_padding(processor):
-    """The processor, padding on the right as in training."""
+def prove(task: dict, processor, golden: list[dict]) -> dict:
+    """{exports, answers} of the exported adapter or model, and the base's own answers."""
+    base = load(task, task["base_model"], task["revision"])
+    if task["adapter"]:
+        tuned, weights = with_adapter(base, task["export"])
+        with tuned.disable_adapter():
+            before = [answer(tuned, processor, row, task) for row in task["rows"]]
+    else:
+        before = [answer(base, processor, row, task) for row in task["rows"]]
+        base = tuned = load(task, task["export"])
+        weights = tuned.state_dict()
+    after = [answer(tuned, processor, row, task) for row in task["rows"]]
+    found = compare(logits(tuned, golden), [row["logits"] for row in golden])
+    exports = {"adapter" if task["adapter"] else "model": found | {"changed_tensors": changed(weights, task)}}
+    answers = [{"base": b, "tuned": a} for b, a in zip(before, after, strict=True)]
+    return {"exports": exports, "answers": answers}
+
+
+# ---- loading ----
+
+def load_processor(task: dict):
+    """The export's processor, padding on the right as in training."""
+    trust = task["trust_remote_code"]
+    processor = transformers.AutoProcessor.from_pretrained(task["export"], trust_remote_code=trust)
     getattr(processor, "tokenizer", processor).padding_side = "right"
     return processor
 
 
 def load(task: dict, path: str, revision: str | None = None):
-    """The model in `path` by its plain class, in eval mode; a missing or unexpected tensor is an error."""
+    """The model in `path` by its own class, in eval mode; a tensor that the file lacks is an error."""
     options = {"dtype": getattr(torch, task["dtype"]), "attn_implementation": task["attn_implementation"],
                "trust_remote_code": task["trust_remote_code"], "revision": revision}
     if task["quantisation"]:
         options |= {"quantization_config": transformers.BitsAndBytesConfig(**task["quantisation"]),
                     "device_map": {"": task["device"]}}
-    model, info = getattr(transformers, task["class"]).from_pretrained(path, output_loading_info=True, **options)
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    cls = getattr(transformers, task["class"])
+    model, info = cls.from_pretrained(path, output_loading_info=True, **options)
+    for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             sys.exit(f"{path}: {kind}: {sorted(map(str, info[kind]))[:3]}")
     for module in model.modules():                     # bitsandbytes: keep one layout, so that logits compare
@@ -67,26 +74,19 @@ def load(task: dict, path: str, revision: str | None = None):
     return model.eval() if task["quantisation"] else model.eval().to(task["device"])
 
 
-def odd_adapter_keys(model, folder: str) -> list[str]:
-    """Adapter tensors that are in the file or in the model, but not in both."""
-    from peft import get_peft_model_state_dict
-    return sorted(get_peft_model_state_dict(model).keys() ^ load_file(Path(folder) / "adapter_model.safetensors").keys())
+def with_adapter(base, folder: str):
+    """(the base with the adapter on it, the adapter's tensors as loaded)."""
+    from peft import PeftModel, get_peft_model_state_dict
+    tuned = PeftModel.from_pretrained(base, folder).eval()
+    return tuned, get_peft_model_state_dict(tuned, save_embedding_layers=False)
 
 
-@torch.no_grad()
-def compare(model, task: dict) -> dict:
-    """{max_logit_difference, max_logit, argmax_agreement} against the golden rows."""
-    worst, largest, same, count = 0.0, 0.0, 0, 0
-    for row in golden_rows(task["golden"]):
-        positions, logits = row.pop("positions"), row.pop("logits")
-        found = model(**{key: value.to(model.device) for key, value in row.items()}, use_cache=False).logits
-        found = found[0].cpu()[positions].float()
-        worst = max(worst, float((found - logits).abs().max()))
-        largest = max(largest, float(logits.abs().max()))
-        same += int((found.argmax(-1) == logits.argmax(-1)).sum())
-        count += len(positions)
-    return {"max_logit_difference": worst, "max_logit": largest, "argmax_agreement": same / max(1, count)}
+def plain(task: dict) -> dict:
+    """The task without quantisation."""
+    return task | {"quantisation": None}
 
+
+# ---- comparing ----
 
 def golden_rows(path: str) -> list[dict]:
     """The golden rows as {name: tensor}."""
@@ -98,15 +98,52 @@ def golden_rows(path: str) -> list[dict]:
     return [rows[row] for row in sorted(rows)]
 
 
-def processor_difference(processor, task: dict) -> str:
-    """The first tensor that the exported processor makes otherwise than training had it; "" when none."""
-    for row, golden in zip(task["golden_rows"], golden_rows(task["golden"]), strict=True):
+@torch.no_grad()
+def logits(model, golden: list[dict]) -> list[torch.Tensor]:
+    """The model's float32 logits [positions, V] of each golden row."""
+    found = []
+    for row in golden:
+        given = {key: row[key].to(model.device) for key in row.keys() - {"positions", "logits"}}
+        found.append(model(**given, use_cache=False).logits[0].cpu()[row["positions"]].float())
+    return found
+
+
+def expected(task: dict, golden: list[dict]) -> list[torch.Tensor]:
+    """The logits that a merge has to give: training's; if the base is quantised, those of the whole one."""
+    if not task["quantisation"]:
+        return [row["logits"] for row in golden]
+    tuned, _ = with_adapter(load(plain(task), task["base_model"], task["revision"]), task["export"])
+    return logits(tuned, golden)
+
+
+def compare(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict:
+    """{max_logit_difference, max_logit, argmax_agreement} over all rows."""
+    found, expected = torch.cat(found), torch.cat(expected)
+    return {"max_logit_difference": float((found - expected).abs().max()),
+            "max_logit": float(expected.abs().max()),
+            "argmax_agreement": float((found.argmax(-1) == expected.argmax(-1)).float().mean())}
+
+
+def changed(weights: dict[str, torch.Tensor], task: dict) -> list[str]:
+    """Names of the tensors that are not, bit for bit, what training had, or that only one side has."""
+    with safe_open(task["golden"], "pt") as file:
+        trained = json.loads(file.metadata()["sha256"])
+    found = {name: hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
+             for name, tensor in weights.items()}
+    return sorted({name for name, _ in found.items() ^ trained.items()})
+
+
+def processor_difference(processor, task: dict, golden: list[dict]) -> str:
+    """The first tensor that the exported processor makes otherwise than training had it; "" where none."""
+    for row, had in zip(task["golden_rows"], golden, strict=True):
         made = inputs(processor, row["text"], row["images"])
-        for name in sorted((golden.keys() | made.keys()) - {"positions", "logits"}):
-            if name not in made or name not in golden or not torch.equal(made[name], golden[name]):
+        for name in sorted((had.keys() | made.keys()) - {"positions", "logits"}):
+            if name not in made or name not in had or not torch.equal(made[name], had[name]):
                 return f"{name} of {row['sample_id']}"
     return ""
 
+
+# ---- answering ----
 
 def inputs(processor, text: str, images: list[str]) -> dict:
     """The model's inputs for a rendered text and picture files, [1, ...]."""
@@ -120,8 +157,9 @@ def inputs(processor, text: str, images: list[str]) -> dict:
 @torch.no_grad()
 def answer(model, processor, row: dict, task: dict) -> str:
     """The greedy answer to a row's prompt."""
-    made = {key: value.to(model.device) for key, value in inputs(processor, row["prompt"], row["prompt_images"]).items()}
-    output = model.generate(**made, do_sample=False, max_new_tokens=task["max_new_tokens"], pad_token_id=task["pad_id"])
+    made = inputs(processor, row["prompt"], row["prompt_images"])
+    output = model.generate(**{key: value.to(model.device) for key, value in made.items()}, do_sample=False,
+                            max_new_tokens=task["max_new_tokens"], pad_token_id=task["pad_id"])
     tokenizer = getattr(processor, "tokenizer", processor)
     return tokenizer.decode(output[0, made["input_ids"].shape[1]:], skip_special_tokens=True).strip()
 

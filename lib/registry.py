@@ -25,8 +25,8 @@ class Family:
     idle: which parameters no forward reaches, by the name of a rule in `idle_modules`; they can't be trained.
     no_lora: path components that LoRA leaves alone although they hold linear layers of the language model.
     eager: sub-configs whose part of the model has no sdpa attention.
-    stop: the token that ends a turn where the template writes none but the next turn's header.
     template: a file in lib/templates that serves where the published checkpoint has no chat template.
+    special_tokens: {name: token} of the tokenizer, where the published one has none.
     packages: what its model or processor imports beyond requirements.txt, as {module: pip name}.
     use_instead: published ids that are no transformers checkpoint -> those that are.
     """
@@ -39,8 +39,8 @@ class Family:
     idle: str = ""
     no_lora: tuple[str, ...] = ()
     eager: tuple[str, ...] = ()
-    stop: str = ""
     template: str = ""
+    special_tokens: dict[str, str] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     use_instead: dict[str, str] = field(default_factory=dict)
     note: str = ""
@@ -58,6 +58,7 @@ FAMILIES = (
                         "liuhaotian/llava-v1.5-13b": "llava-hf/llava-1.5-13b-hf"},
            note="Pixtral is this model type around a Mistral and its own tower"),
     Family("Mistral-Small 3.1 and 4, Magistral", ("mistral3",), TOWER, template="mistral.jinja",
+           special_tokens={"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
            note="Mistral-Small-4 is this model type around mistral4 (MLA and experts); Magistral ships no template"),
     Family("Mllama", ("mllama",),
            {"model.vision_model": "vision", "model.multi_modal_projector": "projector",
@@ -84,7 +85,9 @@ FAMILIES = (
            QWEN_WRAPPERS),
     Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), VISUAL, QWEN_WRAPPERS,
            note="linear attention in three of four layers; earlier turns lose their thoughts, so each reply is a sample"),
-    Family("GLM-4.6V", ("glm4v", "glm46v", "glm4v_moe"), VISUAL, GLM_WRAPPERS, stop="<|user|>"),
+    Family("GLM-4.1V and 4.6V", ("glm4v", "glm46v"), VISUAL, GLM_WRAPPERS),
+    Family("GLM-4.5V and 4.6V, experts", ("glm4v_moe",), VISUAL, GLM_WRAPPERS, no_lora=("mlp",),
+           note="LoRA on attention only: peft moves adapters on gate, up and down to the experts by itself"),
     Family("SmolVLM2", ("smolvlm",),
            {"model.vision_model": "vision", "model.connector": "projector", "model.text_model": "language"},
            collate="stack", packages={"num2words": "num2words"},
@@ -289,9 +292,10 @@ def lora_linears(model, roles: Roles, family: Family, wanted: tuple[str, ...]) -
         if not isinstance(module, torch.nn.Linear) or roles.is_idle(name):
             continue
         role = roles.of(name)
+        if set(family.no_lora) & set(name.split(".")):
+            continue
         if role in wanted and role != "language":
             names.append(name)
-        elif ("language" in wanted and role in ("language", "cross_attention") and re.search(r"\.\d+\.", name)
-              and not set(family.no_lora) & set(name.split("."))):
+        elif "language" in wanted and role in ("language", "cross_attention") and re.search(r"\.\d+\.", name):
             names.append(name)
     return names

@@ -1,6 +1,7 @@
 """samples: the records that 02 hands on, the choice of those held out, and their files.
 
-A sample holds no pixels and no token ids: its text, which characters are trained, where its media are, and its lengths.
+A sample holds no pixels and no token ids: it has its text, which characters are trained, where its media are,
+and its lengths.
 """
 import json
 import random
@@ -9,8 +10,8 @@ from pathlib import Path
 
 from lib.stage import StageError
 
-MEDIUM = {"kind": "string", "path": "string", "bytes": "binary", "sha256": "string", "width": "int32", "height": "int32",
-          "seconds": "float32"}
+MEDIUM = {"kind": "string", "path": "string", "bytes": "binary", "sha256": "string",
+          "width": "int32", "height": "int32", "seconds": "float32"}
 SAMPLE = {"sample_id": "string", "row": "int64", "dataset": "string", "messages": "string", "text": "string",
           "spans": [{"start": "int32", "end": "int32"}], "media": [MEDIUM],
           "input_tokens": "int32", "media_tokens": "int32", "supervised_tokens": "int32"}
@@ -32,7 +33,7 @@ def names_of(specs: list[dict]) -> list[str]:
 def hold_out(samples: list[dict], size: float, seed: int) -> tuple[list[dict], list[dict]]:
     """(train, held out): a seeded choice of `size` samples, or of that share of them where size is below 1.
 
-    Samples of one row, or with a picture in common, stay on one side: so at most `size` are held out, but at least one.
+    Samples of one row, or with a picture in common, stay on one side: so it may be fewer than `size`.
     """
     wanted = max(1, round(size * len(samples))) if size < 1 else size
     groups = groups_of(samples)
@@ -74,9 +75,10 @@ def save(samples: list[dict], folder: Path) -> None:
     import datasets
     datasets.disable_progress_bars()
     features = datasets.Features({name: feature(kind) for name, kind in SAMPLE.items()})
-    table = datasets.Dataset.from_list([{name: sample[name] for name in SAMPLE} for sample in samples], features=features)
-    table._fingerprint = "samples"                      # the library's own is random; the ledger hashes this file
-    table.save_to_disk(str(folder))
+    columns = {name: [sample[name] for sample in samples] for name in SAMPLE}
+    table = datasets.Dataset.from_dict(columns, features=features)
+    table._fingerprint = "samples"                # the library's own is random; the ledger hashes this file
+    table.save_to_disk(str(folder), num_shards=None if samples else 1)    # it can't load zero shards
 
 
 def feature(kind):

@@ -11,9 +11,9 @@ from lib.stage import StageError
 
 
 def rows(spec: dict) -> Iterator[tuple[int, str, object]]:
-    """(row number from 0, where it stands, the row or a RowError) of a JSON, JSONL, Parquet, Arrow file or saved data set.
+    """(row number from 0, where it stands, the row or a RowError) of a file or saved data set.
 
-    Where is the file and line of a row, or its number where a file has no lines.
+    Where a row stands is its file and line, or its file and number where rows have no lines.
     """
     path = Path(spec["path"])
     if path.is_dir():
@@ -115,7 +115,7 @@ def saved(path: Path, split: str | None) -> Iterator[dict]:
             raise StageError(f"datasets: {path} has the splits {', '.join(found)}, not {split!r}",
                              f"write split: {next(iter(found))}")
         found = found[split]
-    for column, feature in found.features.items():     # bytes as they lie in the file, decoded by lib/media.py
+    for column, feature in found.features.items():      # pictures stay bytes, for lib/media.py to decode
         inner = getattr(feature, "feature", feature)
         if isinstance(inner, datasets.Image):
             plain = datasets.Image(decode=False)

@@ -1,8 +1,9 @@
-"""template: conversations as text, by the checkpoint's own chat template, and the characters in it that the model writes.
+"""template: conversations as text, by the checkpoint's own chat template, and the characters that the model writes.
 
-A reply is what a render gains by it: the render up to the reply, without the one before it that asks for it. Where its turn
-ends is seen by rendering a mark in place of its text. Real templates drop, trim and rewrite what they are given, so the
-renders are checked against one another, and what doesn't fit is a RowError: a mask is exact, or there is none.
+A reply is what a render gains by it: the render up to the reply, without the one before it that asks for it.
+Where its turn ends is seen by rendering a mark in place of its text. Real templates drop, trim and rewrite what
+they are given, so the renders are checked against one another, and what doesn't fit is a RowError: a mask is
+exact, or there is none.
 
 Fork me to: train on other words (`conversations` says what a sample is, `_reply` what is trained in it).
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 from jinja2 import TemplateSyntaxError
 
-from lib.chat import placeholders, special_tokens, tokenizer_of
+from lib.chat import first_token, placeholders, special_tokens, tokenizer_of
 from lib.messages import RowError, count, has_media, text_parts, texts_of
 from lib.stage import StageError
 
@@ -22,7 +23,7 @@ QUOTED_TYPE = re.compile(r"""(['"])type\1: """)         # typed parts that were 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A sample's text, the (start, end) characters in it that are trained, and how many of the row's media it shows.
+    """A sample's text, the (start, end) characters in it that are trained, and how many media it shows.
 
     `ends_added` counts the replies that the template left without an end of turn, which the kit put there.
     """
@@ -34,16 +35,16 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Reply:
-    """An assistant turn's trained (start, end) characters, several if media stand among them; `ended` by the template?"""
-    spans: list[tuple[int, int]]
+    """An assistant turn's trained (start, end) characters; whether the template ended the turn."""
+    spans: list[tuple[int, int]]                        # several, if media stand among them
     ended: bool
 
 
 class Template:
     """A processor's chat template.
 
-    stops: the tokens at which the checkpoint's generation stops, beside the tokenizer's eos. They tell which of several
-    tokens ends a turn, and whether a template that writes no end means the next turn's header to be it.
+    stops: the tokens at which the checkpoint's generation stops, beside the tokenizer's eos. They tell which of
+    several tokens ends a turn, and whether a template that writes no end means the next header to be it.
     """
 
     def __init__(self, processor, stops: tuple[str, ...] = ()):
@@ -52,12 +53,13 @@ class Template:
                              "add chat_template: FILE.jinja to the recipe, or name an instruction-tuned checkpoint")
         self.processor, self.stops = processor, {*stops, tokenizer_of(processor).eos_token}
         self.special, self.placeholders = special_tokens(processor), placeholders(processor)
+        self.first = first_token(processor)             # which apply_chat_template leaves to the tokenizer
         self.typed: dict[str, bool] = {}                # whether a role's typed parts are rendered as their text
         for role in ("user", "system", "assistant", "tool"):
             self.typed[role] = self._takes_parts(role)
 
     def conversations(self, messages: list[dict]) -> list[Conversation]:
-        """The samples of a row: one with its replies, and one for each reply that a later turn makes the template rewrite.
+        """The samples of a row: one with its replies, and one for each reply that later turns change.
 
         Raises RowError where a text holds a special token, is dropped or changed, or a reply isn't found exactly.
         """
@@ -75,14 +77,14 @@ class Template:
             reply = self._reply(head, upto)
             if full.startswith(upto[:reply.spans[-1][1]]):
                 shared.append(reply)
-            else:
+            else:                                       # later turns rewrite it: it is learnt as it was written
                 apart.append(self._ended(head, upto, [reply]))
         return [self._ended(messages, full, shared), *apart] if shared else apart
 
-    # -------------------------------------------------------------------------------------------- messages to text
+    # ---- messages to text ----
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
-        """The conversation's text; `prompt` adds the header that asks for the next reply. RowError if it is refused."""
+        """The conversation's text; `prompt` adds the header that asks for a reply. RowError if it is refused."""
         return self._apply([self._shaped(message) for message in messages], prompt)
 
     def _apply(self, messages: list[dict], prompt: bool = False) -> str:
@@ -102,7 +104,7 @@ class Template:
         return {**message, "content": "".join(texts_of(message))}
 
     def _takes_parts(self, role: str) -> bool:
-        """Whether a role's typed parts come out as their text, and not as an error, as nothing or as a printed list."""
+        """Whether a role's typed parts come out as their text, not as an error, as nothing or as a list."""
         marked = {"role": role, "content": text_parts(MARK)}
         asked = self._shaped({"role": "user", "content": text_parts("x")})
         try:
@@ -112,18 +114,19 @@ class Template:
         return MARK in text and not QUOTED_TYPE.search(text)
 
     def _check_parts(self, messages: list[dict]) -> None:
-        """RowError where a text spells a token that only the template may write, or a medium has no token at all."""
+        """RowError where a text spells a token that only the template may write, or a medium has no token."""
         for number, message in enumerate(messages):
+            who = f"message {number} ({message['role']})"
             if found := self.special.search("".join(texts_of(message))):
-                raise RowError(f"message {number} ({message['role']}) spells the special token {found.group()!r}",
-                               'remove it from the text; a picture is a part {"type": "image"}, not a token in a text')
-            for part in message["content"]:
-                if part["type"] != "text" and part["type"] not in self.placeholders:
-                    raise RowError(f"message {number} ({message['role']}) has an {part['type']}, and base_model takes none",
-                                   f"name a base_model that takes {part['type']}s, or remove them from the row")
+                raise RowError(f"{who} spells the special token {found.group()!r}", "remove it from the text; "
+                               'a picture is a part {"type": "image"}, not a token in a text')
+            for kind in (part["type"] for part in message["content"] if part["type"] != "text"):
+                if kind not in self.placeholders:
+                    raise RowError(f"{who} has an {kind}, and base_model takes none",
+                                   f"name a base_model that takes {kind}s, or remove them from the row")
 
     def _check_other_texts(self, messages: list[dict], full: str) -> None:
-        """RowError where a text other than a reply's doesn't stand in the render; `_reply` looks after those."""
+        """RowError where a text other than a reply's doesn't stand in the render; `_reply` sees to those."""
         texts, marked = [], []
         for message in messages:
             parts = list(message["content"])
@@ -138,7 +141,7 @@ class Template:
                 raise RowError(f"the chat template drops or changes this text: {text[:60]!r}",
                                "name a chat_template that renders every message as it stands")
 
-    # -------------------------------------------------------------------------------------------- text to spans
+    # ---- text to spans ----
 
     def _reply(self, messages: list[dict], upto: str) -> Reply:
         """Where the last message, an assistant's, stands in `upto`, the render of these messages."""
@@ -160,32 +163,31 @@ class Template:
         return Reply([(a, b) for a, b in spans[:-1] if a < b] + spans[-1:], ended=end > stop)
 
     def _end_of_turn(self, upto: str, stop: int) -> int:
-        """Where the turn ends whose text ends at `stop`: behind the next special token, or the stop token that follows it."""
+        """Where the turn ends whose text ends at `stop`: behind the next special token, in most templates."""
         found = self.special.search(upto, stop)
         if not found:
             return max(stop, len(upto.rstrip()))
         first = found.end()
-        while found:                                    # Cohere's turns end with two tokens, and generation at the second
+        while found:                                    # Cohere ends with two tokens, and stops at the second
             if found.group() in self.stops:
                 return found.end()
             found = self.special.match(upto, found.end())
         return first
 
     def _media_in(self, upto: str, start: int, texts: list[str], gaps: list[str]) -> list[tuple[int, int]]:
-        """The characters that the template wrote for the media among a reply's texts: their tokens and what is around them."""
+        """The characters that the template wrote for media among a reply's texts: tokens and what is around them."""
         place, cuts = len(gaps[0]), []
-        if not upto.startswith(gaps[0]):
-            raise unclear("the media in an assistant's turn can't be told from its text")
+        known = upto.startswith(gaps[0])
         if self.special.search(upto, start, place):
             cuts.append((start, place))
         for text, gap in zip(texts, gaps[1:]):
             shown = next((t for t in (text, text.strip()) if upto.startswith(t + gap, place)), None)
-            if shown is None:
+            if not known or shown is None:
                 raise unclear("the media in an assistant's turn can't be told from its text")
             place += len(shown)
             cuts.append((place, place + len(gap)))
             place += len(gap)
-        return [(a, b) for a, b in cuts[:-1] if self.special.search(upto, a, b)]
+        return [(a, b) for a, b in cuts[:-1] if self.special.search(upto, a, b)]   # the last is the end of turn
 
     def _ended(self, messages: list[dict], text: str, replies: list[Reply]) -> Conversation:
         """The conversation, with an end put behind each reply that the template left without one."""
@@ -202,9 +204,9 @@ class Template:
 
     @functools.cached_property
     def closing(self) -> str:
-        """What ends a turn for which the template writes no end: the next header if generation stops at it, else eos."""
-        turns = [{"role": role, "content": text_parts(text)} for role, text in
-                 (("user", "x"), ("assistant", MARK), ("user", "x"))]
+        """What ends a turn for which the template writes no end: the next header if generation stops at it, or eos."""
+        turns = [{"role": role, "content": text_parts(text)}
+                 for role, text in (("user", "x"), ("assistant", MARK), ("user", "x"))]
         header = self.special.match(self.render(turns).partition(MARK)[2].lstrip())
         if header and header.group() in self.stops:
             return header.group()
@@ -219,7 +221,7 @@ class Template:
         for kind in sorted(set(kinds)):
             shown = text.count(self.placeholders[kind])
             if shown != kinds.count(kind):
-                raise RowError(f"{count(kinds.count(kind), kind)} in the messages, {shown} in the chat template's render",
+                raise RowError(f"{count(kinds.count(kind), kind)} in the messages, {shown} in the render",
                                f"name a chat_template that shows every {kind}, or remove them from the row")
         return len(kinds)
 

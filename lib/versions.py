@@ -3,7 +3,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lib.ledger import StageError
 
-MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18", "datasets": "3.0", "pillow": "11.0", "rich": "13.0"}
+MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18",
+           "datasets": "3.0", "pillow": "11.0", "rich": "13.0"}
+FIX = "pip install -r requirements.txt"
 
 
 def check() -> None:
@@ -12,10 +14,9 @@ def check() -> None:
         try:
             found = version(name)
         except PackageNotFoundError:
-            raise StageError(f"the Python package {name} is not installed", "pip install -r requirements.txt") from None
+            raise StageError(f"the Python package {name} is not installed", FIX) from None
         if parts(found) < parts(oldest):
-            raise StageError(f"{name} {found} is too old: the kit needs {oldest} or newer",
-                             "pip install -r requirements.txt")
+            raise StageError(f"{name} {found} is too old: the kit needs {oldest} or newer", FIX)
 
 
 def parts(text: str) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ class Rows:
         template = Template(processor)
         self.rows, self.alone = {}, {}
         for kind, sizes in KINDS.items():
-            images = [Image.effect_noise(size, 90).convert("RGB") for size in sizes]
+            images = [Image.radial_gradient("L").resize(size).convert("RGB") for size in sizes]
             content = [{"type": "image"}] * len(images) + [{"type": "text", "text": f"What is {kind}?"}]
             (conversation,) = template.conversations([
                 {"role": "user", "content": content}, {"role": "assistant", "content": [{"type": "text", "text": kind * 2}]}])

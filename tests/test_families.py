@@ -42,7 +42,7 @@ LORA = {
     "qwen3_vl_moe": dict.fromkeys(ATTENTION, 2),
     "qwen3_5": QWEN3_5, "qwen3_5_moe": QWEN3_5,
     "mistral4": dict.fromkeys(("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *MLP), 2),
-    "glm4v": GLM, "glm46v": GLM,
+    "glm4v": GLM, "glm46v": GLM, "glm4v_moe": dict.fromkeys(ATTENTION, 2),
     "lfm2_vl": dict.fromkeys(("w1", "w2", "w3", "out_proj"), 4) | dict.fromkeys(("in_proj", "q_proj", "k_proj", "v_proj"), 2),
 }
 
@@ -239,7 +239,7 @@ def test_batched_logits_equal_single_ones_in_any_order(subject):
         for order in (range(len(rows)), range(len(rows))[::-1]):
             logits = subject.base(**inputs(subject.batch([rows[n] for n in order]))).logits
             for place, n in enumerate(order):
-                assert difference(logits[place, :single[n].shape[0]], single[n]) < 2e-5
+                assert difference(logits[place, :single[n].shape[0]], single[n]) < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------ d. LoRA
@@ -252,7 +252,7 @@ def test_lora_is_on_exactly_the_language_models_linear_layers(subject):
 
 def test_lora_of_the_tower_is_on_the_tower(seeing, tmp_path):
     _, hits = model.new_adapter(seeing.plan, seeing.knobs(lora_target_roles=["vision", "projector"]))
-    assert hits["vision"] and set(hits) <= {"vision", "projector"}
+    assert set(hits) == ({"projector"} if seeing.name == "gemma3n" else {"vision", "projector"})  # its tower convolves
 
 
 # ------------------------------------------------------------------------------------- e. f. g. gradients and loss
@@ -392,7 +392,7 @@ def test_what_the_model_answers_it_predicts_again_in_training(subject):
     (sample,) = subject.template.conversations(messages)
     reply = sample.text.index("reply", sample.spans[0][0])
     prompt, pictures = sample.text[:reply], [picture(0)] if subject.name in SEEING else []
-    asked = subject.encoder.encode(prompt, [], pictures)
+    asked = subject.encoder.encode(prompt, [(sample.spans[0][0], reply)], pictures)
     asked.pop("labels")
     with torch.no_grad():
         output = subject.base.generate(**asked, max_new_tokens=6, min_new_tokens=6, do_sample=False,

