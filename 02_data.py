@@ -81,27 +81,21 @@ def load_template_and_encoder(work) -> tuple[Template, Encoder]:
     family = registry.family_of(load_config(config.base_model, **options).model_type)
     registry.require_packages(family)
     options |= config.processor_kwargs
-    processor = load_processor(config.base_model, config.processor_type, **options)
-    if given := given_template(work, processor, family):
-        processor.chat_template = tokenizer_of(processor).chat_template = given
-    Encoder.of(complete(processor, family), family).save(work.path / "processor")
+    processor = complete(load_processor(config.base_model, config.processor_type, **options), family)
+    if config.chat_template:
+        processor.chat_template = tokenizer_of(processor).chat_template = given_template(work)
+    Encoder.of(processor, family).save(work.path / "processor")
     encoder = Encoder.load(work.path / "processor", config.trust_remote_code)
-    stops = stop_tokens(config.base_model, processor, revision=config.revision)
-    return Template(encoder.processor, (*stops, family.stop)), encoder
+    return Template(encoder.processor, stop_tokens(config.base_model, processor, config.revision)), encoder
 
 
-def given_template(work, processor, family: registry.Family) -> str | None:
-    """The recipe's chat template, Jinja or a file; else ours, for a family that is published without one."""
+def given_template(work) -> str:
+    """The recipe's chat template: the Jinja that it holds, or that of the file that it names."""
     given = work.config.chat_template
-    if given and ("{{" in given or "{%" in given):
+    if "{{" in given or "{%" in given:
         return given
-    if given:
-        work.uses(given)
-        return Path(given).read_text(encoding="utf-8")
-    if family.template and not processor.chat_template:
-        terminal.say(f"chat_template: this checkpoint has none, so {family.template} of the kit serves")
-        return (Path(registry.__file__).parent / "templates" / family.template).read_text(encoding="utf-8")
-    return None
+    work.uses(given)
+    return Path(given).read_text(encoding="utf-8")
 
 
 # ---- rows to samples -------------------------------------------------------------------------------------

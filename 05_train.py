@@ -31,7 +31,7 @@ from lib.golden import write_golden
 from lib.loss import forward_loss
 from lib.metrics import Log
 from lib.registry import Roles
-from lib.sampler import Order, Samples, dealt, loader, to_device
+from lib.sampler import Order, Samples, loader, to_device
 
 
 def main(argv=None):
@@ -153,8 +153,8 @@ def optimizer_step(run: Run, step: int, indices: list[int], batches: Iterator[di
     began, waited, tokens = time.monotonic(), 0.0, 0
     step_tokens = sum(samples.supervised_tokens[index] for index in indices)
     ranks = range(world.world_size)
-    shares = [dealt(indices, config.micro_batch_size, rank, world.world_size) for rank in ranks]
-    found = torch.zeros(len(shares), len(shares[0]), 2, device=world.device)  # [rank, batch, loss|right]
+    shares = [samples.dealt(indices, config.micro_batch_size, rank, world.world_size) for rank in ranks]
+    found = torch.zeros(len(shares), max(map(len, shares)), 2, device=world.device)  # [rank, batch, figure]
     torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)   # dropout repeats when resumed
     for number in range(len(shares[world.rank])):
         asked = time.monotonic()
@@ -195,14 +195,15 @@ def micro_batches(run: Run) -> Iterator[dict]:
     config, world = run.work.config, run.world
     steps = map(run.order.of_step, range(run.first_step, run.total_steps))
     mine = (batch for indices in steps
-            for batch in dealt(indices, config.micro_batch_size, world.rank, world.world_size))
+            for batch in run.samples.dealt(indices, config.micro_batch_size, world.rank, world.world_size))
     return iter(loader(run.samples, mine, config.dataloader_num_workers, world.device))
 
 
 def held_out_batches(run: Run) -> Iterable[dict]:
     """This rank's share of the held-out samples, to go through at every evaluation."""
     config, world = run.work.config, run.world
-    mine = dealt(range(len(run.held_out)), config.micro_batch_size, world.rank, world.world_size)
+    every = range(len(run.held_out))
+    mine = run.held_out.dealt(every, config.micro_batch_size, world.rank, world.world_size)
     return loader(run.held_out, mine, config.dataloader_num_workers, world.device)
 
 

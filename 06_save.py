@@ -249,9 +249,12 @@ def ask(work, photos: list[str], question: str) -> None:
     content = [*({"type": "image"} for _ in photos), {"type": "text", "text": question}]
     try:
         pictures = [media.read_medium(photo, Path())[1] for photo in photos]
-        text = Template(encoder.processor).render([{"role": "user", "content": content}], prompt=True)
+        template = Template(encoder.processor)
+        text = template.render([{"role": "user", "content": content}], prompt=True)
     except (MediaError, RowError) as error:
         raise StageError(f"--ask: {error}", "pictures come first, then one question in quotes") from None
+    if found := template.special.search(question):
+        raise StageError(f"--ask: the question spells the special token {found.group()!r}", "ask without it")
     device, answers = parallel.pick_device(), []
     base = model.load(plan, device, mode="inference")
     with quiet():

@@ -21,7 +21,8 @@ def put_on(model, plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
     from peft import get_peft_model
     roles, hollow = Roles.of_plan(plan), model.device.type == "meta"
     names = target_names(model, roles, knobs)
-    config = lora_config(knobs, as_regex(names, [name for name, _ in model.named_modules()]))
+    targets = as_regex(names, [name for name, _ in model.named_modules()])
+    config = lora_config(knobs, targets)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(knobs.seed)
         try:
@@ -31,8 +32,10 @@ def put_on(model, plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
             raise StageError(f"adapter: peft refuses: {first_line(error)}", fix) from None
         if hollow:
             materialise(peft_model, config)
-    # peft would write the folder the base was loaded from, which is of no use to others and may say too much.
+    # peft would write the folder the base was loaded from, which is of no use to others and may say too much,
+    # and for some families a set in place of the regex, which has another order in every process.
     config.base_model_name_or_path, config.revision = public_name(plan), plan["revision"]
+    config.target_modules = targets
     hits = adapter_hits(peft_model, roles)
     if odd := set(names) ^ {name for found in hits.values() for name in found}:
         raise StageError(f"adapter: peft adapts other layers than asked, such as {sorted(odd)[0]}",

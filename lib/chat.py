@@ -1,7 +1,8 @@
 """chat: a rendered conversation and its pictures as tensors, by the checkpoint's own processor.
 
-`Encoder` is the one way from a sample to ids, labels and media tensors: 02 measures and shows with it, 05's workers train
-with it, 06 asks with it. Labels follow characters: a token is trained if all of it lies in a trained span of the text.
+`Encoder` is the one way from a sample to ids, labels and media tensors: 02 measures and shows with it, 05's
+workers train with it, 06 asks with it. Labels follow characters: a token is trained if all of it lies in a
+trained span of the text.
 """
 import functools
 import json
@@ -14,17 +15,22 @@ import torch
 from lib import registry
 from lib.media import open_image
 from lib.messages import RowError
+from lib.spans import after_replacing, covered, moved, spans_of_tokens, straddled
 from lib.stage import StageError
 
 IGNORE_INDEX = -100                       # what torch's cross-entropy skips
 KINDS = ("image", "video", "audio")
-LOADING = (OSError, ValueError, KeyError, TypeError, ImportError)   # what a broken or lacking file makes them raise
+LOADING = (OSError, ValueError, KeyError, TypeError, ImportError)   # what a broken or lacking file raises
 
 
-# ------------------------------------------------------------------------------------------------ the processor
+# ---- the processor ---------------------------------------------------------------------------------------
+
 
 def load_processor(path, kind: str | None = None, **options):
-    """The processor of a checkpoint (its tokenizer if it is text-only), padding on the right; `kind` names a class."""
+    """The processor of a checkpoint, or its tokenizer if it is text-only, padding on the right.
+
+    `kind` names another class than the checkpoint does.
+    """
     import transformers
     cls = getattr(transformers, kind or "AutoProcessor", None)
     if cls is None:
@@ -37,7 +43,7 @@ def load_processor(path, kind: str | None = None, **options):
                          "name a folder or hub id with whole tokenizer and processor files") from None
     tokenizer = tokenizer_of(processor)
     if not getattr(tokenizer, "is_fast", False):
-        raise StageError(f"base_model: {path}: its {type(tokenizer).__name__} doesn't tell a token's characters",
+        raise StageError(f"base_model: {path}: its {type(tokenizer).__name__} can't place its tokens",
                          "name a checkpoint with a tokenizer.json")
     if not set(tokenizer("a b", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
         raise StageError(f"base_model: {path}: its {type(tokenizer).__name__} has no vocabulary",
@@ -49,7 +55,7 @@ def load_processor(path, kind: str | None = None, **options):
 
 
 def complete(processor, family: registry.Family):
-    """The processor, with the family's own chat template and special tokens where the checkpoint brings none."""
+    """The processor, with the family's chat template and special tokens where the checkpoint brings none."""
     tokenizer = tokenizer_of(processor)
     for name, token in family.special_tokens.items():
         if getattr(tokenizer, name) is None:
@@ -71,47 +77,53 @@ def tokenizer_of(processor):
 
 
 def placeholders(processor) -> dict[str, str]:
-    """{kind of medium: the token that stands for one in a rendered text}, of the kinds that a processor takes."""
+    """{kind: the token that stands for a medium in a rendered text}, of the kinds that a processor takes."""
     tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in KINDS}
     return {kind: token for kind, token in tokens.items() if token}
 
 
-def first_token(processor) -> str:
-    """The token that the tokenizer itself puts before a text that doesn't start with it; "" if it puts none."""
+def adds_first_token(processor, text: str) -> bool:
+    """Whether the tokenizer puts its first token before a render, as a processor's apply_chat_template does.
+
+    LLaVA's template writes no <s>: its tokenizer does. A tokenizer's own apply_chat_template never adds one.
+    """
     tokenizer = tokenizer_of(processor)
-    ids = tokenizer("x")["input_ids"]
-    return tokenizer.bos_token if tokenizer.bos_token and ids[:1] == [tokenizer.bos_token_id] else ""
+    return processor is not tokenizer and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def special_tokens(processor) -> re.Pattern:
     """Matches every string that the tokenizer turns into a special token, media placeholders included."""
-    special = {token.content for token in tokenizer_of(processor).added_tokens_decoder.values() if token.special}
-    longest_first = sorted(special | set(placeholders(processor).values()), key=lambda token: (-len(token), token))
+    added = tokenizer_of(processor).added_tokens_decoder.values()
+    special = {token.content for token in added if token.special} | {*placeholders(processor).values()}
+    longest_first = sorted(special, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 
-def stop_tokens(path, processor, **options) -> tuple[str, ...]:
+def stop_tokens(path, processor, revision: str | None = None) -> tuple[str, ...]:
     """The tokens at which a checkpoint's generation stops; () where it has no generation_config.json."""
     from transformers import GenerationConfig
     try:
-        ids = GenerationConfig.from_pretrained(path, **options).eos_token_id
+        ids = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
     except OSError:
         return ()
     ids = ids if isinstance(ids, list) else [ids]
     return tuple(tokenizer_of(processor).convert_ids_to_tokens([i for i in ids if i is not None]))
 
 
-# ------------------------------------------------------------------------------------------ samples to tensors
+# ---- samples to tensors ----------------------------------------------------------------------------------
+
 
 @dataclass
 class Encoder:
-    """Makes a sample's tensors: `encoder(sample)`. Plain data and the processor only, so workers can be spawned.
+    """Makes a sample's tensors: `encoder(sample)`. Only plain data and the processor, so workers can have it.
 
     collate: how the family's media tensors make a batch, for lib/collator.py.
+    batch: which samples may share a batch, for lib/sampler.py.
     never_trained: ids that are out of the labels wherever they stand (media placeholders and their wrappers).
     """
     processor: object
     collate: str
+    batch: str
     never_trained: tuple[int, ...]
 
     @classmethod
@@ -119,13 +131,15 @@ class Encoder:
         """The encoder of a family's processor."""
         tokenizer = tokenizer_of(processor)
         ids = {i for kind in KINDS for i in getattr(processor, f"{kind}_token_ids", [])}
-        ids |= {tokenizer.convert_tokens_to_ids(token) for token in (*family.wrappers, *placeholders(processor).values())}
-        return cls(processor, family.collate, tuple(sorted(ids - {None, tokenizer.unk_token_id})))
+        tokens = (*family.wrappers, *placeholders(processor).values())
+        ids |= {tokenizer.convert_tokens_to_ids(token) for token in tokens}
+        ids -= {None, tokenizer.unk_token_id}
+        return cls(processor, family.collate, family.batch, tuple(sorted(ids)))
 
     def save(self, folder: Path) -> None:
         """Write processor and encoder facts, so that `load` gives the same encoder in any later process."""
         self.processor.save_pretrained(folder)
-        facts = {"collate": self.collate, "never_trained": list(self.never_trained)}
+        facts = {"collate": self.collate, "batch": self.batch, "never_trained": list(self.never_trained)}
         (folder / "encoder.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
@@ -133,11 +147,11 @@ class Encoder:
         """The encoder that 02 saved in its processor folder."""
         facts = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
         processor = load_processor(folder, trust_remote_code=trust_remote_code)
-        return cls(processor, facts["collate"], tuple(facts["never_trained"]))
+        return cls(processor, facts["collate"], facts["batch"], tuple(facts["never_trained"]))
 
     @property
     def pad_id(self) -> int:
-        """The id that fills short rows; masked out by attention_mask and IGNORE_INDEX, so eos serves where none is."""
+        """The id that fills short rows. It is masked everywhere, so eos serves where there is none."""
         tokenizer = tokenizer_of(self.processor)
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
@@ -149,18 +163,18 @@ class Encoder:
     def encode(self, text: str, spans: list[tuple[int, int]], images: list) -> dict[str, torch.Tensor]:
         """The tensors of a text with trained character spans and its pictures."""
         batch = self._process(text, images)
-        offsets = batch.pop("offset_mapping")[0].tolist()
-        # The processor writes many tokens in place of each placeholder: spans move to the text that it tokenized.
+        tokens = spans_of_tokens(batch.pop("offset_mapping")[0].tolist())
+        # The processor writes many tokens for each placeholder: spans move into the text that it tokenized.
         replaced = batch.pop("text_replacement_offsets", [[]])[0]
-        replaced = [] if isinstance(replaced, torch.Tensor) else replaced    # some make a tensor of no replacement
+        replaced = [] if isinstance(replaced, torch.Tensor) else replaced    # some make a tensor of none
         spans = [(moved(start, replaced), moved(end, replaced)) for start, end in spans]
-        seams = sorted({place for span in spans for place in span if straddled(offsets, place)})
+        seams = straddled(tokens, sorted({place for span in spans for place in span}))
         if seams:
-            offsets = self._tokenize_apart(batch, after_replacing(text, replaced), seams)
+            tokens = self._tokenize_apart(batch, after_replacing(text, replaced), seams)
         ids = batch["input_ids"][0].tolist()
-        trained = covered(offsets, spans, without=[tuple(r["new_span"]) for r in replaced])
-        labels = [i if keep and i not in self.never_trained else IGNORE_INDEX for i, keep in zip(ids, trained)]
-        batch["labels"] = torch.tensor([labels])          # [1, T]
+        trained = covered(tokens, spans, without=[tuple(r["new_span"]) for r in replaced])
+        batch["labels"] = torch.tensor([[                                        # [1, T]
+            i if keep and i not in self.never_trained else IGNORE_INDEX for i, keep in zip(ids, trained)]])
         return batch
 
     def prompt(self, sample: dict) -> tuple[str, list, str]:
@@ -176,8 +190,9 @@ class Encoder:
         return special_tokens(self.processor)
 
     def _process(self, text: str, images: list) -> dict:
-        """The processor's tensors. Floats are float32: some processors round to bfloat16, whatever the model is in."""
-        options = {"return_tensors": "pt", "add_special_tokens": False, "return_offsets_mapping": True}
+        """The processor's tensors. Floats are float32: some processors round to bfloat16 for any model."""
+        options = {"return_tensors": "pt", "return_offsets_mapping": True,
+                   "add_special_tokens": adds_first_token(self.processor, text)}
         if self.processor is tokenizer_of(self.processor):
             batch = dict(self.processor([text], **options))
         else:
@@ -187,17 +202,19 @@ class Encoder:
                 for key, value in batch.items()}
 
     def _tokenize_apart(self, batch: dict, text: str, seams: list[int]) -> list[tuple[int, int]]:
-        """Tokenize prompt and reply apart, as inference does, where the tokenizer merged characters across their seam.
+        """Tokenize prompt and reply apart, as inference does, where the tokenizer merged across their seam.
 
-        Replaces the [1, T] tensors of `batch` and returns the new offsets. Token types follow their ids.
+        Replaces the [1, T] tensors of `batch`, returns the tokens' characters. Token types follow their ids.
         """
         tokenizer, ids, offsets = tokenizer_of(self.processor), [], []
         for start, end in zip([0, *seams], [*seams, len(text)]):
             # Llama's tokenizers put a space before a text, but not before what follows a special token.
             lead = tokenizer.eos_token or "" if start else ""
-            piece = tokenizer(lead + text[start:end], add_special_tokens=False, return_offsets_mapping=True)
+            first = start == 0 and adds_first_token(self.processor, text)
+            piece = tokenizer(lead + text[start:end], add_special_tokens=first, return_offsets_mapping=True)
             ids += piece["input_ids"][bool(lead):]
-            offsets += [(a + start - len(lead), b + start - len(lead)) for a, b in piece["offset_mapping"][bool(lead):]]
+            shift = start - len(lead)
+            offsets += [(a + shift, b + shift) for a, b in piece["offset_mapping"][bool(lead):]]
         merged = batch["input_ids"][0].tolist()
         plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         if tokenizer.decode(ids, **plain) != tokenizer.decode(merged, **plain):
@@ -208,46 +225,4 @@ class Encoder:
             batch[key] = torch.tensor([[kinds.get(i, 0) for i in ids]])
         batch["input_ids"] = torch.tensor([ids])
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        return offsets
-
-
-# ------------------------------------------------------------------------------------------ characters and tokens
-
-def moved(place: int, replaced: list[dict]) -> int:
-    """A character's place after the processor wrote its replacements for the media placeholders before it."""
-    return place + sum((r["new_span"][1] - r["new_span"][0]) - (r["span"][1] - r["span"][0])
-                       for r in replaced if r["span"][1] <= place)
-
-
-def after_replacing(text: str, replaced: list[dict]) -> str:
-    """The text with the processor's replacements in place of the media placeholders."""
-    pieces, last = [], 0
-    for r in replaced:
-        pieces += [text[last:r["span"][0]], r["replacement"]]
-        last = r["span"][1]
-    return "".join([*pieces, text[last:]])
-
-
-def extents(offsets: list) -> list[tuple[int, int]]:
-    """Each token's (start, end) characters, where a start is the end of the token before.
-
-    Byte-level tokenizers leave a token's leading space out of its offsets; that space is the token's all the same.
-    """
-    result, last = [], 0
-    for start, end in offsets:
-        result.append((min(start, last), end))
-        last = max(last, end)
-    return result
-
-
-def straddled(offsets: list, place: int) -> bool:
-    """Whether a token has characters on both sides of a place."""
-    return any(start < place < end for start, end in extents(offsets))
-
-
-def covered(offsets: list, spans: list, without: list) -> list[bool]:
-    """For each token, whether it lies in one of the spans and in none of those `without`."""
-    def inside(token, ranges):
-        return any(start <= token[0] and token[1] <= end for start, end in ranges)
-    return [end > start and inside((start, end), spans) and not inside((start, end), without)
-            for start, end in extents(offsets)]
+        return spans_of_tokens(offsets)

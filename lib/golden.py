@@ -35,7 +35,7 @@ def write_golden(model, weights: dict[str, torch.Tensor], samples, count: int, p
         tensors |= {f"{row}.positions": positions, f"{row}.logits": logits.contiguous()}
     header = {"sample_ids": [samples.ids[row] for row in rows],
               "sha256": {name: fingerprint(tensor) for name, tensor in weights.items()}}
-    save_file(tensors, path, metadata={key: json.dumps(value) for key, value in header.items()})
+    save_file(tensors, path, metadata={"golden": json.dumps(header)})  # several keys would come in any order
 
 
 def fingerprint(tensor: torch.Tensor) -> str:
@@ -46,4 +46,4 @@ def fingerprint(tensor: torch.Tensor) -> str:
 def read_header(path: Path) -> dict:
     """{sample_ids: [...], sha256: {tensor name: hash}} of golden.safetensors."""
     with safe_open(path, "pt") as file:
-        return {key: json.loads(value) for key, value in file.metadata().items()}
+        return json.loads(file.metadata()["golden"])

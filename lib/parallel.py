@@ -73,12 +73,15 @@ class World:
         return tensor
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum .grad over ranks; a parameter without one counts as zeros, on every rank in the same order."""
-        if self.world_size == 1:
-            return
-        for bucket in buckets(parameters):
-            for p in bucket:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        """Sum .grad over ranks, in the same order on every rank.
+
+        A parameter without one has zeros from here on, alone as among many: an optimizer would pass over it,
+        but move it on by its momentum where some other rank had a gradient.
+        """
+        parameters = list(parameters)
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        for bucket in buckets(parameters) if self.world_size > 1 else ():
             flat = torch.cat([p.grad.flatten() for p in bucket])
             dist.all_reduce(flat)
             for p, piece in zip(bucket, flat.split([p.numel() for p in bucket])):

@@ -116,13 +116,13 @@ def public_name(plan: dict) -> str:
 
 @contextlib.contextmanager
 def quiet():
-    """Keep the libraries' progress bars, notices and deprecations off the terminal; errors come through."""
+    """Keep the libraries' progress bars, notices and warnings off the terminal; errors come through."""
     from transformers.utils import logging as hf
     bars, level = hf.is_progress_bar_enabled(), hf.get_verbosity()
     hf.disable_progress_bar()
     hf.set_verbosity(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore")
         try:
             yield
         finally:

@@ -127,7 +127,7 @@ def compare(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict:
 def changed(weights: dict[str, torch.Tensor], task: dict) -> list[str]:
     """Names of the tensors that are not, bit for bit, what training had, or that only one side has."""
     with safe_open(task["golden"], "pt") as file:
-        trained = json.loads(file.metadata()["sha256"])
+        trained = json.loads(file.metadata()["golden"])["sha256"]
     found = {name: hashlib.sha256(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy()).hexdigest()
              for name, tensor in weights.items()}
     return sorted({name for name, _ in found.items() ^ trained.items()})
@@ -147,9 +147,10 @@ def processor_difference(processor, task: dict, golden: list[dict]) -> str:
 
 def inputs(processor, text: str, images: list[str]) -> dict:
     """The model's inputs for a rendered text and picture files, [1, ...]."""
-    options = {"return_tensors": "pt", "add_special_tokens": False}
     if not hasattr(processor, "tokenizer"):
-        return dict(processor([text], **options))
+        return dict(processor([text], return_tensors="pt", add_special_tokens=False))
+    bos = processor.tokenizer.bos_token                # LLaVA's template leaves it to the tokenizer
+    options = {"return_tensors": "pt", "add_special_tokens": not (bos and text.startswith(bos))}
     pictures = [Image.open(path) for path in images]
     return dict(processor(text=[text], images=pictures or None, **options))
 

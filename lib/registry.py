@@ -86,7 +86,7 @@ FAMILIES = (
     Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), VISUAL, QWEN_WRAPPERS,
            note="linear attention in three of four layers; earlier turns lose their thoughts, so each reply is a sample"),
     Family("GLM-4.1V and 4.6V", ("glm4v", "glm46v"), VISUAL, GLM_WRAPPERS),
-    Family("GLM-4.5V and 4.6V, experts", ("glm4v_moe",), VISUAL, GLM_WRAPPERS, no_lora=("mlp",),
+    Family("GLM-4.5V and 4.6V, experts", ("glm4v_moe",), VISUAL, GLM_WRAPPERS, no_lora=("gate_proj", "up_proj", "down_proj"),
            note="LoRA on attention only: peft moves adapters on gate, up and down to the experts by itself"),
     Family("SmolVLM2", ("smolvlm",),
            {"model.vision_model": "vision", "model.connector": "projector", "model.text_model": "language"},

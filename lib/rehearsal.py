@@ -6,7 +6,7 @@ on one batch, which is learnt by heart if labels, gradients and optimizer work t
 from collections.abc import Callable, Iterator
 
 from lib import optim, parallel, terminal
-from lib.sampler import dealt, loader
+from lib.sampler import loader
 
 RATE = {"adapter": 2e-3, "model": 1e-4}   # at least, so that 30 steps suffice where the recipe is cautious
 STEPS, ENOUGH = 30, 0.1                   # loss per token
@@ -41,7 +41,7 @@ def check(run, optimizer_step: Callable[..., dict]) -> None:
 
 def batches(run, indices: list[int]) -> Iterator[dict]:
     """This rank's micro-batches of these samples."""
-    mine = dealt(indices, run.work.config.micro_batch_size, run.world.rank, run.world.world_size)
+    mine = run.samples.dealt(indices, run.work.config.micro_batch_size, run.world.rank, run.world.world_size)
     return iter(loader(run.samples, mine, 0, run.world.device))
 
 

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+import pyarrow.compute
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -47,10 +48,17 @@ def permutation(samples: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(samples, generator=generator).tolist()
 
 
-def dealt(indices: list[int], micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
-    """One rank's share of a step, cut into micro-batches: none at all where a last step has few samples."""
-    mine = indices[rank::world_size]
-    return [mine[i:i + micro_batch_size] for i in range(0, len(mine), micro_batch_size)]
+def dealt(indices: list[int], micro_batch_size: int, rank: int, world_size: int,
+          kinds: list[int] | None = None) -> list[list[int]]:
+    """One rank's share of a step, cut into micro-batches: none at all where a last step has few samples.
+
+    Where samples have kinds, only those of one kind share a micro-batch.
+    """
+    groups: dict[int, list[int]] = {}
+    for index in indices[rank::world_size]:
+        groups.setdefault(kinds[index] if kinds else 0, []).append(index)
+    size = micro_batch_size
+    return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
 @dataclass
@@ -62,12 +70,19 @@ class Samples(Dataset):
     input_tokens: list[int] = field(init=False)
     media_tokens: list[int] = field(init=False)
     supervised_tokens: list[int] = field(init=False)
+    kinds: list[int] | None = field(init=False)
 
     def __post_init__(self):
         columns = self.records.with_format("arrow")  # as whole columns, since a row would bring its pictures
         self.ids = columns["sample_id"].to_pylist()
         self.input_tokens, self.media_tokens, self.supervised_tokens = (
             columns[f"{kind}_tokens"].to_pylist() for kind in ("input", "media", "supervised"))
+        pictures = pyarrow.compute.list_value_length(columns["media"]).to_pylist()
+        self.kinds = pictures if self.encoder.batch == "alike" else None
+
+    def dealt(self, indices: list[int], micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+        """`dealt`, by what the family lets share a batch."""
+        return dealt(indices, micro_batch_size, rank, world_size, self.kinds)
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -1,9 +1,9 @@
-"""template: conversations as text, by the checkpoint's own chat template, and the characters that the model writes.
+"""template: conversations as text, by the checkpoint's own chat template, and what the model writes of it.
 
 A reply is what a render gains by it: the render up to the reply, without the one before it that asks for it.
-Where its turn ends is seen by rendering a mark in place of its text. Real templates drop, trim and rewrite what
-they are given, so the renders are checked against one another, and what doesn't fit is a RowError: a mask is
-exact, or there is none.
+Where its turn ends is seen by rendering a mark in place of its text. Real templates drop, trim and rewrite;
+so the renders are checked against one another, and what doesn't fit is a RowError: labels are exact or there
+are none.
 
 Fork me to: train on other words (`conversations` says what a sample is, `_reply` what is trained in it).
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from jinja2 import TemplateSyntaxError
 
-from lib.chat import first_token, placeholders, special_tokens, tokenizer_of
+from lib.chat import placeholders, special_tokens, tokenizer_of
 from lib.messages import RowError, count, has_media, text_parts, texts_of
 from lib.stage import StageError
 
@@ -43,25 +43,24 @@ class Reply:
 class Template:
     """A processor's chat template.
 
-    stops: the tokens at which the checkpoint's generation stops, beside the tokenizer's eos. They tell which of
-    several tokens ends a turn, and whether a template that writes no end means the next header to be it.
+    stops: the tokens at which the checkpoint's generation stops, beside the tokenizer's eos. They tell which
+    of several tokens ends a turn, and whether a template that writes no end means the next header to be it.
     """
 
     def __init__(self, processor, stops: tuple[str, ...] = ()):
         if not processor.chat_template:
             raise StageError(f"base_model: its {type(processor).__name__} has no chat template",
-                             "add chat_template: FILE.jinja to the recipe, or name an instruction-tuned checkpoint")
+                             "add chat_template: FILE.jinja to the recipe, or name an instruct model")
         self.processor, self.stops = processor, {*stops, tokenizer_of(processor).eos_token}
         self.special, self.placeholders = special_tokens(processor), placeholders(processor)
-        self.first = first_token(processor)             # which apply_chat_template leaves to the tokenizer
-        self.typed: dict[str, bool] = {}                # whether a role's typed parts are rendered as their text
+        self.typed: dict[str, bool] = {}                # whether a role's typed parts come out as their text
         for role in ("user", "system", "assistant", "tool"):
             self.typed[role] = self._takes_parts(role)
 
     def conversations(self, messages: list[dict]) -> list[Conversation]:
         """The samples of a row: one with its replies, and one for each reply that later turns change.
 
-        Raises RowError where a text holds a special token, is dropped or changed, or a reply isn't found exactly.
+        RowError where a text holds a special token, is dropped or changed, or a reply isn't found exactly.
         """
         self._check_parts(messages)
         replies = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -77,21 +76,22 @@ class Template:
             reply = self._reply(head, upto)
             if full.startswith(upto[:reply.spans[-1][1]]):
                 shared.append(reply)
-            else:                                       # later turns rewrite it: it is learnt as it was written
+            else:                                       # learnt as it was written, before they rewrote it
                 apart.append(self._ended(head, upto, [reply]))
         return [self._ended(messages, full, shared), *apart] if shared else apart
 
     # ---- messages to text ----
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
-        """The conversation's text; `prompt` adds the header that asks for a reply. RowError if it is refused."""
+        """The conversation's text; `prompt` adds the header that asks for a reply. RowError if refused."""
         return self._apply([self._shaped(message) for message in messages], prompt)
 
     def _apply(self, messages: list[dict], prompt: bool = False) -> str:
         try:
             return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         except TemplateSyntaxError as error:
-            raise StageError(f"chat_template: line {error.lineno}: {error.message}", "mend the template") from None
+            raise StageError(f"chat_template: line {error.lineno}: {error.message}",
+                             "mend the template") from None
         except Exception as error:  # templates raise what they like: one of the kit's three boundaries
             reason = " ".join(str(error).split()) or type(error).__name__
             raise RowError(f"the chat template refuses this conversation: {reason}",
@@ -118,8 +118,8 @@ class Template:
         for number, message in enumerate(messages):
             who = f"message {number} ({message['role']})"
             if found := self.special.search("".join(texts_of(message))):
-                raise RowError(f"{who} spells the special token {found.group()!r}", "remove it from the text; "
-                               'a picture is a part {"type": "image"}, not a token in a text')
+                raise RowError(f"{who} spells the special token {found.group()!r}",
+                               'remove it; a picture is a part {"type": "image"}, not a token in a text')
             for kind in (part["type"] for part in message["content"] if part["type"] != "text"):
                 if kind not in self.placeholders:
                     raise RowError(f"{who} has an {kind}, and base_model takes none",
@@ -147,7 +147,7 @@ class Template:
         """Where the last message, an assistant's, stands in `upto`, the render of these messages."""
         before, reply = messages[:-1], messages[-1]
         parts, texts = reply["content"], texts_of(reply)
-        if not parts or parts[-1]["type"] != "text":    # a mark behind the last medium shows where the turn ends
+        if not parts or parts[-1]["type"] != "text":    # a mark behind the last medium shows the turn's end
             parts, texts = [*parts, *text_parts("")], [*texts, ""]
         marks = [{"type": "text", "text": MARK} if part["type"] == "text" else part for part in parts]
         head, *gaps = self.render([*before, {**reply, "content": marks}]).split(MARK)
@@ -155,7 +155,7 @@ class Template:
         start = next((len(known) for known in (prompt, head) if upto.startswith(known)), None)
         stop = len(upto) - len(gaps[-1]) if len(gaps) == len(texts) and upto.endswith(gaps[-1]) else 0
         if start is None or stop < start or not all(text.strip() in upto[start:stop] for text in texts):
-            raise unclear("the chat template's finished turn is not its prompt, the assistant's text and an end")
+            raise unclear("the chat template's finished turn isn't its prompt, the reply's text and an end")
         cuts = self._media_in(upto, start, texts, [head, *gaps]) if has_media(reply) else []
         end = self._end_of_turn(upto, stop)
         edges = [start, *(edge for cut in cuts for edge in cut), end]
@@ -175,7 +175,7 @@ class Template:
         return first
 
     def _media_in(self, upto: str, start: int, texts: list[str], gaps: list[str]) -> list[tuple[int, int]]:
-        """The characters that the template wrote for media among a reply's texts: tokens and what is around them."""
+        """The characters that the template wrote for the media among a reply's texts, wrappers and all."""
         place, cuts = len(gaps[0]), []
         known = upto.startswith(gaps[0])
         if self.special.search(upto, start, place):
@@ -187,7 +187,7 @@ class Template:
             place += len(shown)
             cuts.append((place, place + len(gap)))
             place += len(gap)
-        return [(a, b) for a, b in cuts[:-1] if self.special.search(upto, a, b)]   # the last is the end of turn
+        return [(a, b) for a, b in cuts[:-1] if self.special.search(upto, a, b)]    # the last ends the turn
 
     def _ended(self, messages: list[dict], text: str, replies: list[Reply]) -> Conversation:
         """The conversation, with an end put behind each reply that the template left without one."""
@@ -204,20 +204,21 @@ class Template:
 
     @functools.cached_property
     def closing(self) -> str:
-        """What ends a turn for which the template writes no end: the next header if generation stops at it, or eos."""
+        """What ends a turn that the template doesn't: the next header if generation stops at it, else eos."""
         turns = [{"role": role, "content": text_parts(text)}
                  for role, text in (("user", "x"), ("assistant", MARK), ("user", "x"))]
         header = self.special.match(self.render(turns).partition(MARK)[2].lstrip())
         if header and header.group() in self.stops:
             return header.group()
         if tokenizer_of(self.processor).eos_token is None:
-            raise StageError("the chat template ends no turn, and the tokenizer has no eos token to end it with",
+            raise StageError("the chat template ends no turn, and the tokenizer has no eos token to do it",
                              "name a chat_template that writes an end-of-turn token after each reply")
         return tokenizer_of(self.processor).eos_token
 
     def _count_media(self, messages: list[dict], text: str) -> int:
         """How many media these messages have; RowError unless the render shows as many."""
-        kinds = [part["type"] for message in messages for part in message["content"] if part["type"] != "text"]
+        kinds = [part["type"] for message in messages for part in message["content"]
+                 if part["type"] != "text"]
         for kind in sorted(set(kinds)):
             shown = text.count(self.placeholders[kind])
             if shown != kinds.count(kind):

@@ -1,4 +1,4 @@
-"""What several test files need: quiet threads, no network, built checkpoints, a little data set of real pictures."""
+"""What several test files need: quiet threads, no network, built checkpoints, a small set of pictures."""
 
 import os
 
@@ -20,7 +20,7 @@ COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple
 
 @pytest.fixture(scope="session")
 def zoo(tmp_path_factory):
-    """A function: a variant's name -> the folder of its checkpoint, built once for all tests. Don't write into it."""
+    """A function: a variant's name -> the folder of its checkpoint, built once for all tests."""
     from tests.zoo import build
 
     root = tmp_path_factory.mktemp("zoo")
@@ -29,7 +29,7 @@ def zoo(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def script():
-    """A function: the stem of a numbered script -> its module; `script("02_data").main(argv)` runs the stage."""
+    """A function: a numbered script's stem -> its module; `script("02_data").main(argv)` runs the stage."""
     return importlib.import_module
 
 
@@ -40,13 +40,14 @@ def colours():
 
 
 def write_colours(folder: Path, rows: int = len(COLOURS)) -> Path:
-    """The path of a data.jsonl that is written with its pictures; row n asks for COLOURS[n], in a picture of its own."""
+    """The path of a data.jsonl, written with its pictures: each row asks for the colour of one of its own."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, colour in zip(range(rows), COLOURS):
         Image.new("RGB", (40 + 8 * number, 32), colour).save(folder / f"{colour}.png")
-        lines.append({"messages": [{"role": "user", "content": "Which colour is it?"}, {"role": "assistant", "content": colour}],
-                      "images": [f"{colour}.png"]})
+        question = {"role": "user", "content": "Which colour is it?"}
+        answer = {"role": "assistant", "content": colour}
+        lines.append({"messages": [question, answer], "images": [f"{colour}.png"]})
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return data

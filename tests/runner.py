@@ -1,4 +1,4 @@
-"""Runs for tests: a recipe on a tiny checkpoint, its stages called in this process, and ranks that can be killed."""
+"""Runs for tests: a recipe on a tiny checkpoint, stages called in this process, ranks that can be killed."""
 
 import importlib
 import json
@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import traceback
 from dataclasses import dataclass
@@ -14,8 +15,9 @@ from pathlib import Path
 from PIL import Image
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple", "brown")
-KNOBS = {"adapter": "lora", "lora_r": 4, "bf16": False, "learning_rate": 1e-3, "num_epochs": 1, "val_set_size": 2,
-         "micro_batch_size": 2, "gradient_accumulation_steps": 2, "golden_rows": 2, "answer_rows": 2, "max_new_tokens": 4}
+KNOBS = {"adapter": "lora", "lora_r": 4, "bf16": False, "learning_rate": 1e-3, "num_epochs": 1,
+         "micro_batch_size": 2, "gradient_accumulation_steps": 2, "val_set_size": 2,
+         "golden_rows": 2, "answer_rows": 2, "max_new_tokens": 4}
 STEMS = ("01_config", "02_data", "03_load_model", "04_lora", "05_train", "06_save")
 
 
@@ -24,7 +26,7 @@ class Run:
 
     def __init__(self, folder: Path, monkeypatch, base: Path, rows: list[dict] | None = None, **knobs):
         monkeypatch.chdir(folder)
-        self.folder, self.path = folder, folder / "run"
+        self.folder, self.path, self.chdir = folder, folder / "run", monkeypatch.chdir
         write_rows(folder, colour_rows() if rows is None else rows)
         given = KNOBS | {"base_model": str(base)} | knobs
         recipe = [f"{knob}: {json.dumps(value)}" for knob, value in given.items()]
@@ -32,9 +34,10 @@ class Run:
         (folder / "recipe.yaml").write_text(text + "\n", encoding="utf-8")
 
     def __call__(self, stem: str, *words: str):
-        """Runs main of a numbered script: 01 gets the recipe and the run folder, the others the run folder."""
+        """Nothing; runs main of a numbered script on the run folder, 01 on the recipe, too."""
+        self.chdir(self.folder)
         given = ["recipe.yaml", "run", *words] if stem == "01_config" else ["run", *words]
-        return importlib.import_module(stem).main(given)
+        importlib.import_module(stem).main(given)
 
     def upto(self, stem: str, *overrides: str) -> "Run":
         """The run, with every stage up to this one finished."""
@@ -123,7 +126,7 @@ def fork(stem: str, *words: str, before=lambda: None, **environ: str) -> Child:
         return Child(pid, output)
     code = 0
     try:
-        os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+        sys.stdout = sys.stderr = output
         os.environ.update(environ)
         from lib import stage, terminal
         terminal.QUIET = terminal.console.quiet = environ.get("RANK", "0") != "0"
@@ -135,11 +138,12 @@ def fork(stem: str, *words: str, before=lambda: None, **environ: str) -> Child:
         traceback.print_exc()
         code = 1
     finally:
+        output.flush()
         os._exit(code)
 
 
 def ranks(number: int, stem: str, *words: str, before=lambda: None) -> list[Child]:
-    """So many ranks of one training, all ended, in the environment that torchrun makes; one that fails ends all."""
+    """So many ranks of one training, all ended, in torchrun's environment; one that fails ends all."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -74,7 +74,7 @@ def test_every_digit_is_about_as_frequent_as_any_other(digits, part):
 
 
 def test_the_labels_belong_to_the_pictures(digits):
-    """The nearest train picture tells the right digit nearly always; with shuffled labels, one time in ten."""
+    """The nearest train picture tells the digit nearly always; with shuffled labels, one time in ten."""
     import torch
     inputs = {part: torch.stack([torch.frombuffer(bytearray(Image.open(digits / row["images"][0]).tobytes()),
                                                   dtype=torch.uint8).float() for row in rows(digits, part)])
@@ -113,7 +113,7 @@ def test_no_emoji_shows_a_number():
     entries = json.loads(fetched("emoji-datasource-google-16.0.0")["emoji.json"])
     named = [entry["name"] for entry in entries if entry["category"] in data.EMOJI
              and entry["image"] != data.DIGIT_EMOJI]
-    assert not [name for name in named if re.search(r"\d|keycap|hundred|number|digit|clock|medal", name, re.I)]
+    assert not [name for name in named if re.search(r"\d|keycap|hundred|number|digit|medal", name, re.I)]
     assert len(named) == len(data.emoji_pictures())
 
 
@@ -121,8 +121,8 @@ def test_no_emoji_shows_a_number():
 
 
 def test_the_base_models_readme_names_its_hash_and_it_is_small():
-    weights = BASE / "model.safetensors"
-    assert hashlib.sha256(weights.read_bytes()).hexdigest() in (BASE / "README.md").read_text(encoding="utf-8")
+    sha256 = hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()
+    assert sha256 in (BASE / "README.md").read_text(encoding="utf-8")
     assert sum(path.stat().st_size for path in BASE.iterdir()) < 5 * 10**6
 
 
@@ -176,7 +176,8 @@ def test_other_content_than_the_pinned_one_is_refused(empty_cache, monkeypatch):
         archive.writestr("inside/a.txt", "other")
     error = refusal(monkeypatch, package())
     sha256 = hashlib.sha256(b"other").hexdigest()
-    assert error.what == f"{empty_cache / 'pack'}: what is read of it has the SHA-256 {sha256}, not {'0' * 64}"
+    told = f"what is read of it has the SHA-256 {sha256}, not {'0' * 64}"
+    assert error.what == f"{empty_cache / 'pack'}: {told}"
     assert error.fix.startswith(f"rm {empty_cache / 'pack'}")
 
 

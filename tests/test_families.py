@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
-from lib import adapter, chat, loss, model, registry
+from lib import chat, loss, model, registry
 from lib.sampler import Batcher
+from lib.stage import StageError
 from lib.template import Template
 from tests import zoo
 
@@ -250,7 +251,11 @@ def test_lora_is_on_exactly_the_language_models_linear_layers(subject):
     assert {subject.roles.of(name) for name in names} <= {"language", "cross_attention"}
 
 
-def test_lora_of_the_tower_is_on_the_tower(seeing, tmp_path):
+def test_lora_of_the_tower_is_on_the_tower(seeing):
+    if seeing.name == "glm4v_moe":          # peft would move its targets; nothing trains elsewhere in silence
+        with pytest.raises(StageError, match="peft adapts other layers than asked"):
+            model.new_adapter(seeing.plan, seeing.knobs(lora_target_roles=["vision", "projector"]))
+        return
     _, hits = model.new_adapter(seeing.plan, seeing.knobs(lora_target_roles=["vision", "projector"]))
     assert set(hits) == ({"projector"} if seeing.name == "gemma3n" else {"vision", "projector"})  # its tower convolves
 

@@ -1,7 +1,7 @@
-"""Labels are exact: what the model has to write is trained, and nothing else, in every family and with every template.
+"""Labels are exact in every family, with every template: what the model writes is trained, and nothing else.
 
-An expected text is written by hand with «» around what is trained. Its tokens are those of its pieces, each tokenized by
-itself, since inference has prompt and reply apart.
+An expected text is written by hand with «» around what is trained. Its tokens are those of its pieces, each
+tokenized by itself, as inference has prompt and reply apart.
 """
 
 import functools
@@ -19,37 +19,40 @@ from lib.messages import RowError, normalise
 from lib.stage import StageError
 from lib.template import Template
 
-MODEL_TYPES = {"llava": "llava", "qwen2_5_vl": "qwen2_5_vl", "gemma3": "gemma3", "smolvlm2": "smolvlm", "llama_text": "llama"}
-FAMILIES = tuple(MODEL_TYPES)
+FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "smolvlm2", "llama_text")
 SEEING = FAMILIES[:-1]
-PICTURE = "▣"  # a picture in the expected texts below
+PICTURE = "▣"  # a picture in the texts below
 
-# What each family's template writes: what comes first, then a turn of each role. The newline after a turn is its header's.
+# What each family's template writes: what comes first, then a turn of each role.
 FORMATS = {
     "llava": ("", {"system": "{} ", "user": "USER: {} ", "assistant": "ASSISTANT:« {}</s>»"}),
-    "qwen2_5_vl": ("", {"system": "<|im_start|>system\n{}<|im_end|>\n", "user": "<|im_start|>user\n{}<|im_end|>\n",
+    "qwen2_5_vl": ("", {"system": "<|im_start|>system\n{}<|im_end|>\n",
+                        "user": "<|im_start|>user\n{}<|im_end|>\n",
                         "assistant": "<|im_start|>assistant\n«{}<|im_end|>»\n"}),
     "gemma3": ("<bos>", {"system": "{}", "user": "<start_of_turn>user\n{}<end_of_turn>\n",
                          "assistant": "<start_of_turn>model\n«{}<end_of_turn>»\n"}),
-    "smolvlm2": ("<|im_start|>", {"system": "System: {}<end_of_utterance>\n", "user": "User: {}<end_of_utterance>\n",
+    "smolvlm2": ("<|im_start|>", {"system": "System: {}<end_of_utterance>\n",
+                                  "user": "User: {}<end_of_utterance>\n",
                                   "assistant": "Assistant:« {}<end_of_utterance>»\n"}),
     "llama_text": ("<|begin_of_text|>", {
         "system": "<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
         "user": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>",
         "assistant": "<|start_header_id|>assistant<|end_header_id|>\n\n«{}<|eot_id|>»"}),
 }
-END_OF_TURN = {"llava": "</s>", "qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>", "smolvlm2": "<end_of_utterance>",
-               "llama_text": "<|eot_id|>"}
+END_OF_TURN = {"llava": "</s>", "qwen2_5_vl": "<|im_end|>", "gemma3": "<end_of_turn>",
+               "smolvlm2": "<end_of_utterance>", "llama_text": "<|eot_id|>"}
 # What the template writes for a picture, and what the processor makes of it: here of one with 32 x 32 pixels.
-RENDERED = {"llava": "<image>\n", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>", "gemma3": "<start_of_image>",
-            "smolvlm2": "<image>"}
+RENDERED = {"llava": "<image>\n", "qwen2_5_vl": "<|vision_start|><|image_pad|><|vision_end|>",
+            "gemma3": "<start_of_image>", "smolvlm2": "<image>"}
 TILE = "<fake_token_around_image><row_{}_col_{}><image><image><image><image>"
 EXPANDED = {
     "llava": ("<image>", "<image>" * 16),
     "qwen2_5_vl": ("<|image_pad|>", "<|image_pad|>" * 4),
-    "gemma3": ("<start_of_image>", "\n\n<start_of_image>" + "<image_soft_token>" * 4 + "<end_of_image>\n\n"),
-    "smolvlm2": ("<image>", TILE.format(1, 1) + TILE.format(1, 2) + "\n" + TILE.format(2, 1) + TILE.format(2, 2) + "\n\n"
-                 "<fake_token_around_image><global-img><image><image><image><image><fake_token_around_image>"),
+    "gemma3": ("<start_of_image>",
+               "\n\n<start_of_image>" + "<image_soft_token>" * 4 + "<end_of_image>\n\n"),
+    "smolvlm2": ("<image>",
+                 TILE.format(1, 1) + TILE.format(1, 2) + "\n" + TILE.format(2, 1) + TILE.format(2, 2) + "\n\n"
+                 + "<fake_token_around_image><global-img>" + "<image>" * 4 + "<fake_token_around_image>"),
 }
 
 
@@ -60,168 +63,195 @@ def picture() -> Image.Image:
 
 @pytest.fixture(scope="module")
 def family(zoo):
-    """A function: a family's name -> its (template, encoder) as a user has them."""
+    """A function: a family's name -> its (template, encoder), as a user has them."""
     @functools.cache
     def family(name: str) -> tuple[Template, Encoder]:
         processor = load_processor(zoo(name))
-        template = Template(processor, stop_tokens(zoo(name), processor))
-        return template, Encoder.of(processor, registry.family_of(MODEL_TYPES[name]))
+        model_type = {"smolvlm2": "smolvlm", "llama_text": "llama"}.get(name, name)
+        encoder = Encoder.of(processor, registry.family_of(model_type))
+        return Template(processor, stop_tokens(zoo(name), processor)), encoder
     return family
 
 
-def messages_of(*turns: tuple[str, str]) -> list[dict]:
-    """Messages of (role, text) pairs; a ▣ in a text is a picture's part."""
-    def parts(text):
-        pieces = [[{"type": "image"}, *([{"type": "text", "text": t}] if t else [])] for t in text.split(PICTURE)]
-        return [part for piece in pieces for part in piece][1:]
-    return [{"role": role, "content": parts(text)} for role, text in turns]
+def turns_of(*texts: str, system: str = "") -> list[tuple[str, str]]:
+    """(role, text) pairs: the user and the assistant in turn, the system before them."""
+    turns = [(("user", "assistant")[number % 2], text) for number, text in enumerate(texts)]
+    return [("system", system), *turns] if system else turns
 
 
-def expected(name: str, *turns: tuple[str, str]) -> str:
-    """The render of (role, text) pairs in a family's turn format, with «» around what is trained."""
+def chat(*texts: str, system: str = "") -> list[dict]:
+    """The messages of `turns_of`, with a picture's part for each ▣."""
+    messages = []
+    for role, text in turns_of(*texts, system=system):
+        parts = []
+        for number, words in enumerate(text.split(PICTURE)):
+            parts += [{"type": "image"}] * (number > 0) + [{"type": "text", "text": words}] * bool(words)
+        messages.append({"role": role, "content": parts})
+    return messages
+
+
+def expected(name: str, *texts: str, system: str = "") -> str:
+    """The render of `turns_of` in a family's turn format, with «» around what is trained."""
     text, turn_of = FORMATS[name]
-    system = turns[0][1] if turns[0][0] == "system" else ""
+    turns = turns_of(*texts, system=system)
     if name == "qwen2_5_vl" and not system:
-        text += "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+        text += turn_of["system"].format("You are a helpful assistant.")
     if name == "gemma3" and system:  # the system text opens the first user turn
-        turns = [("user", f"{system}\n\n{turns[1][1]}"), *turns[2:]]
+        turns = [("user", f"{system}\n\n{texts[0]}"), *turns[2:]]
     for role, words in turns:
         turn = turn_of[role].format(words)
         text += turn.replace("User: ▣", "User:▣") if name == "smolvlm2" else turn
     return text.replace(PICTURE, RENDERED.get(name, ""))
 
 
-def assert_labels(name, template, encoder, messages, marked):
-    """The row is one sample: its text is `marked` without «», and exactly the tokens in «» are trained."""
+def assert_labels(name: str, template: Template, encoder: Encoder, messages: list[dict], marked: str) -> None:
+    """Nothing; the row is one sample, `marked` without «», and exactly the tokens in «» are trained."""
     (conversation,) = template.conversations(messages)
     assert conversation.text == marked.replace("«", "").replace("»", "")
-    images = [picture()] * conversation.media
-    encoded = encoder.encode(conversation.text, conversation.spans, images)
-    ids, labels = expected_tokens(tokenizer_of(encoder.processor), marked, *EXPANDED.get(name, ("▣", "")))
+    encoded = encoder.encode(conversation.text, conversation.spans, [picture()] * conversation.media)
+    marked = marked.replace(*EXPANDED.get(name, (PICTURE, PICTURE)))
+    ids, labels = expected_tokens(tokenizer_of(encoder.processor), marked, adds_bos=name == "llava")
     assert encoded["input_ids"].tolist() == [ids]
     assert encoded["labels"].tolist() == [labels]
 
 
-def expected_tokens(tokenizer, marked: str, placeholder: str = "▣", tokens: str = "") -> tuple[list[int], list[int]]:
-    """(ids, labels) of a text with «», tokenized piece by piece; `tokens` stand in place of each placeholder."""
-    ids, labels, trained = [], [], False
-    for number, piece in enumerate(marked.replace(placeholder, tokens).replace("»", "«").split("«")):
+def expected_tokens(tokenizer, marked: str, adds_bos: bool = False) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a text with «», tokenized piece by piece; LLaVA's tokenizer begins with a <s>."""
+    ids, labels = [], []
+    for number, piece in enumerate(marked.replace("»", "«").split("«")):
         # Behind a special token, where no tokenizer adds a space of its own.
         lead = tokenizer.eos_token if number else ""
-        new = tokenizer(lead + piece, add_special_tokens=False)["input_ids"][bool(lead):]
+        new = tokenizer(lead + piece, add_special_tokens=adds_bos and not number)["input_ids"][bool(lead):]
         ids += new
-        labels += new if trained else [IGNORE_INDEX] * len(new)
-        trained = not trained
+        labels += new if number % 2 else [IGNORE_INDEX] * len(new)
     return ids, labels
 
 
-CONVERSATIONS = {
-    "one picture": (("user", "▣What is it?"), ("assistant", "the cat.")),
-    "several pictures in one turn": (("user", "▣▣Which one is red?"), ("assistant", "Both are.")),
-    "pictures in several turns": (("user", "▣What is it?"), ("assistant", "A cat."), ("user", "▣And here?"),
-                                  ("assistant", "Another.")),
-    "text only": (("user", "Is it on?"), ("assistant", "It is on.")),
-    "a system prompt": (("system", "Be brief."), ("user", "Is it on?"), ("assistant", "Yes.")),
-    "many turns": (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"), ("user", "five"),
-                   ("assistant", "six")),
-    "a question left open": (("user", "one"), ("assistant", "two"), ("user", "three")),
-    "a reply that is in the end of turn too": (("user", "s"), ("assistant", "s"), ("user", "turn"), ("assistant", "end")),
-    "letters of several bytes": (("user", "é 😀"), ("assistant", "日本 😀 é")),
+# ---- every family ----
+
+CHATS = {
+    "one picture": ["▣What is it?", "the cat."],
+    "several pictures in one turn": ["▣▣Which one is red?", "Both are."],
+    "pictures in several turns": ["▣What is it?", "A cat.", "▣And here?", "Another."],
+    "text only": ["Is it on?", "It is on."],
+    "many turns": ["one", "two", "three", "four", "five", "six"],
+    "a question left open": ["one", "two", "three"],
+    "replies that are part of an end of turn": ["s", "s", "turn", "end", "im", "|"],
+    "letters of several bytes": ["é 😀", "日本 😀 é"],
 }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("case", CONVERSATIONS)
+@pytest.mark.parametrize("case", CHATS)
 def test_exactly_the_replies_and_their_ends_are_trained(name, case, family):
-    turns = CONVERSATIONS[case]
-    if name == "llama_text" and PICTURE in str(turns):
+    if name == "llama_text" and PICTURE in str(CHATS[case]):
         pytest.skip("a model without pictures")
-    assert_labels(name, *family(name), messages_of(*turns), expected(name, *turns))
+    assert_labels(name, *family(name), chat(*CHATS[case]), expected(name, *CHATS[case]))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_system_prompt_is_not_trained(name, family):
+    words = dict(system="Be brief.")
+    assert_labels(name, *family(name), chat("one", "two", **words), expected(name, "one", "two", **words))
 
 
 @pytest.mark.parametrize("name, marked", [
     ("llava", "USER: Draw one. ASSISTANT: <image>\n«Here.</s>»"),
-    ("qwen2_5_vl", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nDraw one.<|im_end|>\n"
-                   "<|im_start|>assistant\n<|vision_start|><|image_pad|><|vision_end|>«Here.<|im_end|>»\n"),
-    ("gemma3", "<bos><start_of_turn>user\nDraw one.<end_of_turn>\n<start_of_turn>model\n<start_of_image>"
-               "«Here.<end_of_turn>»\n"),
-    ("smolvlm2", "<|im_start|>User: Draw one.<end_of_utterance>\nAssistant:<image>«Here.<end_of_utterance>»\n"),
+    ("qwen2_5_vl", "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+                   "<|im_start|>user\nDraw one.<|im_end|>\n<|im_start|>assistant\n"
+                   "<|vision_start|><|image_pad|><|vision_end|>«Here.<|im_end|>»\n"),
+    ("gemma3", "<bos><start_of_turn>user\nDraw one.<end_of_turn>\n"
+               "<start_of_turn>model\n<start_of_image>«Here.<end_of_turn>»\n"),
+    ("smolvlm2", "<|im_start|>User: Draw one.<end_of_utterance>\n"
+                 "Assistant:<image>«Here.<end_of_utterance>»\n"),
 ])
 def test_a_picture_in_a_reply_is_not_trained_nor_what_stands_around_it(name, marked, family):
-    assert_labels(name, *family(name), messages_of(("user", "Draw one."), ("assistant", "▣Here.")), marked)
+    assert_labels(name, *family(name), chat("Draw one.", "▣Here."), marked)
 
 
 @pytest.mark.parametrize("name", SEEING)
-def test_the_words_before_and_after_a_picture_in_a_reply_are_trained(name, family):
-    marked = expected(name, ("user", "Draw two."), ("assistant", "One: ▣ two: ▣"))
+def test_the_words_around_pictures_in_a_reply_are_trained(name, family):
+    marked = expected(name, "Draw two.", "One: ▣ two: ▣")
     if name == "gemma3":  # which trims each part
         marked = marked.replace("One: ", "One:").replace(" two: ", "two:")
-    for rendered in (RENDERED[name],):
-        marked = marked.replace(rendered, f"»{rendered}«")
-    assert_labels(name, *family(name), messages_of(("user", "Draw two."), ("assistant", "One: ▣ two: ▣")), marked)
+    marked = marked.replace(RENDERED[name], f"»{RENDERED[name]}«")
+    assert_labels(name, *family(name), chat("Draw two.", "One: ▣ two: ▣"), marked)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_end_of_turn_is_trained_and_the_newline_after_it_is_not(name, family):
     template, encoder = family(name)
-    (conversation,) = template.conversations(messages_of(("user", "one"), ("assistant", "two")))
+    (conversation,) = template.conversations(chat("one", "two"))
     encoded = encoder.encode(conversation.text, conversation.spans, [])
-    trained = [place for place, label in enumerate(encoded["labels"][0].tolist()) if label != IGNORE_INDEX]
+    trained = (encoded["labels"][0] != IGNORE_INDEX).nonzero().flatten().tolist()
     tokens = tokenizer_of(encoder.processor).convert_ids_to_tokens(encoded["input_ids"][0].tolist())
     assert tokens[trained[-1]] == END_OF_TURN[name]
     assert tokens[trained[-1] + 1:] in ([], ["\n"], ["Ċ"])
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_pad_id_equal_to_the_end_of_turn_does_not_swallow_it(name, family, zoo):
+def test_a_pad_id_equal_to_the_end_of_turn_does_not_swallow_it(name, family):
     template, encoder = family(name)
     end = tokenizer_of(encoder.processor).convert_tokens_to_ids(END_OF_TURN[name])
-    rows = [encoder.encode(c.text, c.spans, []) for text in ("two", "a much longer reply")
-            for c in template.conversations(messages_of(("user", "one"), ("assistant", text)))]
+    conversations = [template.conversations(chat("one", reply))[0] for reply in ("two", "a longer reply")]
+    rows = [encoder.encode(conversation.text, conversation.spans, []) for conversation in conversations]
     batch = collate(rows, pad_id=end)
-    for row, whole in zip(rows, batch["labels"]):
+    for row, labels in zip(rows, batch["labels"]):
         tokens = row["labels"].shape[1]
-        assert torch.equal(whole[:tokens], row["labels"][0]) and end in whole.tolist()
-        assert (whole[tokens:] == IGNORE_INDEX).all()
+        assert torch.equal(labels[:tokens], row["labels"][0]) and end in labels.tolist()
+        assert (labels[tokens:] == IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_text_before_a_reply_is_the_prompt_of_inference(name, family):
+def test_what_stands_before_a_reply_is_the_prompt_of_inference_in_text_and_tokens(name, family):
     template, encoder = family(name)
-    messages = messages_of(("system", "Be brief."), ("user", "▣one" if name in SEEING else "one"), ("assistant", "two"),
-                           ("user", "three"), ("assistant", "four"))
+    mark = PICTURE if name in SEEING else ""
+    messages = chat(f"{mark}one", "two", f"{mark}three", "four", system="Be brief.")
     (conversation,) = template.conversations(messages)
-    for (start, _), end in zip(conversation.spans, (2, 4)):
-        given = messages[:end]
+    encoded = encoder.encode(conversation.text, conversation.spans, [picture()] * conversation.media)
+    trained = (encoded["labels"][0] != IGNORE_INDEX).nonzero().flatten().tolist()
+    firsts = [place for place in trained if place - 1 not in trained]
+    for (start, _), first, upto in zip(conversation.spans, firsts, (2, 4), strict=True):
+        given = messages[:upto]
         if name == "llama_text":  # whose template takes strings only
             given = [{**message, "content": message["content"][0]["text"]} for message in given]
-        prompt = encoder.processor.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
-        assert conversation.text[:start] == prompt
+        ask = functools.partial(encoder.processor.apply_chat_template, given, add_generation_prompt=True)
+        assert conversation.text[:start] == ask(tokenize=False)
+        for part in (part for message in given for part in message["content"] if name in SEEING):
+            part |= {"image": picture()} if part["type"] == "image" else {}
+        prompt = ask(tokenize=True, return_dict=True, return_tensors="pt")
+        assert encoded["input_ids"][0, :first].tolist() == prompt["input_ids"][0].tolist()
+
+
+# ---- texts that a template or a tokenizer would take for something else ----
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 def test_a_text_that_spells_a_special_token_is_rejected_by_name(name, role, family):
-    end = END_OF_TURN[name]
-    turns = {"system": "Be brief.", "user": "one", "assistant": "two"}
-    turns[role] += f"{end}\nassistant: no"
+    messages, end = chat("one", "two", system="Be brief."), END_OF_TURN[name]
+    number = ["system", "user", "assistant"].index(role)
+    messages[number]["content"][0]["text"] += f"{end}\nassistant: no"
     with pytest.raises(RowError) as caught:
-        family(name)[0].conversations(messages_of(*turns.items()))
-    assert caught.value.reason == f"message {list(turns).index(role)} ({role}) spells the special token {end!r}"
+        family(name)[0].conversations(messages)
+    assert caught.value.reason == f"message {number} ({role}) spells the special token {end!r}"
 
 
 def test_a_special_token_spelled_by_two_parts_together_is_rejected(family):
-    parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
+    messages = chat("<|im_", "two")
+    messages[0]["content"] += [{"type": "text", "text": "end|>"}]
     with pytest.raises(RowError, match="spells the special token '<|im_end|>'"):
-        family("qwen2_5_vl")[0].conversations([{"role": "user", "content": parts}, *messages_of(("assistant", "two"))])
+        family("qwen2_5_vl")[0].conversations(messages)
 
 
-@pytest.mark.parametrize("name, typed", [("llava", "<image>"), ("qwen2_5_vl", "<|image_pad|>"), ("smolvlm2", "<image>"),
-                                         ("qwen2_5_vl", "<|vision_start|>"), ("gemma3", "<start_of_image>"),
-                                         ("gemma3", "<image_soft_token>"), ("smolvlm2", "<row_1_col_1>")])
+@pytest.mark.parametrize("name, typed", [
+    ("llava", "<image>"), ("qwen2_5_vl", "<|image_pad|>"), ("qwen2_5_vl", "<|vision_start|>"),
+    ("gemma3", "<start_of_image>"), ("gemma3", "<image_soft_token>"),
+    ("smolvlm2", "<image>"), ("smolvlm2", "<row_1_col_1>"),
+])
 def test_a_placeholder_that_a_user_types_is_rejected_by_name(name, typed, family):
     with pytest.raises(RowError) as caught:
-        family(name)[0].conversations(messages_of(("user", f"see {typed} here"), ("assistant", "two")))
+        family(name)[0].conversations(chat(f"see {typed} here", "two"))
     assert typed in caught.value.reason and "image" in caught.value.fix
 
 
@@ -231,125 +261,95 @@ def test_the_image_placeholder_of_other_kits_is_rejected_where_it_is_only_charac
         normalise(row)
 
 
-def test_a_user_who_spells_a_plain_header_is_not_trained(family):
-    turns = ("user", "one ASSISTANT: no USER: x"), ("assistant", "two")
-    assert_labels("llava", *family("llava"), messages_of(*turns), expected("llava", *turns))
+def test_a_header_of_plain_characters_that_a_user_spells_is_not_trained(family):
+    texts = "one ASSISTANT: no USER: x", "two"
+    assert_labels("llava", *family("llava"), chat(*texts), expected("llava", *texts))
 
 
 # ---- templates of every behaviour that real ones have ----
 
+MULTI = ("one", "two", "three", "four")
 LOOP = "{% for m in messages %}"
-CHATML = LOOP + "<|im_start|>{{ m.role }}\n{{ TEXT }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}" \
-    "<|im_start|>assistant\n{% endif %}"
-STRING = CHATML.replace("TEXT", "'' + m.content")  # raises for a list
-PARTS = CHATML.replace("TEXT", "m.content | map(attribute='text') | join")  # a string's characters have no text
-BOTH = CHATML.replace("TEXT", "(m.content if m.content is string else m.content | map(attribute='text') | join)")
-MULTI = (("user", "one"), ("assistant", "two"), ("user", "three"), ("assistant", "four"))
+PROMPT = "{% endfor %}{% if add_generation_prompt %}"
+TURN = "<|im_start|>{{ m.role }}\n{{ TEXT }}<|im_end|>\n"
+CHATML = LOOP + TURN + PROMPT + "<|im_start|>assistant\n{% endif %}"
 CHAT = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n«two<|im_end|>»\n" \
     "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n«four<|im_end|>»\n"
-THOUGHT = CHATML.replace("TEXT", "('<think></think>' if m.role == 'assistant' and loop.last else '') + m.content")
 
-TEMPLATES = {  # name: (Jinja, the texts of the samples of MULTI with «»)
-    "strings and typed parts alike": (BOTH, [CHAT]),
-    "typed content raises": (STRING, [CHAT]),
-    "typed content is dropped": (CHATML.replace("TEXT", "m.content if m.content is string"), [CHAT]),
-    "typed content is printed as a Python list": (CHATML.replace("TEXT", "m.content"), [CHAT]),
-    "typed content is printed as JSON": (
-        CHATML.replace("TEXT", "(m.content if m.content is string else m.content | tojson)"), [CHAT]),
-    "typed content is printed as JSON in several lines": (
-        CHATML.replace("TEXT", "(m.content if m.content is string else m.content | tojson(indent=2))"), [CHAT]),
-    "typed content of the assistant alone is dropped": (
-        CHATML.replace("TEXT", "(m.content if m.content is string else m.content[0].text if m.role == 'user')"), [CHAT]),
-    "strings are dropped": (PARTS, [CHAT]),
-    "content is trimmed": (STRING.replace("m.content", "m.content | trim"), [CHAT]),
-    "no newline after the end of turn": (STRING.replace("<|im_end|>\n", "<|im_end|>"), [CHAT.replace("»\n", "»").replace(
-        "one<|im_end|>\n", "one<|im_end|>").replace("three<|im_end|>\n", "three<|im_end|>")]),
+
+def chatml(text: str, either: bool = False) -> str:
+    """ChatML, where `text` is the Jinja of a message's text; `either` lets a string through before it."""
+    return CHATML.replace("TEXT", f"(m.content if m.content is string else {text})" if either else text)
+
+
+JOINED = "m.content | map(attribute='text') | join"  # of a string it is nothing: characters have no text
+STRINGS = chatml("'' + m.content")  # raises for a list
+TEMPLATES = {  # name: (Jinja, the texts of the samples of MULTI, with «»)
+    "strings and typed parts alike": (chatml(JOINED, either=True), [CHAT]),
+    "typed content raises": (STRINGS, [CHAT]),
+    "typed content is dropped": (chatml("''", either=True), [CHAT]),
+    "typed content is printed as a Python list": (chatml("m.content"), [CHAT]),
+    "typed content is printed as JSON": (chatml("m.content | tojson", either=True), [CHAT]),
+    "typed content is printed as JSON lines": (chatml("m.content | tojson(indent=2)", either=True), [CHAT]),
+    "typed content of replies alone is dropped": (
+        chatml("m.content[0].text if m.role == 'user'", either=True), [CHAT]),
+    "strings are dropped": (chatml(JOINED), [CHAT]),
+    "content is trimmed": (chatml("m.content | trim"), [CHAT]),
+    "no newline after the end of turn": (
+        STRINGS.replace("<|im_end|>\n", "<|im_end|>"),
+        [CHAT.replace("<|im_end|>\n", "<|im_end|>").replace("»\n", "»")]),
     "a space stands before each reply": (
-        "{% for m in messages %}{{ m.role }}: {{ '' + m.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}assistant:{% endif %}",
+        LOOP + "{{ m.role }}: {{ '' + m.content }}<|im_end|>" + PROMPT + "assistant:{% endif %}",
         ["user: one<|im_end|>assistant:« two<|im_end|>»user: three<|im_end|>assistant:« four<|im_end|>»"]),
     "an empty thought opens each reply": (
-        STRING.replace("{{ '' +", "{{ ('\n<think></think>\n' if m.role == 'assistant' else '') +"),
+        chatml("('\n<think></think>\n' if m.role == 'assistant' else '') + m.content"),
         [CHAT.replace("«", "«\n<think></think>\n")]),
-    "an empty thought opens the last reply only": (THOUGHT, [
-        CHAT.replace("«two<|im_end|>»", "two<|im_end|>").replace("«four", "«<think></think>four"),
-        CHAT.split("<|im_start|>user\nthree")[0].replace("«", "«<think></think>")]),
+    "an empty thought opens the last reply only": (
+        chatml("('<think></think>' if m.role == 'assistant' and loop.last else '') + m.content"),
+        [CHAT.replace("«two<|im_end|>»", "two<|im_end|>").replace("«four", "«<think></think>four"),
+         CHAT.split("<|im_start|>user\nthree")[0].replace("«", "«<think></think>")]),
     "an eos stands at the very end": (
-        STRING.replace("{% if add", "{% if not add_generation_prompt %}<|endoftext|>{% endif %}{% if add"),
+        STRINGS.replace("{% if", "{% if not add_generation_prompt %}<|endoftext|>{% endif %}{% if"),
         [CHAT + "<|endoftext|>"]),
     "the prompt opens a thought that no finished turn has": (
-        STRING.replace("<|im_start|>assistant\n{% endif", "<|im_start|>assistant\n<think>{% endif"), [CHAT]),
+        STRINGS.replace("assistant\n{% endif", "assistant\n<think>{% endif"), [CHAT]),
     "no generation prompt": (  # then the model has to write the header as well
-        STRING.split("{% if add")[0], [CHAT.replace("<|im_start|>assistant\n«", "«<|im_start|>assistant\n")]),
+        STRINGS.split("{% if")[0], [CHAT.replace("<|im_start|>assistant\n«", "«<|im_start|>assistant\n")]),
     "turns end with two tokens, and generation at the second": (
-        STRING.replace("}}<|im_end|>", "}}<|im_start|><|im_end|>"),
-        [CHAT.replace("one<", "one<|im_start|><").replace("two<", "two<|im_start|><").replace(
-            "three<", "three<|im_start|><").replace("four<", "four<|im_start|><")]),
+        STRINGS.replace("}}<|im_end|>", "}}<|im_start|><|im_end|>"),
+        [CHAT.replace("<|im_end", "<|im_start|><|im_end")]),
     "turns end with nothing": (
-        LOOP + "{{ m.role }}: {{ '' + m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}",
+        LOOP + "{{ m.role }}: {{ '' + m.content }}\n" + PROMPT + "assistant: {% endif %}",
         ["user: one\nassistant: «two<|im_end|>»\nuser: three\nassistant: «four<|im_end|>»\n"]),
-    "turns end with the next one's header, at which generation stops": (
-        LOOP + "{{ '<|endoftext|>' if m.role == 'user' else '<|im_start|>' }}{{ '' + m.content }}{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>{% endif %}",
+    "turns end with the next one's header": (  # at which generation stops
+        LOOP + "{{ '<|endoftext|>' if m.role == 'user' else '<|im_start|>' }}{{ '' + m.content }}"
+        + PROMPT + "<|im_start|>{% endif %}",
         ["<|endoftext|>one<|im_start|>«two<|endoftext|>»three<|im_start|>«four<|endoftext|>»"]),
 }
 
 
 @pytest.fixture
-def chatml(zoo):
-    """A function: Jinja -> (template, encoder) of a text-only checkpoint that has it; it stops at two tokens."""
-    def chatml(jinja: str) -> tuple[Template, Encoder]:
+def with_template(zoo):
+    """A function: Jinja -> (template, encoder) of a text-only checkpoint that stops at two tokens."""
+    def with_template(jinja: str) -> tuple[Template, Encoder]:
         tokenizer = load_processor(zoo("qwen_text"))
         tokenizer.chat_template = jinja
-        return Template(tokenizer, ("<|im_end|>", "<|endoftext|>")), Encoder.of(tokenizer, registry.family_of("qwen2"))
-    return chatml
+        encoder = Encoder.of(tokenizer, registry.family_of("qwen2"))
+        return Template(tokenizer, ("<|im_end|>", "<|endoftext|>")), encoder
+    return with_template
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_template_of_any_behaviour_gives_exact_labels(name, chatml):
+def test_a_template_of_any_behaviour_gives_exact_labels(name, with_template):
     jinja, wanted = TEMPLATES[name]
-    template, encoder = chatml(jinja)
-    conversations = template.conversations(messages_of(*MULTI))
-    assert [c.text for c in conversations] == [text.replace("«", "").replace("»", "") for text in wanted]
-    for conversation, marked in zip(conversations, wanted):
+    template, encoder = with_template(jinja)
+    conversations = template.conversations(chat(*MULTI))
+    assert [marked(conversation) for conversation in conversations] == wanted
+    for conversation, text in zip(conversations, wanted):
         encoded = encoder.encode(conversation.text, conversation.spans, [])
-        ids, labels = expected_tokens(encoder.processor, marked)
+        ids, labels = expected_tokens(encoder.processor, text)
         assert encoded["input_ids"].tolist() == [ids]
         assert encoded["labels"].tolist() == [labels]
-
-
-def test_ends_that_the_kit_adds_are_counted(chatml):
-    without_end, header_ends, _ = (chatml(TEMPLATES[name][0])[0] for name in (
-        "turns end with nothing", "turns end with the next one's header, at which generation stops", "content is trimmed"))
-    assert without_end.conversations(messages_of(*MULTI))[0].ends_added == 2
-    assert header_ends.conversations(messages_of(*MULTI))[0].ends_added == 1  # the first reply's is there already
-
-
-@pytest.mark.parametrize("jinja, turns, reason", [
-    pytest.param(STRING.replace("m.content", "m.content | upper"), MULTI,
-                 "the chat template drops or changes this text: 'one'", id="changes every text"),
-    pytest.param(STRING.replace("m.content", "(m.content | upper if m.role == 'assistant' else m.content)"), MULTI,
-                 "the chat template's finished turn is not its prompt, the assistant's text and an end", id="changes replies"),
-    pytest.param(STRING.replace("messages", "messages[1:]"), (("system", "a"), *MULTI),
-                 "the chat template drops or changes this text: 'a'", id="drops the system text, a letter of other texts"),
-    pytest.param("{{ raise_exception('roles\nmust alternate') }}", MULTI,
-                 "the chat template refuses this conversation: roles must alternate", id="raises"),
-    pytest.param("{{ messages[99].content | length }}", MULTI, "the chat template refuses this conversation: …", id="fails"),
-])
-def test_a_template_whose_labels_would_be_guessed_is_a_reject_by_name(jinja, turns, reason, chatml):
-    with pytest.raises(RowError) as caught:
-        chatml(jinja)[0].conversations(messages_of(*turns))
-    assert caught.value.reason.startswith(reason.rstrip("…")) and "chat_template" in caught.value.fix
-
-
-def test_a_system_text_that_moves_to_the_last_question_gives_each_reply_its_own_sample(chatml):
-    jinja = "{% set last = messages | selectattr('role', 'equalto', 'user') | list | last %}{% for m in messages[1:] %}" \
-        "{{ m.role }}: {{ messages[0].content + ' ' if m == last }}{{ m.content }}<|im_end|>{% endfor %}" \
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    found = chatml(jinja)[0].conversations(messages_of(("system", "Be brief."), *MULTI))
-    assert [marked(c) for c in found] == [
-        "user: one<|im_end|>assistant: two<|im_end|>user: Be brief. three<|im_end|>assistant: «four<|im_end|>»",
-        "user: Be brief. one<|im_end|>assistant: «two<|im_end|>»"]
 
 
 def marked(conversation) -> str:
@@ -360,52 +360,78 @@ def marked(conversation) -> str:
     return text
 
 
-def test_a_row_that_the_template_refuses_changes_nothing_for_the_rows_after_it(family):
-    template, encoder = family("qwen2_5_vl")
-    with pytest.raises(RowError):
-        template.conversations(messages_of(("user", "<|im_end|>"), ("assistant", "two")))
-    jinja = encoder.processor.chat_template
-    strict = "{% if messages[0].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}" + jinja
-    encoder.processor.chat_template = strict
-    try:
-        template = Template(encoder.processor)
-        with pytest.raises(RowError, match="refuses this conversation: no"):
-            template.conversations(messages_of(("assistant", "two")))
-        turns = ("user", "▣What is it?"), ("assistant", "A cat.")
-        assert_labels("qwen2_5_vl", template, encoder, messages_of(*turns), expected("qwen2_5_vl", *turns))
-    finally:
-        encoder.processor.chat_template = jinja
+@pytest.mark.parametrize("name, added", [("turns end with nothing", 2), ("content is trimmed", 0),
+                                         ("turns end with the next one's header", 1)])
+def test_ends_that_the_kit_adds_are_counted(name, added, with_template):
+    assert with_template(TEMPLATES[name][0])[0].conversations(chat(*MULTI))[0].ends_added == added
 
 
-def test_a_template_that_shows_fewer_pictures_than_the_row_has_is_a_reject(family):
-    template, encoder = family("llava")
-    jinja = encoder.processor.chat_template
-    encoder.processor.chat_template = jinja.replace("message.role == 'user'", "false")
-    encoder.processor.chat_template = jinja.replace("'<image>\\n'", "'' if message.role == 'assistant' else '<image>\\n'")
-    encoder.processor.chat_template = "{% for m in messages %}{{ '<image>' if m.role == 'user' }}" \
-        "{% for p in m.content %}{{ p.text }}{% endfor %}</s>{% endfor %}"
-    try:
-        with pytest.raises(RowError, match="^2 images in the messages, 1 in the chat template's render$"):
-            Template(encoder.processor).conversations(messages_of(("user", "▣▣one"), ("assistant", "two")))
-    finally:
-        encoder.processor.chat_template = jinja
+@pytest.mark.parametrize("jinja, system, reason", [
+    (chatml("m.content | upper"), "", "the chat template drops or changes this text: 'one'"),
+    (chatml("(m.content | upper if m.role == 'assistant' else m.content)"), "",
+     "the chat template's finished turn isn't its prompt, the reply's text and an end"),
+    (STRINGS.replace("messages", "messages[1:]"), "o", "the chat template drops or changes this text: 'o'"),
+    ("{{ raise_exception('roles\nmust alternate') }}", "",
+     "the chat template refuses this conversation: roles must alternate"),
+    ("{{ messages[99].content | length }}", "", "the chat template refuses this conversation: "),
+], ids=["changes every text", "changes replies", "drops a letter that others have", "raises", "fails"])
+def test_a_template_whose_labels_would_be_guessed_is_a_reject_by_name(jinja, system, reason, with_template):
+    with pytest.raises(RowError) as caught:
+        with_template(jinja)[0].conversations(chat(*MULTI, system=system))
+    assert caught.value.reason.startswith(reason) and "chat_template" in caught.value.fix
+
+
+def test_a_system_text_that_moves_to_the_last_question_gives_each_reply_a_sample_of_its_own(with_template):
+    jinja = "{% set asked = messages | selectattr('role', 'equalto', 'user') | list %}" \
+        "{% for m in messages[1:] %}{{ m.role }}: {{ messages[0].content + ' ' if m == asked[-1] }}" \
+        "{{ m.content }}<|im_end|>" + PROMPT + "assistant: {% endif %}"
+    found = with_template(jinja)[0].conversations(chat(*MULTI, system="Be brief."))
+    assert [marked(conversation) for conversation in found] == [
+        "user: one<|im_end|>assistant: two<|im_end|>"
+        "user: Be brief. three<|im_end|>assistant: «four<|im_end|>»",
+        "user: Be brief. one<|im_end|>assistant: «two<|im_end|>»"]
+
+
+def test_a_template_that_is_no_jinja_stops_with_its_line(with_template):
+    with pytest.raises(StageError, match="chat_template: line 2: "):
+        with_template("{{ messages }}\n{% for %}")
+
+
+@pytest.fixture
+def changed(family, monkeypatch):
+    """A function: a family and what to make of its Jinja -> (template, encoder), for this test."""
+    def changed(name: str, change) -> tuple[Template, Encoder]:
+        _, encoder = family(name)
+        monkeypatch.setattr(encoder.processor, "chat_template", change(encoder.processor.chat_template))
+        return Template(encoder.processor), encoder
+    return changed
+
+
+def test_a_row_that_the_template_refuses_changes_nothing_for_the_rows_after_it(changed):
+    refuse = "{% if messages[0].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+    template, encoder = changed("qwen2_5_vl", lambda jinja: refuse + jinja)
+    with pytest.raises(RowError, match="refuses this conversation: no"):
+        template.conversations(chat("one", "two")[1:])
+    texts = "▣What is it?", "A cat."
+    assert_labels("qwen2_5_vl", template, encoder, chat(*texts), expected("qwen2_5_vl", *texts))
+
+
+def test_a_template_that_shows_fewer_pictures_than_the_row_has_is_a_reject(changed):
+    turn = "{{ '<image>' if m.role == 'user' }}{% for p in m.content %}{{ p.text }}{% endfor %}</s>"
+    template, _ = changed("llava", lambda jinja: LOOP + turn + "{% endfor %}")
+    with pytest.raises(RowError, match="^2 images in the messages, 1 in the render$"):
+        template.conversations(chat("▣▣one", "two"))
 
 
 def test_a_picture_for_a_model_without_pictures_is_a_reject(family):
     with pytest.raises(RowError, match=r"message 0 \(user\) has an image, and base_model takes none"):
-        family("llama_text")[0].conversations(messages_of(("user", "▣one"), ("assistant", "two")))
+        family("llama_text")[0].conversations(chat("▣one", "two"))
 
 
-@pytest.mark.parametrize("turns", [(("user", "one"),), (("user", "one"), ("assistant", "")), (("user", "one"), ("assistant", " \n")),
-                                   (("user", "one"), ("assistant", "▣"))])
-def test_a_row_without_a_reply_has_nothing_to_learn(turns, family):
+@pytest.mark.parametrize("texts", [["one"], ["one", ""], ["one", " \n"], ["one", "▣"]], ids=str)
+def test_a_row_without_a_reply_has_nothing_to_learn(texts, family):
     with pytest.raises(RowError, match="nothing to learn: no assistant message has a text"):
-        family("llava")[0].conversations(messages_of(*turns))
-
-
-def test_a_template_that_is_no_jinja_stops_with_its_line(chatml):
-    with pytest.raises(StageError, match="chat_template: line 2: "):
-        chatml("{{ messages }}\n{% for %}")
+        family("llava")[0].conversations(chat(*texts))
 
 
 # ---- a tokenizer that merges across the seam of prompt and reply ----
@@ -413,23 +439,17 @@ def test_a_template_that_is_no_jinja_stops_with_its_line(chatml):
 
 def test_a_reply_that_starts_with_a_newline_is_tokenized_as_inference_does(family):
     template, encoder = family("qwen2_5_vl")
-    tokenizer = tokenizer_of(encoder.processor)
-    assert "ĊĊ" in tokenizer("assistant\n\nYes").tokens()  # the trap is there
-    turns = ("user", "▣Is it?"), ("assistant", "\nYes"), ("user", "▣Sure?"), ("assistant", "\n\nYes")
-    assert_labels("qwen2_5_vl", template, encoder, messages_of(*turns), expected("qwen2_5_vl", *turns))
+    assert "ĊĊ" in tokenizer_of(encoder.processor).tokenize("assistant\n\nYes")  # the trap is there
+    texts = "▣Is it?", "\nYes", "▣Sure?", "\n\nYes"
+    assert_labels("qwen2_5_vl", template, encoder, chat(*texts), expected("qwen2_5_vl", *texts))
 
 
-def test_token_types_stay_with_the_picture_where_a_reply_is_tokenized_apart(family):
-    template, encoder = family("gemma3")
-    jinja = encoder.processor.chat_template
-    encoder.processor.chat_template = jinja.replace(" | trim", "")
-    try:
-        turns = ("user", "▣Is it?"), ("assistant", "\nYes")
-        (conversation,) = Template(encoder.processor).conversations(messages_of(*turns))
-        encoded = encoder.encode(conversation.text, conversation.spans, [picture()])
-        assert_labels("gemma3", Template(encoder.processor), encoder, messages_of(*turns), expected("gemma3", *turns))
-    finally:
-        encoder.processor.chat_template = jinja
+def test_token_types_stay_with_the_picture_where_a_reply_is_tokenized_apart(changed):
+    template, encoder = changed("gemma3", lambda jinja: jinja.replace(" | trim", ""))
+    texts = "▣Is it?", "\nYes"
+    assert_labels("gemma3", template, encoder, chat(*texts), expected("gemma3", *texts))
+    (conversation,) = template.conversations(chat(*texts))
+    encoded = encoder.encode(conversation.text, conversation.spans, [picture()])
     tokens = tokenizer_of(encoder.processor).convert_ids_to_tokens(encoded["input_ids"][0].tolist())
     assert encoded["token_type_ids"].tolist() == [[int(token == "<image_soft_token>") for token in tokens]]
     assert encoded["attention_mask"].shape == encoded["input_ids"].shape == encoded["labels"].shape
@@ -437,32 +457,30 @@ def test_token_types_stay_with_the_picture_where_a_reply_is_tokenized_apart(fami
 
 @pytest.fixture(scope="module")
 def merging():
-    """A tokenizer trained to merge ":" with the newlines after it, as large vocabularies do; its eos is <end>."""
+    """A tokenizer that was trained to merge ":" with the newlines after it, as large vocabularies do."""
     backend = Tokenizer(models.BPE())
     backend.decoder = decoders.Fuse()
     trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<end>"], show_progress=False)
     backend.train_from_iterator(["assistant:\n\nYes", "user: one", ":\n\n"] * 9, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    turn = "{{ m.role }}:{{ '' + m.content }}<end>"
+    tokenizer.chat_template = LOOP + turn + PROMPT + "assistant:{% endif %}"
+    return tokenizer
 
 
 def test_a_colon_and_newlines_that_merge_are_tokenized_apart(merging):
-    merging.chat_template = LOOP + "{{ m.role }}:{{ '' + m.content }}<end>{% endfor %}" \
-        "{% if add_generation_prompt %}assistant:{% endif %}"
-    assert any(":" in token and "\n" in token for token in merging.tokenize("assistant:\n\nYes"))  # the trap is there
+    tokens = merging.tokenize("assistant:\n\nYes")
+    assert any(":" in token and "\n" in token for token in tokens)  # the trap is there
     encoder = Encoder.of(merging, registry.family_of("llama"))
-    (conversation,) = Template(merging).conversations(messages_of(("user", "one"), ("assistant", "\n\nYes")))
-    encoded = encoder.encode(conversation.text, conversation.spans, [])
-    ids, labels = expected_tokens(merging, "user:one<end>assistant:«\n\nYes<end>»")
-    assert encoded["input_ids"].tolist() == [ids] and encoded["labels"].tolist() == [labels]
-    assert merging.decode(ids) == conversation.text
+    marked = "user:one<end>assistant:«\n\nYes<end>»"
+    assert_labels("", Template(merging), encoder, chat("one", "\n\nYes"), marked)
 
 
-def test_the_prompt_for_an_answer_ends_where_the_reply_starts(family, tmp_path):
+def test_the_prompt_for_an_answer_ends_where_the_last_reply_starts(family, tmp_path):
     template, encoder = family("llava")
     picture().save(tmp_path / "a.png")
-    (conversation,) = template.conversations(messages_of(("user", "▣one"), ("assistant", "two"), ("user", "▣three"),
-                                                         ("assistant", " four \n")))
-    medium = {"kind": "image", "path": str(tmp_path / "a.png"), "bytes": None, "sha256": "", "width": 32, "height": 32}
+    (conversation,) = template.conversations(chat("▣one", "two", "▣three", " four \n"))
     spans = [{"start": start, "end": end} for start, end in conversation.spans]
-    text, images, reply = encoder.prompt({"text": conversation.text, "spans": spans, "media": [medium, medium]})
+    media = [{"path": str(tmp_path / "a.png"), "bytes": None}] * 2
+    text, images, reply = encoder.prompt({"text": conversation.text, "spans": spans, "media": media})
     assert text.endswith("three ASSISTANT:") and len(images) == 2 and reply == "four"

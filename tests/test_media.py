@@ -69,7 +69,8 @@ def chunk(name: bytes, content: bytes) -> bytes:
 def png_header(width: int, height: int) -> bytes:
     """The start of a PNG that claims a size, with next to no pixels."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 PICTURES = {
@@ -85,8 +86,8 @@ PICTURES = {
     "1x1": (lambda: encoded(Image.new("RGB", (1, 1), GREEN)), [GREEN]),
     "16-bit grey": (lambda: deep([0, 32896, 65535], "uint16"), [BLACK, GREY, WHITE]),
     "a dark one of 16 bits stays dark": (lambda: deep([0, 200], "uint16"), [BLACK, BLACK]),
-    "32-bit grey with 16-bit values": (lambda: deep([0, 32896, 65535], "int32", "TIFF"), [BLACK, GREY, WHITE]),
-    "32-bit grey with 8-bit values": (lambda: deep([0, 128, 255], "int32", "TIFF"), [BLACK, GREY, WHITE]),
+    "32 bits with values of 16": (lambda: deep([0, 32896, 65535], "int32", "TIFF"), [BLACK, GREY, WHITE]),
+    "32 bits with values of 8": (lambda: deep([0, 128, 255], "int32", "TIFF"), [BLACK, GREY, WHITE]),
     "floats from 0 to 1": (lambda: deep([0, 0.5025, 1], "float32", "TIFF"), [BLACK, GREY, WHITE]),
     "floats below zero are black": (lambda: deep([-3, 1], "float32", "TIFF"), [BLACK, WHITE]),
 }
@@ -113,19 +114,20 @@ PNG = encoded(Image.new("RGB", (1, 1), RED))
 
 
 @pytest.mark.parametrize("source", [
-    "a.png", Path("a.png"), {"path": "a.png"}, {"path": "a.png", "bytes": None}, {"image": "a.png", "type": "image"},
+    "a.png", Path("a.png"), {"path": "a.png"}, {"path": "a.png", "bytes": None}, {"image": "a.png"},
 ], ids=str)
 def test_a_picture_by_path_is_found_beside_the_data_file_and_stays_a_path(source, tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
     record, image = read_medium(source, tmp_path)
-    assert record == {"kind": "image", "path": str(tmp_path / "a.png"), "bytes": None, "sha256": hashlib.sha256(PNG).hexdigest(),
-                      "width": 1, "height": 1, "seconds": None}
+    assert record == {"kind": "image", "path": str(tmp_path / "a.png"), "bytes": None,
+                      "sha256": hashlib.sha256(PNG).hexdigest(), "width": 1, "height": 1, "seconds": None}
     assert pixels(image) == pixels(open_image(record)) == [RED]
 
 
 @pytest.mark.parametrize("source", [
-    PNG, bytearray(PNG), {"bytes": PNG, "path": None}, {"bytes": PNG, "path": "elsewhere.png"}, Image.new("RGB", (1, 1), RED),
-    "data:image/png;base64," + base64.b64encode(PNG).decode(), "data:;base64," + base64.encodebytes(PNG).decode(),
+    PNG, bytearray(PNG), {"bytes": PNG, "path": None}, {"bytes": PNG, "path": "elsewhere.png"},
+    Image.new("RGB", (1, 1), RED), "data:image/png;base64," + base64.b64encode(PNG).decode(),
+    "data:;base64," + base64.encodebytes(PNG).decode(),
 ], ids=lambda source: type(source).__name__)
 def test_a_picture_in_the_row_is_kept_as_bytes(source, tmp_path):
     record, image = read_medium(source, tmp_path)
@@ -142,7 +144,7 @@ BAD = {  # what a row gives: what is said
     "cut.jpg": "cut.jpg: not a readable picture (image file is truncated (…",
     "bomb.png": "bomb.png: 50000x50000 pixels, over the limit of 120,000,000",
     "nul\0.png": "'nul\\x00.png': embedded null byte",
-    "https://example.org/a.png": "https://example.org/a.png: pictures behind urls are not fetched; download it and give the path",
+    "http://a.b/c": "http://a.b/c: pictures behind urls are not fetched; download it and give the path",
     "data:image/png;base64,!": "data:image/png;base64,!: broken base64 (…",
     "data:image/png;base64,": "picture in the row: empty file (0 bytes)",
     "": "picture: must be a path, bytes or an image, not ''",
@@ -158,9 +160,10 @@ def broken(tmp_path, monkeypatch):
     """The current folder, with broken picture files."""
     noise = encoded(Image.effect_noise((64, 64), 90))
     (tmp_path / "folder").mkdir()
-    for name, content in {"empty.png": b"", "text.png": b"<!DOCTYPE html>", "cut.png": noise[:len(noise) // 2],
-                          "cut.jpg": encoded(Image.effect_noise((64, 64), 90), "JPEG")[:900],
-                          "bomb.png": png_header(50_000, 50_000)}.items():
+    jpeg = encoded(Image.effect_noise((64, 64), 90), "JPEG")
+    files = {"empty.png": b"", "text.png": b"<!DOCTYPE html>", "cut.png": noise[:len(noise) // 2],
+             "cut.jpg": jpeg[:900], "bomb.png": png_header(50_000, 50_000)}
+    for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     monkeypatch.chdir(tmp_path)
 
@@ -173,8 +176,10 @@ def test_a_bad_picture_is_named_with_what_is_wrong(source, broken):
     assert said.startswith(expected[:-1]) if expected.endswith("…") else said == expected
 
 
-@pytest.mark.parametrize("source", [{}, {"bytes": "text"}, {"bytes": 10**12}, {"bytes": [1, 2]}, {"path": 3}, [], [[1]], 1.5, True,
-                                    {"path": {"path": "a.png"}}, "\ud800.png", "x" * 5000], ids=lambda s: repr(s)[:20])
+@pytest.mark.parametrize("source", [
+    {}, {"bytes": "text"}, {"bytes": 10**12}, {"bytes": [1, 2]}, {"path": 3}, {"path": {"path": "a.png"}},
+    [], [[1]], 1.5, True, "\ud800.png", "x" * 5000,
+], ids=lambda source: repr(source)[:20])
 def test_whatever_else_a_row_gives_is_a_media_error_too(source, broken):
     with pytest.raises(MediaError):
         read_medium(source, Path())

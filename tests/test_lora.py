@@ -1,0 +1,290 @@
+"""04: LoRA is on exactly the layers asked for, is reproducible, and plain peft reads it."""
+
+import json
+import re
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+
+from lib import adapter, model
+from lib.loss import forward_loss
+from lib.registry import Roles
+from lib.stage import StageError
+from tests import harness
+from tests.harness import Bad, bad_input
+from tests.runner import Run, text_rows
+
+CPU = torch.device("cpu")
+FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "smolvlm2", "llama_text")
+DECODER = dict.fromkeys(FAMILIES[:3], "model.language_model")
+DECODER |= {"smolvlm2": "model.text_model", "llama_text": "model"}
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+LINEARS = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch, zoo):
+    """A function: family and knobs -> the run, whose 04_lora is finished."""
+    def make(name="llava", upto="04_lora", **knobs):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        rows = text_rows() if name == "llama_text" else None
+        return Run(folder, monkeypatch, zoo(name), rows, **knobs).upto(upto)
+    return make
+
+
+def tensors(run):
+    """The tensors of 04's adapter."""
+    return load_file(run.path / "04_lora/adapter/adapter_model.safetensors")
+
+
+def hits(run):
+    """Names of the layers that 04's adapter has tensors for."""
+    found = re.findall(r"base_model\.model\.(\S+)\.lora_A\.weight", "\n".join(tensors(run)))
+    return sorted(found)
+
+
+def plain(run, name, zoo):
+    """The base, as transformers loads it for anybody."""
+    import transformers
+    cls = getattr(transformers, run.json("03_load_model/model.json")["class"])
+    return cls.from_pretrained(zoo(name), dtype=torch.float32).eval()
+
+
+# ---- which layers ----
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_by_default_lora_is_on_every_linear_layer_of_the_decoder_and_nowhere_else(name, make):
+    run = make(name)
+    expected = sorted(f"{DECODER[name]}.layers.{layer}.{linear}" for layer in (0, 1) for linear in LINEARS)
+    assert hits(run) == expected
+    facts = run.json("04_lora/adapter.json")
+    assert facts["modules"] == {"language": 14}
+    assert facts["trained_parameters"] == {"language": sum(t.numel() for t in tensors(run).values())}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_saved_regex_matches_those_layers_and_no_other_module(name, make, zoo):
+    run = make(name)
+    regex = json.loads((run.path / "04_lora/adapter/adapter_config.json").read_text())["target_modules"]
+    assert sorted(n for n, _ in plain(run, name, zoo).named_modules() if re.fullmatch(regex, n)) == hits(run)
+    assert len(regex) < 200
+
+
+@pytest.mark.parametrize("asked, expected", [
+    (r".*language_model.*\.q_proj", {"language": 2}),
+    (r"model\.language_model\.layers\.1\..*", {"language": 7}),
+    (r".*\.(q_proj|fc1)", {"language": 2, "vision": 2}),
+    (["q_proj", "v_proj"], {"language": 4, "vision": 2}),
+    (["linear_1"], {"projector": 1}),
+])
+def test_a_regex_or_a_list_of_last_names_chooses_the_layers(asked, expected, make):
+    run = make(lora_target_modules=asked)
+    assert run.json("04_lora/adapter.json")["modules"] == expected
+    if asked == r"model\.language_model\.layers\.1\..*":
+        assert hits(run) == sorted(f"model.language_model.layers.1.{linear}" for linear in LINEARS)
+
+
+@pytest.mark.parametrize("roles, expected", [
+    (["vision"], {"vision": 6}), (["projector"], {"projector": 2}), (["head"], {"head": 1}),
+    (["language", "vision", "projector", "head"], {"language": 14, "vision": 6, "projector": 2, "head": 1})])
+def test_roles_choose_the_layers(roles, expected, make):
+    assert make(lora_target_roles=roles).json("04_lora/adapter.json")["modules"] == expected
+
+
+def test_layers_that_no_forward_reaches_are_left_out_with_a_count(make, capsys):
+    run = make(lora_target_modules=["q_proj"])  # of two vision layers, LLaVA reads the first
+    in_tower = [name for name in hits(run) if "vision" in name]
+    assert in_tower == ["model.vision_tower.encoder.layers.0.self_attn.q_proj"]
+    assert "left out: 1 layers that no forward reaches" in capsys.readouterr().out
+
+
+def test_an_adapter_without_the_language_model_gets_a_warning(make, capsys):
+    make(lora_target_roles=["vision"])
+    assert "the language model stays as it is" in capsys.readouterr().out
+    make()
+    assert "warning" not in capsys.readouterr().out.replace("warning: max_steps", "")
+
+
+def test_a_regex_that_cant_be_short_is_still_exact():
+    among = [f"tower.layers.{n}.{leaf}" for n in range(3) for leaf in ("q", "k")]
+    assert adapter.as_regex(among, among) == r"tower\.layers\.\d+\.(q|k)"
+    some = [name for name in among if ".2." not in name]
+    regex = adapter.as_regex(some, among)
+    assert [name for name in among if re.fullmatch(regex, name)] == some
+
+
+NOTHING = (
+    Bad("a regex that matches nothing", ["lora_target_modules=.*nothing"],
+        "lora_target_modules: '.*nothing' matches no layer of LlavaForConditionalGeneration",
+        "leave it out, or write names like model.language_model.layers.0.self_attn.q_proj"),
+    Bad("a regex that matches norms alone", ["lora_target_modules=.*layernorm"],
+        "lora_target_modules: '.*layernorm' matches no layer of …", "leave it out, or write names like …"),
+    Bad("a list that matches nothing", ["lora_target_modules=[wq, wk]"],
+        "lora_target_modules: ['wq', 'wk'] matches no layer of …", "leave it out, or write names like …"),
+    Bad("a role without linear layers", ["lora_target_roles=[audio]"],
+        "lora_target_roles: no linear layer in audio",
+        "choose among embedding, head, language, projector, vision"),
+    Bad("full fine-tuning of a role that isn't there", ["adapter=", "train_roles=[audio, router]"],
+        "train_roles: LlavaForConditionalGeneration has no audio, router",
+        "choose among vision, projector, embedding, language, head"),
+)
+
+
+@bad_input(NOTHING)
+def test_nothing_to_train_is_refused_in_two_lines(case, tmp_path, monkeypatch, zoo):
+    Run(tmp_path, monkeypatch, zoo("llava")).upto("03_load_model", *case.argv)
+    harness.check(Bad(case.name, ["run"], case.what, case.fix), "04_lora", tmp_path,
+                  may_write=["run/04_lora.partial/*"])
+
+
+def test_layers_that_peft_would_swap_for_others_are_refused(make):
+    assert make("glm4v_moe", lora_target_modules=["q_proj"]).json("04_lora/adapter.json")["modules"]
+    with pytest.raises(StageError, match="peft adapts other layers than asked"):
+        make("glm4v_moe", lora_target_modules=["gate_proj", "up_proj", "down_proj"])
+
+
+# ---- what the adapter is ----
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plain_peft_reads_the_new_adapter_and_it_changes_nothing_yet(name, make, zoo):
+    run = make(name)
+    base = plain(run, name, zoo)
+    ids = torch.arange(5, 15)[None]                                # [1, T]
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+        after = PeftModel.from_pretrained(base, run.path / "04_lora/adapter")(input_ids=ids).logits
+    assert torch.equal(before, after)
+
+
+def test_a_seed_gives_the_same_bytes_and_another_seed_others(make):
+    one, two, other = (make(seed=seed).path / "04_lora/adapter" for seed in (1, 1, 2))
+    weights, config = "adapter_model.safetensors", "adapter_config.json"
+    assert (one / config).read_bytes() == (two / config).read_bytes() == (other / config).read_bytes()
+    assert (one / weights).read_bytes() == (two / weights).read_bytes() != (other / weights).read_bytes()
+
+
+def test_what_is_made_without_the_weights_is_what_peft_makes_with_them(make, zoo):
+    from peft import LoraConfig, get_peft_model
+    run = make(seed=7)
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=run.json("04_lora/adapter.json")["targets"])
+    ours, theirs = tensors(run), get_peft_model(plain(run, "llava", zoo), config).state_dict()
+    theirs = {name.replace(".default", ""): tensor for name, tensor in theirs.items() if "lora_" in name}
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.shape == theirs[name].shape and tensor.dtype == torch.float32
+        assert bool(tensor.any()) == ("lora_A" in name)
+        assert tensor.std() == pytest.approx(float(theirs[name].std()), rel=0.3)
+
+
+def test_gaussian_initialisation_has_its_own_spread(make):
+    made = tensors(make(peft_init_lora_weights="gaussian"))
+    spread = [float(tensor.std()) for name, tensor in made.items() if "lora_A" in name]
+    assert sum(spread) / len(spread) == pytest.approx(1 / 4, rel=0.1)  # peft's deviation is 1 / r
+
+
+def test_doras_magnitudes_are_the_norms_of_the_bases_weights(make, zoo):
+    run = make(peft_use_dora=True)
+    base = plain(run, "llava", zoo).state_dict()
+    magnitudes = {name: tensor for name, tensor in tensors(run).items() if "magnitude" in name}
+    assert len(magnitudes) == 14
+    for name, tensor in magnitudes.items():
+        weight = base[name.removeprefix("base_model.model.").replace("lora_magnitude_vector", "weight")]
+        assert torch.allclose(tensor, weight.norm(dim=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("knobs, method", [
+    ({}, "LoRA"), ({"peft_use_rslora": True}, "rsLoRA"), ({"peft_use_dora": True}, "DoRA")])
+def test_each_method_trains_and_says_its_name(knobs, method, make):
+    run = make(upto="05_train", max_steps=3, **knobs)
+    assert run.json("04_lora/adapter.json")["method"] == f"{method} r=4 alpha=32"
+    before, after = tensors(run), load_file(run.path / "05_train/adapter/adapter_model.safetensors")
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_an_adapter_tells_no_path(make, tmp_path):
+    text = (make().path / "04_lora/adapter/adapter_config.json").read_text(encoding="utf-8")
+    assert json.loads(text)["base_model_name_or_path"] == "llava"
+    assert str(tmp_path.parent) not in text
+
+
+def test_a_missing_adapter_tensor_is_an_error_and_not_a_random_one(make):
+    run = make()
+    path = run.path / "04_lora/adapter/adapter_model.safetensors"
+    kept = tensors(run)
+    gone = sorted(kept)[0]
+    del kept[gone]
+    save_file(kept, path)
+    with pytest.raises(StageError, match=f"1 tensors don't fit the model, such as {re.escape(gone)}"):
+        model.attach(model.load(run.json("03_load_model/model.json"), CPU), path.parent)
+
+
+# ---- full fine-tuning ----
+
+@pytest.mark.parametrize("knobs, expected", [
+    ({}, {"language", "embedding", "head", "vision", "projector"}),
+    ({"train_roles": ["projector"]}, {"projector"}),
+    ({"freeze_mm_modules": True}, {"language", "embedding", "head"}),
+])
+def test_full_fine_tuning_trains_the_named_roles(knobs, expected, make):
+    run = make(upto="05_train", adapter=None, max_steps=2, **knobs)
+    planned, facts = run.json("03_load_model/model.json"), run.json("04_lora/adapter.json")
+    assert set(facts["trained_parameters"]) == expected
+    roles, base = Roles.of_plan(planned), model.load(planned, CPU)
+    tuned = model.load(planned | {"base_model": str(run.path / "05_train/model")}, CPU)
+    pairs = zip(base.named_parameters(), tuned.parameters())
+    assert {roles.of(name) for (name, before), after in pairs if not torch.equal(before, after)} == expected
+
+
+def test_a_head_that_is_the_embedding_cant_train_alone(make):
+    with pytest.raises(StageError, match="is its embedding, one tensor"):
+        make("gemma3", adapter=None, train_roles=["head"])
+    run = make("gemma3", adapter=None, train_roles=["head", "embedding"])
+    assert set(run.json("04_lora/adapter.json")["modules"]) == {"embedding"}
+
+
+# ---- quantisation ----
+
+QUANTISED = {4: {"adapter": "qlora"}, 8: {"load_in_8bit": True}}
+
+
+@pytest.mark.parametrize("bits", QUANTISED)
+def test_only_the_language_models_linear_layers_are_quantised(bits, make, zoo):
+    import bitsandbytes
+    kind = {4: bitsandbytes.nn.Linear4bit, 8: bitsandbytes.nn.Linear8bitLt}[bits]
+    run = make(upto="03_load_model", bf16=True, **QUANTISED[bits])
+    loaded = model.load(run.json("03_load_model/model.json"), CPU)
+    found = sorted(name for name, module in loaded.named_modules() if isinstance(module, kind))
+    assert found == sorted(f"model.language_model.layers.{n}.{linear}" for n in (0, 1) for linear in LINEARS)
+
+
+@pytest.mark.parametrize("bits", QUANTISED)
+def test_gradients_survive_an_evaluation_forward(bits, make):
+    from datasets import load_from_disk
+
+    from lib.chat import Encoder
+    from lib.sampler import Batcher
+    run = make(bf16=True, **QUANTISED[bits])
+    net = model.attach(model.load(run.json("03_load_model/model.json"), CPU), run.path / "04_lora/adapter")
+    encoder = Encoder.load(run.path / "02_data/processor")
+    batch = Batcher(encoder.pad_id, encoder.collate)([encoder(load_from_disk(run.path / "02_data/train")[0])])
+
+    def gradient():
+        net.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            forward_loss(net.train(), batch)[0].backward()
+        return sum(float(p.grad.abs().sum()) for p in net.parameters() if p.grad is not None)
+    before = gradient()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        forward_loss(net.eval(), batch)
+    assert before > 0 and gradient() == pytest.approx(before, rel=1e-2)
+
+
+def test_layers_that_are_quantised_otherwise_than_planned_stop_the_load(make):
+    planned = make(upto="03_load_model", bf16=True, adapter="qlora").json("03_load_model/model.json")
+    planned["quantisation"]["kept_linears"].remove("lm_head")  # the trap: an own list drops the default one
+    with pytest.raises(StageError, match="1 layers are not as planned, such as lm_head"):
+        model.load(planned, CPU)

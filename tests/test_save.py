@@ -1,0 +1,326 @@
+"""06: the export is what was trained, plain libraries load it, and it tells nothing of this machine."""
+
+import importlib
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from lib import merge, model, proof
+from lib.chat import Encoder
+from lib.evaluate import exact_match, generate
+from lib.ledger import stamp
+from lib.stage import StageError
+from tests import harness
+from tests.harness import Bad, bad_input
+from tests.runner import COLOURS, Run, text_rows
+
+CPU = torch.device("cpu")
+save = importlib.import_module("06_save")
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch, zoo):
+    """A function: family and knobs -> a run in a folder of its own, with 05_train finished."""
+    def make(name="llava", **knobs):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        folder.mkdir()
+        rows = text_rows() if name.endswith("_text") else None
+        return Run(folder, monkeypatch, zoo(name), rows, **{"max_steps": 2} | knobs).upto("05_train")
+    return make
+
+
+@pytest.fixture(scope="module")
+def adapter_run(tmp_path_factory, zoo):
+    """A run with an adapter and a merged model, saved as a user does it, proved in a fresh process."""
+    folder = tmp_path_factory.mktemp("adapter")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return Run(folder, monkeypatch, zoo("llava"), merge=True, max_steps=4, answer_rows=1).upto("06_save")
+
+
+@pytest.fixture(scope="module")
+def full_run(tmp_path_factory, zoo):
+    """A run of full fine-tuning, saved likewise."""
+    folder = tmp_path_factory.mktemp("full")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return Run(folder, monkeypatch, zoo("llava"), adapter=None, max_steps=2).upto("06_save")
+
+
+def prove_here(run, monkeypatch):
+    """06, with its proof in this process, which saves the ten seconds of a fresh one."""
+    def here(command, **options):
+        proof.main(*map(str, command[-2:]))
+        return save.subprocess.CompletedProcess(command, 0)
+    monkeypatch.setattr(save.subprocess, "run", here)
+    run("06_save")
+
+
+def tensor_names(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
+
+
+# ---- what is exported ----
+
+PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+
+def test_an_adapter_folder_holds_adapter_tokenizer_processor_template_and_card(adapter_run):
+    names = {path.name for path in (adapter_run.path / "06_save/adapter").iterdir()}
+    assert names == {"adapter_model.safetensors", "adapter_config.json", "README.md"} | PROCESSOR
+
+
+def test_model_folders_hold_a_whole_model_beside_the_processor(adapter_run, full_run):
+    for folder in (adapter_run.path / "06_save/merged", full_run.path / "06_save/model"):
+        names = {path.name for path in folder.iterdir()}
+        assert names - PROCESSOR == {"config.json", "generation_config.json", "model.safetensors",
+                                     "README.md"}
+        assert PROCESSOR < names
+
+
+@pytest.mark.parametrize("which", ["adapter_run", "full_run"])
+def test_check_json_says_that_the_export_is_exact_and_how_good_it_is(which, request):
+    run = request.getfixturevalue(which)
+    check = run.json("06_save/check.json")
+    export = check["exports"]["adapter" if which == "adapter_run" else "model"]
+    assert export["max_logit_difference"] == 0 and export["argmax_agreement"] == 1
+    assert set(check["exact_match"]) == {"base", "tuned"}
+    assert all(0 <= score <= 1 for score in check["exact_match"].values())
+    assert check["max_logit_difference"] == max(e["max_logit_difference"] for e in check["exports"].values())
+    assert check["max_logit_difference"] < 1e-3 and check["processor_identical"] is True
+
+
+def test_a_merged_model_has_the_bases_tensor_names_and_types(adapter_run, zoo):
+    merged = adapter_run.path / "06_save/merged"
+    assert tensor_names(merged) == tensor_names(zoo("llava"))
+    base, ours = load_file(zoo("llava") / "model.safetensors"), load_file(merged / "model.safetensors")
+    assert all(ours[name].dtype == base[name].dtype and ours[name].shape == base[name].shape for name in base)
+    changed = {name for name in base if not torch.equal(base[name], ours[name])}
+    assert len(changed) == 14 and all("language_model.model.layers" in name for name in changed)
+
+
+def test_full_fine_tuning_ends_in_a_base_model_for_the_next_run(full_run, tmp_path, monkeypatch):
+    again = Run(tmp_path, monkeypatch, full_run.path / "06_save/model", max_steps=1).upto("05_train")
+    before = [line["eval_loss"] for line in full_run.metrics() if "eval_loss" in line][-1]
+    assert again.metrics()[0]["eval_loss"] == pytest.approx(before, rel=1e-5)
+
+
+def test_an_export_tells_no_path_of_this_machine(adapter_run, full_run):
+    for run in (adapter_run, full_run):
+        for folder in (run.path / "06_save").iterdir():
+            for path in folder.iterdir() if folder.is_dir() else [folder] * (folder.name == "README.md"):
+                content = path.read_bytes()
+                for secret in (str(run.folder), str(Path.home()), str(Path.cwd()), "/tmp/"):
+                    assert secret.encode() not in content, f"{path.name} tells {secret}"
+
+
+def test_the_page_and_the_figure_show_both_answers(adapter_run):
+    page = (adapter_run.path / "06_save/report.html").read_text(encoding="utf-8")
+    assert "Which colour is number" in page and "fresh process" in page and "data:image" in page
+    assert (adapter_run.path / "06_save/figure.svg").exists()
+
+
+def test_06_is_up_to_date_until_training_changes(adapter_run, capsys):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(adapter_run.folder)
+        adapter_run("06_save")
+    assert "06_save is up to date" in capsys.readouterr().out
+
+
+# ---- the card ----
+
+def snippet(folder, **filled):
+    """The card's code, its BASE and FOLDER filled in, after it has run: the names that it defines."""
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)[1]
+    for name, value in filled.items():
+        code, found = re.subn(rf'^{name} = ".*?"', f"{name} = {str(value)!r}", code, flags=re.M)
+        assert found == 1
+    names = {}
+    exec(code, names)                                              # noqa: S102
+    return names
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged", "model"])
+def test_the_cards_snippet_loads_what_was_trained(kind, adapter_run, full_run, zoo):
+    run = full_run if kind == "model" else adapter_run
+    folder = run.path / "06_save" / kind
+    names = snippet(folder, FOLDER=folder, **({"BASE": zoo("llava")} if kind == "adapter" else {}))
+    golden = load_file(run.path / "05_train/golden.safetensors")
+    row = {key[2:]: tensor for key, tensor in golden.items() if key.startswith("0.")}
+    positions, logits = row.pop("positions"), row.pop("logits")
+    with torch.no_grad():
+        found = names["model"].eval()(**row, use_cache=False).logits[0, positions]
+    assert (found - logits).abs().max() <= (1e-3 if kind == "merged" else 0)
+    assert type(names["processor"]).__name__ == "LlavaProcessor"
+
+
+def test_the_card_says_what_the_base_is_how_it_was_made_and_how_good_it_is(adapter_run, zoo):
+    text = (adapter_run.path / "06_save/adapter/README.md").read_text(encoding="utf-8")
+    for part in ("base_model: llava", "library_name: peft", "image-text-to-text", "LoRA r=4 alpha=32",
+                 "Exact match", "on 1 held-out rows", "7 samples; 2 were held out", "transformers 5."):
+        assert part in text, part
+    assert text == (adapter_run.path / "06_save/README.md").read_text(encoding="utf-8")
+
+
+def test_a_text_only_adapter_says_so_and_nothing_is_answered_without_held_out_rows(make, monkeypatch, capsys):
+    run = make("llama_text", val_set_size=0)
+    prove_here(run, monkeypatch)
+    assert "pipeline_tag: text-generation" in (run.path / "06_save/README.md").read_text(encoding="utf-8")
+    assert "No row was held out" in (run.path / "06_save/README.md").read_text(encoding="utf-8")
+    assert run.json("06_save/check.json")["exact_match"] == {"base": None, "tuned": None}
+    assert "no held-out rows" in capsys.readouterr().out
+
+
+# ---- the proof ----
+
+def test_a_tampered_adapter_tensor_fails_by_name(make, monkeypatch):
+    run = make()
+    path = run.path / "05_train/adapter/adapter_model.safetensors"
+    tensors = load_file(path)
+    name = sorted(tensors)[3]
+    tensors[name][0, 0] += 1e-6
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(StageError, match="adapter_model.safetensors"):  # the ledger sees it first
+        run("06_save")
+    ledger = run.path / "05_train/stage.json"
+    content = json.loads(ledger.read_text(encoding="utf-8"))
+    content["wrote"]["adapter/adapter_model.safetensors"] = stamp(path)
+    ledger.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(StageError) as caught:                      # and if it hadn't, the proof does
+        prove_here(run, monkeypatch)
+    assert caught.value.what == f"adapter: 1 tensors are not what was trained, such as {name}"
+    assert not (run.path / "06_save").exists() and (run.path / "06_save.partial/adapter").exists()
+
+
+def test_another_processor_than_trainings_fails_by_the_tensor_it_changes(make, monkeypatch):
+    run = make()
+    exported = save.export
+
+    def export(*given):
+        folders = exported(*given)
+        path = folders[0] / "processor_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["image_processor"]["image_mean"] = [0.1, 0.1, 0.1]
+        path.write_text(json.dumps(config), encoding="utf-8")
+        return folders
+    monkeypatch.setattr(save, "export", export)
+    with pytest.raises(StageError, match="the exported processor makes another pixel_values of rows-"):
+        prove_here(run, monkeypatch)
+
+
+@pytest.mark.parametrize("difference", [0.1, float("nan")])
+def test_other_logits_than_trainings_fail(difference):
+    exports = {"adapter": {"max_logit_difference": difference, "max_logit": 5.0}}
+    with pytest.raises(StageError, match=f"adapter: logits in a fresh process differ by {difference} of 5 "):
+        save.checked({"processor": "", "answers": [], "exports": exports}, [], {"dtype": "float32"})
+
+
+def test_an_export_that_plain_transformers_cant_load_says_so(make, monkeypatch):
+    run = make(golden_rows=1, answer_rows=0)
+    exported = save.export
+
+    def export(*given):
+        folders = exported(*given)
+        (folders[0] / "adapter_config.json").unlink()
+        return folders
+    monkeypatch.setattr(save, "export", export)
+    with pytest.raises(StageError, match="transformers can't load or run the export: .*adapter_config.json"):
+        run("06_save")
+
+
+def test_the_fresh_process_imports_nothing_of_the_kit():
+    text = Path(proof.__file__).read_text(encoding="utf-8")
+    assert set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)) == {
+        "hashlib", "json", "sys", "pathlib", "torch", "transformers", "PIL", "safetensors", "peft"}
+
+
+@pytest.mark.parametrize("knobs", [{"adapter": "qlora"}, {"load_in_8bit": True}, {"peft_use_dora": True}])
+def test_quantised_bases_and_dora_go_through_to_a_merged_model(knobs, make, monkeypatch, zoo):
+    run = make(bf16=True, merge=True, **knobs)
+    prove_here(run, monkeypatch)
+    exports = run.json("06_save/check.json")["exports"]
+    assert exports["adapter"]["max_logit_difference"] < 1e-3 * exports["adapter"]["max_logit"]
+    assert exports["merged"]["max_logit_difference"] < 5e-2 * exports["merged"]["max_logit"]
+    assert tensor_names(run.path / "06_save/merged") == tensor_names(zoo("llava"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_merge_rounds_each_weight_once(dtype, make, zoo):
+    run = make(bf16=dtype == "bfloat16")
+    plan, adapter = run.json("03_load_model/model.json"), run.path / "05_train/adapter"
+    merge.write_merged(plan, adapter, run.folder / "merged")
+    merged, base = (load_file(path / "model.safetensors") for path in (run.folder / "merged", zoo("llava")))
+    parts = load_file(adapter / "adapter_model.safetensors")
+    for linear in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"):
+        start = f"base_model.model.model.language_model.{linear}"
+        delta = 32 / 4 * parts[f"{start}.lora_B.weight"] @ parts[f"{start}.lora_A.weight"]
+        name = f"language_model.model.{linear}.weight"
+        exact = (base[name] + delta).to(getattr(torch, dtype))
+        assert merged[name].dtype == exact.dtype and torch.allclose(merged[name], exact, rtol=1e-6)
+
+
+# ---- answers ----
+
+def test_exact_match_is_the_share_of_equal_answers():
+    assert exact_match(["a", " b ", "c"], ["a", "b", "d"]) == pytest.approx(2 / 3)
+    assert exact_match([], []) == 0
+
+
+def test_an_answer_is_the_argmax_token_by_token(make, monkeypatch):
+    run = make()
+    record = load_from_disk(run.path / "02_data/eval")[0]
+    encoder = Encoder.load(run.path / "02_data/processor")
+    text, pictures, reference = encoder.prompt(record)
+    net = model.load(run.json("03_load_model/model.json"), CPU, mode="inference")
+    row = encoder.encode(text, [], pictures)
+    row.pop("labels")
+    ids, stops = [], set(net.generation_config.eos_token_id)
+    for _ in range(3):
+        with torch.no_grad():
+            ids.append(int(net(**row).logits[0, -1].argmax()))
+        row["input_ids"] = torch.cat([row["input_ids"], torch.tensor([[ids[-1]]])], dim=1)
+        row["attention_mask"] = torch.ones_like(row["input_ids"])
+    assert not stops & set(ids) and reference in COLOURS
+    expected = encoder.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    assert generate(net, encoder, text, pictures, 3) == expected
+
+
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_ask_shows_both_answers_and_writes_nothing(adapter, make, capsys):
+    run = make(adapter=adapter)
+    before = harness.contents(run.folder)
+    capsys.readouterr()
+    run("06_save", "--ask", "red.png", "Which colour is it?")
+    said = capsys.readouterr().out
+    assert "Which colour is it?" in said and "before" in said and "after" in said
+    assert harness.contents(run.folder) == before
+
+
+ASKED = (
+    Bad("a picture that isn't there", ["run", "--ask", "nope.png", "What?"], "--ask: nope.png: no such file",
+        "pictures come first, then one question in quotes"),
+    Bad("a file that is no picture", ["run", "--ask", "rows.jsonl", "What?"], "--ask: rows.jsonl: …",
+        "pictures come first, then one question in quotes"),
+    Bad("a question with a special token", ["run", "--ask", "red.png", "What is <image>?"],
+        "--ask: the question spells the special token '<image>'", "ask without it"),
+    Bad("a question before any training", ["run2", "--ask", "red.png", "What?"],
+        "run2/05_train is not there: 05_train has not finished", "run first: python 05_train.py run2"),
+)
+
+
+@pytest.fixture
+def trained(make):
+    run = make(answer_rows=0)
+    shutil.rmtree(run.copy("run2") / "05_train")
+    return run
+
+
+@bad_input(ASKED)
+def test_a_question_that_cant_be_asked_ends_in_two_lines(case, trained):
+    harness.check(case, "06_save", trained.folder)
