@@ -5,14 +5,14 @@
 Reads:  01_config/config.json; 03_load_model/model.json.
 Writes: 04_lora/adapter/ (PEFT format, before training), adapter.json (what trains, by role).
 Source: LoRA (arXiv 2106.09685); rsLoRA (arXiv 2312.03732); DoRA (arXiv 2402.09353).
-Fork me to: adapt other layers (lib/registry.py:lora_linears) or use another PEFT method
+Fork me to: adapt other layers (lib/roles.py:lora_linears) or use another PEFT method
         (lib/adapter.py:lora_config).
 """
 import json
 from collections import Counter
 
 from lib import model, plan, stage, terminal
-from lib.registry import Roles
+from lib.roles import Roles
 from lib.stage import StageError
 
 LEARNS_WORDS = {"language", "cross_attention", "experts"}          # without LoRA there, answers hardly change

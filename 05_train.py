@@ -30,7 +30,7 @@ from lib.evaluate import held_out_loss
 from lib.golden import write_golden
 from lib.loss import forward_loss
 from lib.metrics import Log
-from lib.registry import Roles
+from lib.roles import Roles
 from lib.sampler import Order, Samples, loader, to_device
 
 

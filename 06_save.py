@@ -13,27 +13,20 @@ Fork me to: change the model card (lib/card.py), the page (`write_report`), or w
 """
 import json
 import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import datasets
 
-from lib import media, merge, model, parallel, proof, quant, report, stage, terminal
+from lib import fresh, media, merge, model, parallel, report, stage, terminal
 from lib.card import model_card
 from lib.chat import Encoder
 from lib.evaluate import exact_match, generate
-from lib.golden import read_header
 from lib.media import MediaError
 from lib.messages import RowError
 from lib.metrics import loss_series
 from lib.plan import public_name, quiet
 from lib.stage import StageError
 from lib.template import Template
-
-SAME = 1e-3                                         # share of the largest logit: same weights, same forward
-MERGED = {"float32": 1e-3, "bfloat16": 5e-2}        # a merge rounds every weight once
 
 
 def main(argv=None):
@@ -55,9 +48,9 @@ def main(argv=None):
     exports = export(work, plan, encoder)
     # 3. Prove it in a process that knows nothing of the kit, which also answers held-out rows.
     rows = held_out_rows(work, encoder)
-    found = prove(work, plan, encoder, exports, rows)
-    check = checked(found, rows, plan)
-    write_json(work.path / "check.json", check)
+    found = fresh.prove(work, plan, encoder, exports, rows)
+    check = fresh.checked(found, rows, plan)
+    (work.path / "check.json").write_text(json.dumps(check, indent=1) + "\n", encoding="utf-8")
     # 4. Describe it: a model card in every export, one page for people.
     describe(work, plan, check, exports)
     write_report(work, plan, check, answer_cards(rows, found["answers"]))
@@ -71,12 +64,7 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def write_json(path: Path, content: dict) -> None:
-    """A JSON file for people and machines."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-# ---- export and proof ----
+# ---- export ----
 
 def export(work, plan: dict, encoder: Encoder) -> list[Path]:
     """06_save/adapter or model, and merged if asked: each a folder that loads with all it needs."""
@@ -96,69 +84,6 @@ def held_out_rows(work, encoder: Encoder) -> list[dict]:
     records = datasets.load_from_disk(work.input("02_data") / "eval")
     chosen = records.select(range(min(len(records), work.config.answer_rows)))
     return [record | {"reference": encoder.prompt(record)[2]} for record in chosen]
-
-
-def prove(work, plan: dict, encoder: Encoder, exports: list[Path], rows: list[dict]) -> dict:
-    """What lib/proof.py found in a fresh process that has neither the kit nor its folder on its path."""
-    with tempfile.TemporaryDirectory() as scratch:
-        given, found = Path(scratch, "task.json"), Path(scratch, "result.json")
-        write_json(given, proof_task(work, plan, encoder, exports, rows, Path(scratch)))
-        process = subprocess.run([sys.executable, "-I", proof.__file__, given, found], cwd=scratch,
-                                 capture_output=True, text=True, encoding="utf-8")
-        if process.returncode:
-            last = (process.stderr.strip() or "no message").splitlines()[-1]
-            raise StageError(f"{exports[0]}: plain transformers can't load or run the export: {last}",
-                             "this is a bug of the kit or of the library versions; 05_train is untouched")
-        return read_json(found)
-
-
-def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dict], scratch: Path) -> dict:
-    """The proof's task.json: absolute paths, the plan's facts, samples as texts and lossless pictures."""
-    golden, base = work.input("05_train") / "golden.safetensors", Path(plan["base_model"])
-    merged = str(exports[1].absolute()) if len(exports) > 1 else None
-    by_id = {record["sample_id"]: record for part in ("eval", "train")
-             for record in datasets.load_from_disk(work.input("02_data") / part)}
-    facts = ("revision", "trust_remote_code", "class", "dtype", "attn_implementation")
-    return {**{fact: plan[fact] for fact in facts}, "adapter": work.config.adapter is not None,
-            "export": str(exports[0].absolute()), "merged": merged, "golden": str(golden.absolute()),
-            "base_model": str(base.absolute() if base.exists() else base),
-            "quantisation": quant.plain_options(plan), "device": str(parallel.pick_device()),
-            "max_new_tokens": work.config.max_new_tokens, "pad_id": encoder.pad_id,
-            "golden_rows": [proof_row(by_id[i], encoder, scratch) for i in read_header(golden)["sample_ids"]],
-            "rows": [proof_row(row, encoder, scratch) for row in rows]}
-
-
-def proof_row(record: dict, encoder: Encoder, scratch: Path) -> dict:
-    """A sample as plain texts and lossless picture files."""
-    prompt, pictures, _ = encoder.prompt(record)
-    files = []
-    for medium in record["media"]:
-        path = scratch / f"{medium['sha256']}.png"
-        if not path.exists():
-            media.open_image(medium).save(path)
-        files.append(str(path))
-    return {"sample_id": record["sample_id"], "text": record["text"], "images": files, "prompt": prompt,
-            "prompt_images": files[:len(pictures)]}
-
-
-def checked(found: dict, rows: list[dict], plan: dict) -> dict:
-    """check.json; a StageError where the fresh process had something else than training did."""
-    fix = "the export is in 06_save.partial for a look; 05_train is untouched"
-    if found["processor"]:
-        raise StageError(f"the exported processor makes another {found['processor']} than training had", fix)
-    for name, export in found["exports"].items():
-        if odd := export.pop("changed_tensors", []):
-            raise StageError(f"{name}: {len(odd)} tensors are not what was trained, such as {odd[0]}", fix)
-        difference, largest = export["max_logit_difference"], export["max_logit"]
-        if not difference <= largest * (MERGED[plan["dtype"]] if name == "merged" else SAME):
-            raise StageError(f"{name}: logits in a fresh process differ by {difference:.3g} of {largest:.3g} "
-                             "from those after training", fix)
-    references = [row["reference"] for row in rows]
-    scores = {which: exact_match([answer[which] for answer in found["answers"]], references) if rows else None
-              for which in ("base", "tuned")}
-    differences = [export["max_logit_difference"] for export in found["exports"].values()]
-    return {"exact_match": scores, "rows": len(rows), "max_logit_difference": max(differences),
-            "processor_identical": True, "exports": found["exports"]}
 
 
 # ---- card and page ----

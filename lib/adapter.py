@@ -9,7 +9,7 @@ import torch
 from lib import registry, terminal
 from lib.chat import first_line
 from lib.plan import public_name, quiet
-from lib.registry import Roles
+from lib.roles import Roles, lora_linears
 from lib.stage import StageError
 
 
@@ -52,7 +52,7 @@ def target_names(model, roles: Roles, knobs) -> list[str]:
     asked = knobs.lora_target_modules
     if asked is None:
         family = registry.family_of(model.config.model_type)
-        names = registry.lora_linears(model, roles, family, tuple(knobs.lora_target_roles))
+        names = lora_linears(model, roles, family, tuple(knobs.lora_target_roles))
         if not names:
             raise StageError(f"lora_target_roles: no linear layer in {', '.join(knobs.lora_target_roles)}",
                              f"choose among {', '.join(sorted(set(roles.paths.values())))}")
@@ -71,7 +71,7 @@ def target_names(model, roles: Roles, knobs) -> list[str]:
 
 def default_names(model, roles: Roles) -> list[str]:
     """What LoRA adapts unless the recipe says otherwise."""
-    return registry.lora_linears(model, roles, registry.family_of(model.config.model_type), ("language",))
+    return lora_linears(model, roles, registry.family_of(model.config.model_type), ("language",))
 
 
 def as_regex(names: list[str], among: list[str]) -> str:

@@ -13,7 +13,7 @@ from lib import adapter, quant, registry, terminal
 from lib.adapter import base_name
 from lib.chat import first_line
 from lib.plan import check_weight_files, load_config, make_plan, on_meta, quiet
-from lib.registry import Roles
+from lib.roles import Roles
 from lib.stage import StageError
 
 __all__ = ["attach", "base_name", "checkpoint_trained_layers", "compare", "load", "load_config", "make_plan"]

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from lib import quant, registry, terminal
 from lib.chat import first_line
-from lib.registry import Roles
+from lib.roles import Roles, roles_of
 from lib.stage import StageError
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # regrets, at import, kernels that nobody needs
@@ -35,7 +35,7 @@ def make_plan(knobs) -> dict:
             "attn_implementation": registry.attention(family, config, knobs.attn_implementation),
             "quantisation": None}
     model = with_an_attention_it_has(plan)
-    roles = registry.roles_of(model, family)
+    roles = roles_of(model, family)
     plan |= {"tied_head": tied(model), "roles": roles.paths, "idle": roles.idle,
              "roles_guessed": roles.guessed, "parameters": dict(count_parameters(model, roles))}
     if knobs.load_in_4bit or knobs.load_in_8bit:

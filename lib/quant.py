@@ -4,7 +4,7 @@ Source: Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3: nf4, double q
 """
 import torch
 
-from lib.registry import Roles
+from lib.roles import Roles
 from lib.stage import StageError
 
 

@@ -1,17 +1,14 @@
 """registry: what the kit knows about a model family, in one record per family and nowhere else.
 
-A record holds facts and names of strategies, never code: each strategy (`collate="stack"`) is written once, where it is
-used. A model type without a record gets a generic one, whose roles are guessed from the module tree; 03 prints the guess.
+A record holds facts and names of strategies, never code: each strategy (`collate="stack"`) is written once,
+where it is used. A model type without a record gets a generic one, whose roles are guessed (lib/roles.py).
 
 Fork me to: add a family (one `Family(...)` below and one builder in tests/zoo.py).
 """
 import importlib.util
-import re
 from dataclasses import dataclass, field
 
 from lib.stage import StageError
-
-ROLES = ("language", "vision", "audio", "projector", "cross_attention", "head", "embedding", "experts", "router")
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,8 @@ class Family:
     note: str = ""
 
 
-TOWER = {"model.vision_tower": "vision", "model.multi_modal_projector": "projector", "model.language_model": "language"}
+TOWER = {"model.vision_tower": "vision", "model.multi_modal_projector": "projector",
+         "model.language_model": "language"}
 VISUAL = {"model.visual": "vision", "model.visual.merger": "projector", "model.language_model": "language"}
 QWEN_WRAPPERS = ("<|vision_start|>", "<|vision_end|>")
 GLM_WRAPPERS = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
@@ -59,15 +57,15 @@ FAMILIES = (
            note="Pixtral is this model type around a Mistral and its own tower"),
     Family("Mistral-Small 3.1 and 4, Magistral", ("mistral3",), TOWER, template="mistral.jinja",
            special_tokens={"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
-           note="Mistral-Small-4 is this model type around mistral4 (MLA and experts); Magistral ships no template"),
+           note="Mistral-Small-4 is this type around mistral4 (MLA, experts); Magistral ships no template"),
     Family("Mllama", ("mllama",),
            {"model.vision_model": "vision", "model.multi_modal_projector": "projector",
             "model.language_model": "language"},
            collate="stack", batch="alike",
-           note="pictures enter by cross-attention, one token each; rows with other picture counts change its logits"),
+           note="pictures enter by cross-attention; only rows with equally many share a batch"),
     Family("Llama-4", ("llama4",),
-           {"vision_model": "vision", "vision_model.vision_adapter": "projector", "multi_modal_projector": "projector",
-            "language_model": "language"},
+           {"vision_model": "vision", "vision_model.vision_adapter": "projector",
+            "multi_modal_projector": "projector", "language_model": "language"},
            note="experts train only by lora_target_parameters"),
     Family("Gemma-3", ("gemma3",), TOWER, note="picture tokens attend in both directions, by token_type_ids"),
     Family("Gemma-3n", ("gemma3n",),
@@ -81,12 +79,13 @@ FAMILIES = (
     Family("Qwen2-VL", ("qwen2_vl",), VISUAL, QWEN_WRAPPERS),
     Family("Qwen2.5-VL", ("qwen2_5_vl",), VISUAL, QWEN_WRAPPERS,
            note="native resolution; 3-D rope from mm_token_type_ids and image_grid_thw"),
-    Family("Qwen3-VL", ("qwen3_vl", "qwen3_vl_moe"), VISUAL | {"model.visual.deepstack_merger_list": "projector"},
-           QWEN_WRAPPERS),
+    Family("Qwen3-VL", ("qwen3_vl", "qwen3_vl_moe"),
+           VISUAL | {"model.visual.deepstack_merger_list": "projector"}, QWEN_WRAPPERS),
     Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), VISUAL, QWEN_WRAPPERS,
-           note="linear attention in three of four layers; earlier turns lose their thoughts, so each reply is a sample"),
+           note="linear attention; earlier turns lose their thoughts, so each reply is a sample of its own"),
     Family("GLM-4.1V and 4.6V", ("glm4v", "glm46v"), VISUAL, GLM_WRAPPERS),
-    Family("GLM-4.5V and 4.6V, experts", ("glm4v_moe",), VISUAL, GLM_WRAPPERS, no_lora=("gate_proj", "up_proj", "down_proj"),
+    Family("GLM-4.5V and 4.6V, experts", ("glm4v_moe",), VISUAL, GLM_WRAPPERS,
+           no_lora=("gate_proj", "up_proj", "down_proj"),
            note="LoRA on attention only: peft moves adapters on gate, up and down to the experts by itself"),
     Family("SmolVLM2", ("smolvlm",),
            {"model.vision_model": "vision", "model.connector": "projector", "model.text_model": "language"},
@@ -118,7 +117,7 @@ def refuse_unloadable(base_model: str) -> None:
     """A StageError before any download, where a published id is known to be no transformers checkpoint."""
     for family in FAMILIES:
         if base_model in family.use_instead:
-            raise StageError(f"base_model: {base_model} is published in a format that transformers doesn't load",
+            raise StageError(f"base_model: {base_model} is in a format that transformers doesn't load",
                              f"use the converted checkpoint: base_model: {family.use_instead[base_model]}")
 
 
@@ -131,11 +130,11 @@ def require_packages(family: Family) -> None:
 
 
 def attention(family: Family, config, wanted: str) -> str | dict[str, str]:
-    """The attention kernel for a model's parts: the wanted one, and eager for the sub-configs that know no other."""
+    """The attention kernel for a model's parts: the wanted one, or eager for sub-configs without it."""
     eager = [name for name in family.eager if getattr(config, name, None) is not None]
     if not eager:
         return wanted
-    parts = {name: wanted for name in ("text_config", "vision_config") if getattr(config, name, None) is not None}
+    parts = {name: wanted for name in ("text_config", "vision_config") if hasattr(config, name)}
     return {"": wanted, **parts, **{name: "eager" for name in eager}}
 
 
@@ -161,7 +160,7 @@ def auto_class(model_type: str) -> str:
 
 
 def model_class(config, override: str | None = None) -> type:
-    """The transformers class for a config, by `auto_class` or by the recipe's `model_type` (auto or concrete)."""
+    """The transformers class for a config, by `auto_class` or the recipe's `model_type`."""
     import transformers
     name = override or auto_class(config.model_type)
     found = getattr(transformers, name, None)
@@ -175,127 +174,3 @@ def model_class(config, override: str | None = None) -> type:
                          "leave model_type out: it is found by itself")
     concrete = found._model_mapping[type(config)]
     return concrete[0] if isinstance(concrete, (list, tuple)) else concrete
-
-
-# ------------------------------------------------------------------------------------------------ the roles
-
-# Inside the language model, these path components have a role of their own in every family.
-INNER = {"experts": "experts", "router": "router", "gate": "router", "shared_expert_gate": "router",
-         "modality_router": "router",
-         "cross_attn": "cross_attention", "encoder_attn": "cross_attention"}
-
-# For families without a record: the words by which module trees name their parts.
-GUESSES = (("projector", r"projector|projection|connector|merger|aligner|adapter|resampler|abstractor|perceiver"
-                         r"|embed_vision|embed_audio|embed_image|modality_proj|vision_proj|image_proj|visual_proj"),
-           ("audio", r"audio|speech|whisper"),
-           ("vision", r"vision|visual|image|vit\b|video"))
-
-
-@dataclass(frozen=True)
-class Roles:
-    """Which role each module of a model plays: `paths` maps module paths to roles, the longest path wins."""
-    paths: dict[str, str]
-    idle: list[str] = field(default_factory=list)
-    guessed: bool = False
-
-    @classmethod
-    def of_plan(cls, plan: dict) -> "Roles":
-        """The roles that model.json holds."""
-        return cls(plan["roles"], plan["idle"], plan["roles_guessed"])
-
-    def is_idle(self, name: str) -> bool:
-        """Whether no forward reaches this module or parameter."""
-        return any(name == path or name.startswith(path + ".") for path in self.idle)
-
-    def of(self, name: str) -> str | None:
-        """The role of a module or parameter name, or None where no path covers it."""
-        parts = name.split(".")
-        for length in range(len(parts), -1, -1):
-            role = self.paths.get(".".join(parts[:length]))
-            if role is not None:
-                break
-        else:
-            return None
-        if role == "language":
-            return next((INNER[part] for part in parts[length:] if part in INNER), role)
-        return role
-
-
-def roles_of(model, family: Family) -> Roles:
-    """The roles of a model's modules: the record's paths, or a guess, plus its own input embedding and head."""
-    paths = dict(family.roles) or guess_roles(model)
-    names = {module: name for name, module in model.named_modules()}
-    if model.get_output_embeddings() is not None:
-        paths[names[model.get_output_embeddings()]] = "head"
-    paths[names[model.get_input_embeddings()]] = "embedding"
-    roles = Roles(paths, idle_modules(model, family), guessed=not family.roles)
-    homeless = sorted({name for name, _ in model.named_parameters() if roles.of(name) is None})
-    if homeless:
-        raise StageError(f"{type(model).__name__}: no role for {len(homeless)} parameters, such as {homeless[0]}",
-                         f"add a record for {family.model_types[0]!r} to FAMILIES in lib/registry.py")
-    return roles
-
-
-def idle_modules(model, family: Family) -> list[str]:
-    """Paths of the modules that no forward of this family reaches, so that nothing waits for their gradient."""
-    if family.idle != "after_feature_layer":
-        return []
-    # The projector reads the hidden states of an inner layer (-2 in LLaVA-1.5): what comes after it is dead weight.
-    layer = model.config.vision_feature_layer
-    names = [name for name, _ in model.named_modules() if name.startswith("model.vision_tower.")]
-    numbers = {int(found[1]) for name in names if (found := re.search(r"\.layers\.(\d+)$", name))}
-    if not isinstance(layer, int) or not numbers:
-        return []
-    last_used = layer - 1 if layer >= 0 else max(numbers) + 1 + layer
-    return [name for name in names if name.endswith(".post_layernorm")
-            or (found := re.search(r"\.layers\.(\d+)$", name)) and int(found[1]) > last_used]
-
-
-def guess_roles(model) -> dict[str, str]:
-    """Module path -> role for a family without a record: the decoder is language, words name the other parts.
-
-    A text-only model is language as a whole. In a multimodal one only what is recognised gets a role, so that a
-    tower is never silently taken for language: `roles_of` refuses what is left over.
-    """
-    names = {module: name for name, module in model.named_modules()}
-    decoder = names.get(model.get_decoder(), model.base_model_prefix)
-    base = model.base_model_prefix
-    if decoder in ("", base):
-        return {base: "language"}
-    paths = {decoder: "language"}
-    for name, module in model.named_modules():
-        if not name or name.startswith(decoder + ".") or name == decoder or decoder.startswith(name + "."):
-            continue
-        leaf = name.rsplit(".", 1)[-1]
-        role = next((role for role, words in GUESSES if re.search(words, leaf)), None)
-        above = next((paths[p] for p in parents(name) if p in paths), None)
-        if role and (above is None or (role == "projector" and above != "projector" and name.count(".") <= 2)):
-            paths[name] = role
-    return paths
-
-
-def parents(name: str) -> list[str]:
-    """The paths above a module, nearest first: a.b.c -> [a.b, a]."""
-    parts = name.split(".")
-    return [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
-
-
-def lora_linears(model, roles: Roles, family: Family, wanted: tuple[str, ...]) -> list[str]:
-    """Names of the linear layers that LoRA adapts when the recipe asks for these roles.
-
-    Language means every linear layer inside its decoder layers, cross-attention and shared experts included; what
-    routes (router, gates) is left out unless asked for. Other roles: every linear layer they hold.
-    """
-    import torch
-    names = []
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or roles.is_idle(name):
-            continue
-        role = roles.of(name)
-        if set(family.no_lora) & set(name.split(".")):
-            continue
-        if role in wanted and role != "language":
-            names.append(name)
-        elif "language" in wanted and role in ("language", "cross_attention") and re.search(r"\.\d+\.", name):
-            names.append(name)
-    return names

@@ -78,6 +78,14 @@ def test_a_key_along_the_tokens_that_some_rows_lack_is_zero_there():
     assert batch["token_type_ids"].tolist() == [[0, 0, 0], [0, 1, 0]]
 
 
+def test_a_row_without_media_has_an_all_zero_entry_in_a_stack():
+    ids = torch.tensor([[5]])
+    rows = [{"input_ids": ids}, {"input_ids": ids, "pixel_values": torch.ones(1, 2, 3, 4, 4)}]
+    batch = collate(rows, pad_id=9, style="stack")
+    assert batch["pixel_values"].shape == (2, 2, 3, 4, 4)
+    assert not batch["pixel_values"][0].any() and batch["pixel_values"][1].all()
+
+
 def test_pictures_of_several_sizes_are_padded_at_the_bottom_and_right():
     small, large = torch.ones(2, 3, 2, 2), torch.ones(1, 3, 4, 3)
     joined = cat_padded([small, large])

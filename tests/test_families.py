@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
-from lib import chat, loss, model, registry
+from lib import chat, loss, model, registry, roles
 from lib.sampler import Batcher
 from lib.stage import StageError
 from lib.template import Template
@@ -90,7 +90,7 @@ class Subject:
 
     @cached_property
     def roles(self):
-        return registry.Roles.of_plan(self.plan)
+        return roles.Roles.of_plan(self.plan)
 
     @cached_property
     def family(self):
@@ -181,7 +181,7 @@ def difference(a, b):
 
 def test_a_record_gives_every_parameter_a_role(subject):
     assert subject.plan["roles_guessed"] == (subject.name in zoo.TEXT_ONLY)
-    assert all(subject.roles.of(name) in registry.ROLES for name, _ in subject.base.named_parameters())
+    assert all(subject.roles.of(name) in roles.ROLES for name, _ in subject.base.named_parameters())
     expected = {"language", "embedding"} | ({"vision", "projector"} if subject.name in SEEING else set())
     assert expected <= set(subject.plan["parameters"])
 
@@ -193,7 +193,7 @@ def test_the_loaded_class_is_the_checkpoints_own(subject):
 
 def test_without_its_record_a_family_gets_the_same_language_model(subject, monkeypatch):
     monkeypatch.setattr(registry, "FAMILIES", ())
-    guessed = registry.roles_of(subject.base, registry.family_of(subject.plan["model_type"]))
+    guessed = roles.roles_of(subject.base, registry.family_of(subject.plan["model_type"]))
     for name, _ in subject.base.named_parameters():
         assert (guessed.of(name) == "language") == (subject.roles.of(name) == "language"), name
 
@@ -246,7 +246,7 @@ def test_batched_logits_equal_single_ones_in_any_order(subject):
 # ------------------------------------------------------------------------------------------------ d. LoRA
 
 def test_lora_is_on_exactly_the_language_models_linear_layers(subject):
-    names = registry.lora_linears(subject.base, subject.roles, subject.family, ("language",))
+    names = roles.lora_linears(subject.base, subject.roles, subject.family, ("language",))
     assert Counter(name.rsplit(".", 1)[-1] for name in names) == LORA.get(subject.name, LLAMA)
     assert {subject.roles.of(name) for name in names} <= {"language", "cross_attention"}
 

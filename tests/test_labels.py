@@ -9,7 +9,7 @@ import functools
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lib import registry
@@ -321,6 +321,9 @@ TEMPLATES = {  # name: (Jinja, the texts of the samples of MULTI, with «»)
     "turns end with nothing": (
         LOOP + "{{ m.role }}: {{ '' + m.content }}\n" + PROMPT + "assistant: {% endif %}",
         ["user: one\nassistant: «two<|im_end|>»\nuser: three\nassistant: «four<|im_end|>»\n"]),
+    "turns end with plain characters": (
+        LOOP + "{{ m.role }}: {{ '' + m.content }}###\n" + PROMPT + "assistant: {% endif %}",
+        ["user: one###\nassistant: «two###»\nuser: three###\nassistant: «four###»\n"]),
     "turns end with the next one's header": (  # at which generation stops
         LOOP + "{{ '<|endoftext|>' if m.role == 'user' else '<|im_start|>' }}{{ '' + m.content }}"
         + PROMPT + "<|im_start|>{% endif %}",
@@ -455,25 +458,44 @@ def test_token_types_stay_with_the_picture_where_a_reply_is_tokenized_apart(chan
     assert encoded["attention_mask"].shape == encoded["input_ids"].shape == encoded["labels"].shape
 
 
-@pytest.fixture(scope="module")
-def merging():
-    """A tokenizer that was trained to merge ":" with the newlines after it, as large vocabularies do."""
+def test_a_tokenizer_that_begins_a_text_with_a_space_puts_none_before_a_reply_apart(changed):
+    template, encoder = changed("llava", lambda jinja: jinja.replace("ASSISTANT: ", "ASSISTANT:\n").replace(
+        "'ASSISTANT:'", "'ASSISTANT:\n'"))
+    texts = "▣Is it?", "\nYes"
+    marked = expected("llava", *texts).replace("ASSISTANT:« ", "ASSISTANT:\n«")
+    assert_labels("llava", template, encoder, chat(*texts), marked)
+
+
+def trained(texts: list[str], prompt: str, **parts) -> PreTrainedTokenizerFast:
+    """A tokenizer that merges what is frequent in these texts; its template's header is role and `prompt`."""
     backend = Tokenizer(models.BPE())
-    backend.decoder = decoders.Fuse()
-    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<end>"], show_progress=False)
-    backend.train_from_iterator(["assistant:\n\nYes", "user: one", ":\n\n"] * 9, trainer)
+    for name, part in parts.items():
+        setattr(backend, name, part)
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], show_progress=False)
+    backend.train_from_iterator(texts * 9, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
-    turn = "{{ m.role }}:{{ '' + m.content }}<end>"
-    tokenizer.chat_template = LOOP + turn + PROMPT + "assistant:{% endif %}"
+    turn = f"{{{{ m.role }}}}{prompt}{{{{ '' + m.content }}}}<end>"
+    tokenizer.chat_template = LOOP + turn + PROMPT + f"assistant{prompt}{{% endif %}}"
     return tokenizer
 
 
-def test_a_colon_and_newlines_that_merge_are_tokenized_apart(merging):
-    tokens = merging.tokenize("assistant:\n\nYes")
+def test_a_colon_and_newlines_that_merge_are_tokenized_apart():
+    tokenizer = trained(["assistant:\n\nYes", "user: one", ":\n\n"], ":", decoder=decoders.Fuse())
+    tokens = tokenizer.tokenize("assistant:\n\nYes")
     assert any(":" in token and "\n" in token for token in tokens)  # the trap is there
-    encoder = Encoder.of(merging, registry.family_of("llama"))
+    encoder = Encoder.of(tokenizer, registry.family_of("llama"))
     marked = "user:one<end>assistant:«\n\nYes<end>»"
-    assert_labels("", Template(merging), encoder, chat("one", "\n\nYes"), marked)
+    assert_labels("", Template(tokenizer), encoder, chat("one", "\n\nYes"), marked)
+
+
+def test_a_space_of_the_prompt_that_merges_with_the_reply_is_tokenized_apart():
+    tokenizer = trained(["assistant: Yes", "user: one"], ": ", decoder=decoders.ByteLevel(),
+                        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False),
+                        post_processor=processors.ByteLevel(trim_offsets=True))
+    whole = tokenizer("assistant: Yes", return_offsets_mapping=True)
+    assert whole.tokens()[-1] == "ĠYes" and whole["offset_mapping"][-1] == (11, 14)  # the trap hides its space
+    encoder = Encoder.of(tokenizer, registry.family_of("llama"))
+    assert_labels("", Template(tokenizer), encoder, chat("one", "Yes"), "user: one<end>assistant: «Yes<end>»")
 
 
 def test_the_prompt_for_an_answer_ends_where_the_last_reply_starts(family, tmp_path):

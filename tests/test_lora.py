@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from lib import adapter, model
 from lib.loss import forward_loss
-from lib.registry import Roles
+from lib.roles import Roles
 from lib.stage import StageError
 from tests import harness
 from tests.harness import Bad, bad_input

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
 
-from lib import loss, model, registry
+from lib import loss, model
 from lib.chat import IGNORE_INDEX, Encoder
+from lib.roles import Roles
 from lib.sampler import Batcher
 from tests.runner import Run, colour_rows, text_rows
 
@@ -21,7 +22,7 @@ class Subject:
         run = Run(folder, monkeypatch, zoo(name), rows, val_set_size=0, bf16=dtype == "bfloat16")
         run.upto("03_load_model")
         self.plan = run.json("03_load_model/model.json")
-        self.roles = registry.Roles.of_plan(self.plan)
+        self.roles = Roles.of_plan(self.plan)
         self.model = model.load(self.plan, torch.device("cpu"))
         self.encoder = Encoder.load(run.path / "02_data" / "processor")
         self.rows = [self.encoder(record) for record in load_from_disk(run.path / "02_data" / "train")]

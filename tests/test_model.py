@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from lib import model, plan, registry
 from lib.loss import forward_loss
-from lib.registry import Roles, auto_class
+from lib.registry import auto_class
+from lib.roles import ROLES, Roles
 from lib.sampler import Batcher
 from lib.stage import StageError
 from tests import harness
@@ -92,7 +93,7 @@ def test_every_parameter_has_a_role_and_every_role_is_known(planned, name):
     made = planned(name)
     roles = Roles.of_plan(made)
     found = {roles.of(parameter) for parameter, _ in plan.on_meta(made).named_parameters()}
-    assert found == set(made["parameters"]) and found <= set(registry.ROLES)
+    assert found == set(made["parameters"]) and found <= set(ROLES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -12,7 +12,7 @@ from datasets import load_from_disk
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib import merge, model, proof
+from lib import fresh, merge, model, proof
 from lib.chat import Encoder
 from lib.evaluate import exact_match, generate
 from lib.ledger import stamp
@@ -54,10 +54,7 @@ def full_run(tmp_path_factory, zoo):
 
 def prove_here(run, monkeypatch):
     """06, with its proof in this process, which saves the ten seconds of a fresh one."""
-    def here(command, **options):
-        proof.main(*map(str, command[-2:]))
-        return save.subprocess.CompletedProcess(command, 0)
-    monkeypatch.setattr(save.subprocess, "run", here)
+    monkeypatch.setattr(fresh.subprocess, "run", lambda command, **_: proof.main(*map(str, command[-2:])))
     run("06_save")
 
 
@@ -218,7 +215,7 @@ def test_another_processor_than_trainings_fails_by_the_tensor_it_changes(make, m
 def test_other_logits_than_trainings_fail(difference):
     exports = {"adapter": {"max_logit_difference": difference, "max_logit": 5.0}}
     with pytest.raises(StageError, match=f"adapter: logits in a fresh process differ by {difference} of 5 "):
-        save.checked({"processor": "", "answers": [], "exports": exports}, [], {"dtype": "float32"})
+        fresh.checked({"processor": "", "answers": [], "exports": exports}, [], {"dtype": "float32"})
 
 
 def test_an_export_that_plain_transformers_cant_load_says_so(make, monkeypatch):

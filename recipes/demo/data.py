@@ -208,11 +208,11 @@ def counted(rng: random.Random, part: str) -> Row:
 
 
 MIX: dict[Callable[[random.Random, str], Row], tuple[int, int]] = {  # rows to train on, rows to test on
-    clothes: (14_000, 100), counted: (6_000, 100), shapes: (4_000, 100), emoji: (6_000, 100)}
+    clothes: (19_200, 100), counted: (6_400, 100), shapes: (3_200, 100), emoji: (3_200, 100)}
 
 
 def write_base(folder: Path) -> None:
-    """train.parquet and test.parquet, drawn by the seed, with pictures inside: 30,000 files are slow."""
+    """train.parquet and test.parquet, drawn by the seed, with pictures inside: 32,000 files are slow."""
     import pyarrow
     import pyarrow.parquet
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,90 @@
+"""fresh: lib/proof.py run in a process of its own, and what it found there, judged.
+
+The process gets files alone: the exports, golden.safetensors, and samples as plain texts and pictures.
+"""
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import datasets
+
+from lib import media, parallel, proof, quant
+from lib.chat import Encoder
+from lib.evaluate import exact_match
+from lib.golden import read_header
+from lib.stage import StageError
+
+SAME = 1e-3                                         # share of the largest logit: same weights, same forward
+MERGED = {"float32": 1e-3, "bfloat16": 5e-2}        # a merge rounds every weight once
+
+
+def prove(work, plan: dict, encoder: Encoder, exports: list[Path], rows: list[dict]) -> dict:
+    """What lib/proof.py found in a process that has neither the kit nor its folder on its path."""
+    with tempfile.TemporaryDirectory() as scratch:
+        given, found = Path(scratch, "task.json"), Path(scratch, "result.json")
+        task = proof_task(work, plan, encoder, exports, rows, Path(scratch))
+        given.write_text(json.dumps(task), encoding="utf-8")
+        process = subprocess.run([sys.executable, "-I", proof.__file__, given, found], cwd=scratch,
+                                 capture_output=True, text=True, encoding="utf-8")
+        if not found.exists():
+            last = (process.stderr.strip() or "no message").splitlines()[-1]
+            raise StageError(f"{exports[0]}: plain transformers can't load or run the export: {last}",
+                             "this is a bug of the kit or of the library versions; 05_train is untouched")
+        return json.loads(found.read_text(encoding="utf-8"))
+
+
+def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dict], scratch: Path) -> dict:
+    """The proof's task.json: absolute paths, the plan's facts, samples as texts and lossless pictures."""
+    golden, base = work.input("05_train") / "golden.safetensors", Path(plan["base_model"])
+    merged = str(exports[1].absolute()) if len(exports) > 1 else None
+    facts = ("revision", "trust_remote_code", "class", "dtype", "attn_implementation")
+    return {**{fact: plan[fact] for fact in facts}, "adapter": work.config.adapter is not None,
+            "export": str(exports[0].absolute()), "merged": merged, "golden": str(golden.absolute()),
+            "base_model": str(base.absolute() if base.exists() else base),
+            "quantisation": quant.plain_options(plan), "device": str(parallel.pick_device()),
+            "max_new_tokens": work.config.max_new_tokens, "pad_id": encoder.pad_id,
+            "golden_rows": [proof_row(row, encoder, scratch) for row in golden_records(work, golden)],
+            "rows": [proof_row(row, encoder, scratch) for row in rows]}
+
+
+def golden_records(work, golden: Path) -> list[dict]:
+    """The samples whose logits golden.safetensors holds: of those held out, or of those trained on if none were."""
+    parts = (datasets.load_from_disk(work.input("02_data") / part) for part in ("eval", "train"))
+    records = next(part for part in parts if len(part))
+    places = {sample_id: place for place, sample_id in enumerate(records["sample_id"])}
+    return [records[places[sample_id]] for sample_id in read_header(golden)["sample_ids"]]
+
+
+def proof_row(record: dict, encoder: Encoder, scratch: Path) -> dict:
+    """A sample as plain texts and lossless picture files."""
+    prompt, pictures, _ = encoder.prompt(record)
+    files = []
+    for medium in record["media"]:
+        path = scratch / f"{medium['sha256']}.png"
+        if not path.exists():
+            media.open_image(medium).save(path)
+        files.append(str(path))
+    return {"sample_id": record["sample_id"], "text": record["text"], "images": files, "prompt": prompt,
+            "prompt_images": files[:len(pictures)]}
+
+
+def checked(found: dict, rows: list[dict], plan: dict) -> dict:
+    """check.json; a StageError where the fresh process had something else than training did."""
+    fix = "the export is in 06_save.partial for a look; 05_train is untouched"
+    if found["processor"]:
+        raise StageError(f"the exported processor makes another {found['processor']} than training had", fix)
+    for name, export in found["exports"].items():
+        if odd := export.pop("changed_tensors", []):
+            raise StageError(f"{name}: {len(odd)} tensors are not what was trained, such as {odd[0]}", fix)
+        difference, largest = export["max_logit_difference"], export["max_logit"]
+        if not difference <= largest * (MERGED[plan["dtype"]] if name == "merged" else SAME):
+            raise StageError(f"{name}: logits in a fresh process differ by {difference:.3g} of {largest:.3g} "
+                             "from those after training", fix)
+    references = [row["reference"] for row in rows]
+    scores = {which: exact_match([answer[which] for answer in found["answers"]], references) if rows else None
+              for which in ("base", "tuned")}
+    differences = [export["max_logit_difference"] for export in found["exports"].values()]
+    return {"exact_match": scores, "rows": len(rows), "max_logit_difference": max(differences),
+            "processor_identical": True, "exports": found["exports"]}

@@ -1,0 +1,138 @@
+"""roles: which part each module of a model plays (language, vision, projector …), and what follows from it.
+
+Freezing, LoRA, quantisation, checkpointing and the tables speak in roles; only the registry's records know
+module names. A family without a record gets its roles guessed from the module tree, and 03 says so.
+
+Fork me to: adapt other layers by default (`lora_linears`).
+"""
+import re
+from dataclasses import dataclass, field
+
+import torch
+
+from lib.registry import Family
+from lib.stage import StageError
+
+ROLES = ("language", "vision", "audio", "projector", "cross_attention", "head", "embedding", "experts",
+         "router")
+
+# Inside the language model, these path components have a role of their own in every family.
+INNER = {"experts": "experts", "router": "router", "gate": "router", "shared_expert_gate": "router",
+         "modality_router": "router",
+         "cross_attn": "cross_attention", "encoder_attn": "cross_attention"}
+
+# For families without a record: the words by which module trees name their parts.
+GUESSES = (("projector", r"projector|projection|connector|merger|aligner|adapter|resampler|abstractor"
+                         r"|perceiver|embed_(vision|audio|image)|(modality|vision|image|visual)_proj"),
+           ("audio", r"audio|speech|whisper"),
+           ("vision", r"vision|visual|image|vit\b|video"))
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which role each module of a model plays: `paths` maps module paths to roles, the longest path wins."""
+    paths: dict[str, str]
+    idle: list[str] = field(default_factory=list)
+    guessed: bool = False
+
+    @classmethod
+    def of_plan(cls, plan: dict) -> "Roles":
+        """The roles that model.json holds."""
+        return cls(plan["roles"], plan["idle"], plan["roles_guessed"])
+
+    def is_idle(self, name: str) -> bool:
+        """Whether no forward reaches this module or parameter."""
+        return any(name == path or name.startswith(path + ".") for path in self.idle)
+
+    def of(self, name: str) -> str | None:
+        """The role of a module or parameter name, or None where no path covers it."""
+        parts = name.split(".")
+        for length in range(len(parts), -1, -1):
+            role = self.paths.get(".".join(parts[:length]))
+            if role is not None:
+                break
+        else:
+            return None
+        if role == "language":
+            return next((INNER[part] for part in parts[length:] if part in INNER), role)
+        return role
+
+
+def roles_of(model, family: Family) -> Roles:
+    """The roles of a model's modules: the record's paths, or a guess, plus its own embedding and head."""
+    paths = dict(family.roles) or guess_roles(model)
+    names = {module: name for name, module in model.named_modules()}
+    if model.get_output_embeddings() is not None:
+        paths[names[model.get_output_embeddings()]] = "head"
+    paths[names[model.get_input_embeddings()]] = "embedding"
+    roles = Roles(paths, idle_modules(model, family), guessed=not family.roles)
+    homeless = sorted({name for name, _ in model.named_parameters() if roles.of(name) is None})
+    if homeless:
+        raise StageError(f"{type(model).__name__}: {len(homeless)} parameters have no role: {homeless[0]}, …",
+                         f"add a record for {family.model_types[0]!r} to FAMILIES in lib/registry.py")
+    return roles
+
+
+def idle_modules(model, family: Family) -> list[str]:
+    """Paths of the modules that no forward of this family reaches: nothing may wait for their gradient."""
+    if family.idle != "after_feature_layer":
+        return []
+    # The projector reads an inner layer's hidden states (-2 in LLaVA-1.5): what comes after is dead weight.
+    layer = model.config.vision_feature_layer
+    names = [name for name, _ in model.named_modules() if name.startswith("model.vision_tower.")]
+    numbers = {int(found[1]) for name in names if (found := re.search(r"\.layers\.(\d+)$", name))}
+    if not isinstance(layer, int) or not numbers:
+        return []
+    last_used = layer - 1 if layer >= 0 else max(numbers) + 1 + layer
+    return [name for name in names if name.endswith(".post_layernorm")
+            or (found := re.search(r"\.layers\.(\d+)$", name)) and int(found[1]) > last_used]
+
+
+def guess_roles(model) -> dict[str, str]:
+    """Module path -> role for a family without a record: the decoder is language, words name the other parts.
+
+    A text-only model is language as a whole. In a multimodal one only what is recognised gets a role, so that
+    a tower is never silently taken for language: `roles_of` refuses what is left over.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    decoder = names.get(model.get_decoder(), model.base_model_prefix)
+    base = model.base_model_prefix
+    if decoder in ("", base):
+        return {base: "language"}
+    paths = {decoder: "language"}
+    for name, module in model.named_modules():
+        if not name or name.startswith(decoder + ".") or name == decoder or decoder.startswith(name + "."):
+            continue
+        leaf = name.rsplit(".", 1)[-1]
+        role = next((role for role, words in GUESSES if re.search(words, leaf)), None)
+        above = next((paths[p] for p in parents(name) if p in paths), None)
+        inner = role == "projector" and above != "projector" and name.count(".") <= 2
+        if role and (above is None or inner):
+            paths[name] = role
+    return paths
+
+
+def parents(name: str) -> list[str]:
+    """The paths above a module, nearest first: a.b.c -> [a.b, a]."""
+    parts = name.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts) - 1, 0, -1)]
+
+
+def lora_linears(model, roles: Roles, family: Family, wanted: tuple[str, ...]) -> list[str]:
+    """Names of the linear layers that LoRA adapts when the recipe asks for these roles.
+
+    Language means every linear layer inside its decoder layers, cross-attention and shared experts included;
+    what routes (router, gates) is left out unless asked for. Other roles: every linear layer they hold.
+    """
+    names = []
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or roles.is_idle(name):
+            continue
+        role = roles.of(name)
+        if set(family.no_lora) & set(name.split(".")):
+            continue
+        if role in wanted and role != "language":
+            names.append(name)
+        elif "language" in wanted and role in ("language", "cross_attention") and re.search(r"\.\d+\.", name):
+            names.append(name)
+    return names
