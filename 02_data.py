@@ -12,9 +12,10 @@ import json
 from pathlib import Path
 
 from lib import media, preview, registry, samples, sources, stage, terminal
-from lib.chat import IGNORE_INDEX, Encoder, complete, load_processor, stop_tokens, tokenizer_of
+from lib.chat import IGNORE_INDEX, Encoder
 from lib.messages import RowError, count, normalise
 from lib.plan import load_config
+from lib.processor import complete, load_processor, stop_tokens, tokenizer_of
 from lib.stage import StageError
 from lib.template import Template
 

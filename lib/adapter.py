@@ -7,8 +7,8 @@ import re
 import torch
 
 from lib import registry, terminal
-from lib.chat import first_line
 from lib.plan import public_name, quiet
+from lib.processor import first_line
 from lib.roles import Roles, lora_linears
 from lib.stage import StageError
 
@@ -56,6 +56,8 @@ def target_names(model, roles: Roles, knobs) -> list[str]:
         if not names:
             raise StageError(f"lora_target_roles: no linear layer in {', '.join(knobs.lora_target_roles)}",
                              f"choose among {', '.join(sorted(set(roles.paths.values())))}")
+        if without := set(knobs.lora_target_roles) - {roles.of(name) for name in names}:
+            terminal.warn(f"lora_target_roles: no linear layer in {', '.join(sorted(without))}")
         return names
     pattern = asked if isinstance(asked, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, asked))})"
     names = [name for name, module in model.named_modules() if re.fullmatch(pattern, name)

@@ -15,102 +15,10 @@ import torch
 from lib import registry
 from lib.media import open_image
 from lib.messages import RowError
+from lib.processor import KINDS, adds_first_token, load_processor, placeholders, special_tokens, tokenizer_of
 from lib.spans import after_replacing, covered, moved, spans_of_tokens, straddled
-from lib.stage import StageError
 
 IGNORE_INDEX = -100                       # what torch's cross-entropy skips
-KINDS = ("image", "video", "audio")
-LOADING = (OSError, ValueError, KeyError, TypeError, ImportError)   # what a broken or lacking file raises
-
-
-# ---- the processor ---------------------------------------------------------------------------------------
-
-
-def load_processor(path, kind: str | None = None, **options):
-    """The processor of a checkpoint, or its tokenizer if it is text-only, padding on the right.
-
-    `kind` names another class than the checkpoint does.
-    """
-    import transformers
-    cls = getattr(transformers, kind or "AutoProcessor", None)
-    if cls is None:
-        raise StageError(f"processor_type: transformers {transformers.__version__} has no class {kind!r}",
-                         "leave processor_type out: it is found by itself")
-    try:
-        processor = cls.from_pretrained(path, **options)
-    except LOADING as error:
-        raise StageError(f"base_model: {path}: no processor could be loaded: {first_line(error)}",
-                         "name a folder or hub id with whole tokenizer and processor files") from None
-    tokenizer = tokenizer_of(processor)
-    if not getattr(tokenizer, "is_fast", False):
-        raise StageError(f"base_model: {path}: its {type(tokenizer).__name__} can't place its tokens",
-                         "name a checkpoint with a tokenizer.json")
-    if not set(tokenizer("a b", add_special_tokens=False)["input_ids"]) - {tokenizer.unk_token_id}:
-        raise StageError(f"base_model: {path}: its {type(tokenizer).__name__} has no vocabulary",
-                         "name a checkpoint with a whole tokenizer.json")
-    tokenizer.padding_side = "right"
-    if not processor.chat_template:       # many checkpoints keep it with the tokenizer alone
-        processor.chat_template = tokenizer.chat_template
-    return processor
-
-
-def complete(processor, family: registry.Family):
-    """The processor, with the family's chat template and special tokens where the checkpoint brings none."""
-    tokenizer = tokenizer_of(processor)
-    for name, token in family.special_tokens.items():
-        if getattr(tokenizer, name) is None:
-            setattr(tokenizer, name, token)
-    if not processor.chat_template and family.template:
-        text = (Path(__file__).with_name("templates") / family.template).read_text(encoding="utf-8")
-        processor.chat_template = tokenizer.chat_template = text
-    return processor
-
-
-def first_line(error: Exception) -> str:
-    """The start of what a library says went wrong."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
-
-
-def tokenizer_of(processor):
-    """The tokenizer inside a processor; a text-only checkpoint's processor is the tokenizer itself."""
-    return getattr(processor, "tokenizer", processor)
-
-
-def placeholders(processor) -> dict[str, str]:
-    """{kind: the token that stands for a medium in a rendered text}, of the kinds that a processor takes."""
-    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in KINDS}
-    return {kind: token for kind, token in tokens.items() if token}
-
-
-def adds_first_token(processor, text: str) -> bool:
-    """Whether the tokenizer puts its first token before a render, as a processor's apply_chat_template does.
-
-    LLaVA's template writes no <s>: its tokenizer does. A tokenizer's own apply_chat_template never adds one.
-    """
-    tokenizer = tokenizer_of(processor)
-    return processor is not tokenizer and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
-
-
-def special_tokens(processor) -> re.Pattern:
-    """Matches every string that the tokenizer turns into a special token, media placeholders included."""
-    added = tokenizer_of(processor).added_tokens_decoder.values()
-    special = {token.content for token in added if token.special} | {*placeholders(processor).values()}
-    longest_first = sorted(special, key=lambda token: (-len(token), token))
-    return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def stop_tokens(path, processor, revision: str | None = None) -> tuple[str, ...]:
-    """The tokens at which a checkpoint's generation stops; () where it has no generation_config.json."""
-    from transformers import GenerationConfig
-    try:
-        ids = GenerationConfig.from_pretrained(path, revision=revision).eos_token_id
-    except OSError:
-        return ()
-    ids = ids if isinstance(ids, list) else [ids]
-    return tuple(tokenizer_of(processor).convert_ids_to_tokens([i for i in ids if i is not None]))
-
-
-# ---- samples to tensors ----------------------------------------------------------------------------------
 
 
 @dataclass

@@ -3,9 +3,10 @@ from collections.abc import Iterable
 
 import torch
 
-from lib.chat import Encoder, tokenizer_of
+from lib.chat import Encoder
 from lib.loss import forward_loss
 from lib.parallel import World
+from lib.processor import tokenizer_of
 from lib.sampler import to_device
 
 

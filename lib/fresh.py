@@ -50,7 +50,7 @@ def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dic
 
 
 def golden_records(work, golden: Path) -> list[dict]:
-    """The samples whose logits golden.safetensors holds: of those held out, or of those trained on if none were."""
+    """The samples of golden.safetensors: held-out ones, or where there are none, some of those trained."""
     parts = (datasets.load_from_disk(work.input("02_data") / part) for part in ("eval", "train"))
     records = next(part for part in parts if len(part))
     places = {sample_id: place for place, sample_id in enumerate(records["sample_id"])}

@@ -11,8 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import adapter, quant, registry, terminal
 from lib.adapter import base_name
-from lib.chat import first_line
 from lib.plan import check_weight_files, load_config, make_plan, on_meta, quiet
+from lib.processor import first_line
 from lib.roles import Roles
 from lib.stage import StageError
 

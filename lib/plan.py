@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from lib import quant, registry, terminal
-from lib.chat import first_line
+from lib.processor import first_line
 from lib.roles import Roles, roles_of
 from lib.stage import StageError
 

@@ -6,8 +6,9 @@ from pathlib import Path
 from rich.text import Text
 
 from lib import report, terminal
-from lib.chat import Encoder, placeholders, tokenizer_of
+from lib.chat import Encoder
 from lib.media import open_image
+from lib.processor import placeholders, tokenizer_of
 from lib.samples import write_lines
 
 PREVIEW_ROWS = 16

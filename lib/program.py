@@ -8,7 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lib import folder, ledger, terminal
+from lib import folder, ledger, terminal, versions
 from lib.ledger import StageError
 
 LATEST = Path("runs/latest")
@@ -59,6 +59,7 @@ def command(stem: str, run: Path) -> str:
 def run_script(main) -> None:
     """main() as a program: a mistake that its user can mend ends in two lines and no traceback."""
     try:
+        versions.check()
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # `02_data.py --show 3 | head` has seen enough

@@ -32,7 +32,8 @@ def check(run, optimizer_step: Callable[..., dict]) -> None:
             progress.update(step, loss=f"{losses[-1]:.4f}")
     said = f"{STEPS} steps on one batch, at a rate of {rate:g}: loss {losses[0]:.3f} -> {losses[-1]:.3f}"
     if losses[-1] >= ENOUGH:
-        world.stop(f"{said}, not under {ENOUGH}: {reason(samples, few, losses)}",
+        why = reason(samples, few, losses)
+        world.stop(f"the model doesn't overfit one batch: {why} ({said}, not < {ENOUGH})",
                    "look at what trains, in 02_data/preview.html and in 04_lora.py's table")
     terminal.say(f"{said}: labels, gradients and optimizer work together", "green")
     if config.learning_rate < rate / 1000:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from jinja2 import TemplateSyntaxError
 
-from lib.chat import placeholders, special_tokens, tokenizer_of
 from lib.messages import RowError, count, has_media, text_parts, texts_of
+from lib.processor import placeholders, special_tokens, tokenizer_of
 from lib.stage import StageError
 
 MARK = "⟦mark⟧"                                         # stands in for a text whose place is looked for

@@ -9,9 +9,10 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from lib import registry
-from lib.chat import IGNORE_INDEX, Encoder, load_processor
+from lib.chat import IGNORE_INDEX, Encoder
 from lib.collator import cat_padded, collate
 from lib.messages import text_parts
+from lib.processor import load_processor
 from lib.template import Template
 
 NAMES = ("llava", "qwen2_5_vl", "gemma3", "smolvlm2")

@@ -152,6 +152,24 @@ def test_every_family_gives_samples(base, kit):
     assert sample["supervised_tokens"] >= 2 and (sample["media_tokens"] > 0) == (base != "llama_text")
 
 
+def test_a_chat_template_that_is_kept_with_the_tokenizer_alone_serves(kit):
+    base = Path(shutil.copytree(kit.zoo("qwen2_5_vl"), "base"))
+    config = json.loads((base / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config["chat_template"] = (base / "chat_template.jinja").read_text(encoding="utf-8")
+    (base / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    (base / "chat_template.jinja").unlink()
+    kit.run(base_model="base", rows=[CHAT])
+    assert kit.samples()[0]["text"].endswith("<|im_start|>assistant\nred<|im_end|>\n")
+
+
+def test_a_reply_ends_at_the_next_header_where_the_checkpoints_generation_stops_at_it(kit):
+    kit.run(base="glm46v", rows=[{"messages": [QUESTION, ANSWER, QUESTION, ANSWER]}])
+    (sample,) = kit.samples()
+    trained = [sample["text"][span["start"]:span["end"]] for span in sample["spans"]]
+    assert len(trained) == 2 and all(text.endswith("red<|user|>") for text in trained)
+    assert kit.counts()["replies_ended_by_the_kit"] == 1  # the first was ended by the question after it
+
+
 def test_a_template_that_rewrites_history_gives_a_sample_for_each_reply(kit):
     jinja = FLAT.replace("}}:{%", "}}:{{ '(last)' if loop.last and m.role == 'assistant' }}{%")
     row = {"messages": [QUESTION, ANSWER, QUESTION, ANSWER], "image": "red.png"}

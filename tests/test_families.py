@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
-from lib import chat, loss, model, registry, roles
+from lib import chat, loss, model, processor, registry, roles
 from lib.sampler import Batcher
 from lib.stage import StageError
 from lib.template import Template
@@ -102,7 +102,7 @@ class Subject:
 
     @cached_property
     def processor(self):
-        return chat.complete(chat.load_processor(self.folder), self.family)
+        return processor.complete(processor.load_processor(self.folder), self.family)
 
     @cached_property
     def encoder(self):
@@ -110,7 +110,7 @@ class Subject:
 
     @cached_property
     def template(self):
-        return Template(self.processor, chat.stop_tokens(self.folder, self.processor))
+        return Template(self.processor, processor.stop_tokens(self.folder, self.processor))
 
     def conversation(self, *turns):
         """Messages from (number of pictures, question, answer) turns."""
@@ -133,7 +133,7 @@ class Subject:
 
     def trained_text(self, row):
         ids = [i for i in row["labels"][0].tolist() if i != -100]
-        return chat.tokenizer_of(self.processor).decode(ids, skip_special_tokens=False)
+        return processor.tokenizer_of(self.processor).decode(ids, skip_special_tokens=False)
 
     def adapter(self, tmp_path, **changes):
         """(the model with a fresh adapter whose B matrices are not zero, the adapter's folder)."""
@@ -389,7 +389,7 @@ def plain_letters(tokenizer):
 
 def test_what_the_model_answers_it_predicts_again_in_training(subject):
     """Greedy answers through `generate` and its cache equal the teacher-forced argmax through our encoder and collator."""
-    tokenizer = chat.tokenizer_of(subject.processor)
+    tokenizer = processor.tokenizer_of(subject.processor)
     letters = plain_letters(tokenizer)
     assert len(letters) >= 4
     allowed = torch.tensor(sorted(letters.values()))

@@ -13,9 +13,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from lib import registry
-from lib.chat import IGNORE_INDEX, Encoder, load_processor, stop_tokens, tokenizer_of
+from lib.chat import IGNORE_INDEX, Encoder
 from lib.collator import collate
 from lib.messages import RowError, normalise
+from lib.processor import load_processor, stop_tokens, tokenizer_of
 from lib.stage import StageError
 from lib.template import Template
 
@@ -141,17 +142,15 @@ CHATS = {
 }
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("case", CHATS)
+@pytest.mark.parametrize("name, case", [(name, case) for name in FAMILIES for case in CHATS
+                                        if name in SEEING or PICTURE not in str(CHATS[case])])
 def test_exactly_the_replies_and_their_ends_are_trained(name, case, family):
-    if name == "llama_text" and PICTURE in str(CHATS[case]):
-        pytest.skip("a model without pictures")
     assert_labels(name, *family(name), chat(*CHATS[case]), expected(name, *CHATS[case]))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_system_prompt_is_not_trained(name, family):
-    words = dict(system="Be brief.")
+    words = {"system": "Be brief."}
     assert_labels(name, *family(name), chat("one", "two", **words), expected(name, "one", "two", **words))
 
 
@@ -493,7 +492,7 @@ def test_a_space_of_the_prompt_that_merges_with_the_reply_is_tokenized_apart():
                         pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False),
                         post_processor=processors.ByteLevel(trim_offsets=True))
     whole = tokenizer("assistant: Yes", return_offsets_mapping=True)
-    assert whole.tokens()[-1] == "ĠYes" and whole["offset_mapping"][-1] == (11, 14)  # the trap hides its space
+    assert whole.tokens()[-1] == "ĠYes" and whole["offset_mapping"][-1] == (11, 14)  # a hidden space
     encoder = Encoder.of(tokenizer, registry.family_of("llama"))
     assert_labels("", Template(tokenizer), encoder, chat("one", "Yes"), "user: one<end>assistant: «Yes<end>»")
 

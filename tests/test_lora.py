@@ -108,6 +108,12 @@ def test_an_adapter_without_the_language_model_gets_a_warning(make, capsys):
     assert "warning" not in capsys.readouterr().out.replace("warning: max_steps", "")
 
 
+def test_a_role_without_linear_layers_among_others_gets_a_warning(make, capsys):
+    run = make("gemma3", lora_target_roles=["language", "projector"])  # its projector is a bare parameter
+    assert run.json("04_lora/adapter.json")["modules"] == {"language": 14}
+    assert "lora_target_roles: no linear layer in projector" in capsys.readouterr().out
+
+
 def test_a_regex_that_cant_be_short_is_still_exact():
     among = [f"tower.layers.{n}.{leaf}" for n in range(3) for leaf in ("q", "k")]
     assert adapter.as_regex(among, among) == r"tower\.layers\.\d+\.(q|k)"

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib import model, plan, registry
+from lib import model, plan, registry, versions
 from lib.loss import forward_loss
 from lib.registry import auto_class
 from lib.roles import ROLES, Roles
@@ -370,3 +370,23 @@ def test_rows_with_pictures_for_a_text_only_model_are_refused_before_03(tmp_path
     run = Run(tmp_path, monkeypatch, zoo("llama_text"), colour_rows())
     with pytest.raises(StageError, match="takes none"):
         run.upto("03_load_model")
+
+
+# ---- the libraries ----
+
+def test_these_libraries_are_new_enough():
+    assert versions.check() is None
+
+
+@pytest.mark.parametrize("name, oldest, what", [
+    ("torch", "99.1", "torch … is too old: the kit needs 99.1 or newer"),
+    ("no-such-package", "1.0", "the Python package no-such-package is not installed")])
+def test_a_library_that_is_old_or_missing_is_named(name, oldest, what, monkeypatch):
+    monkeypatch.setattr(versions, "MINIMUM", {name: oldest})
+    with pytest.raises(StageError) as caught:
+        versions.check()
+    harness.assert_two_lines(caught.value.what, caught.value.fix, Bad(name, [], what, versions.FIX))
+
+
+def test_versions_are_compared_as_numbers():
+    assert versions.parts("2.14.1+cu130") == (2, 14, 1) > versions.parts("2.9")

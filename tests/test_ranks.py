@@ -13,6 +13,7 @@ from torch.distributed.run import get_args_parser
 
 from lib import checkpoint, metrics, parallel, stage
 from lib.parallel import World, buckets
+from tests import harness
 from tests.runner import Run, colour_rows, fork, ranks, row, text_rows
 from tests.test_resume import stop_at
 
@@ -83,6 +84,15 @@ def test_gradients_are_summed_in_buckets_and_absent_ones_count_as_zeros(monkeypa
     assert list(buckets([])) == []
     World(0, 1, torch.device("cpu")).sum_gradients(parameters)     # alone, too: or Adam would pass over them
     assert all(p.grad is not None and not p.grad.any() for p in parameters)
+
+
+def test_check_runs_on_two_ranks_and_writes_nothing(make):
+    run = make(lora_target_roles=["language", "head"], lora_r=8, **TWO)
+    before = harness.contents(run.folder)
+    first, second = train_on_two(run, "--check")
+    assert_trained([first, second])
+    assert "labels, gradients and optimizer work together" in first.said and second.said == ""
+    assert harness.contents(run.folder) == before
 
 
 # ---- the same decisions ----

@@ -353,7 +353,7 @@ def test_check_learns_one_batch_by_heart_and_writes_nothing(make, capsys):
 
 def test_check_says_that_too_little_trains(make):
     run = make(lora_target_roles=["projector"])
-    with pytest.raises(StageError, match="not under 0.1: it .*") as caught:
+    with pytest.raises(StageError, match="doesn't overfit one batch: it .*, not < 0.1") as caught:
         run("05_train", "--check")
     assert "02_data/preview.html" in caught.value.fix
 

