@@ -109,3 +109,8 @@ def test_ci_runs_what_the_readme_says():
 def test_requirements_are_pinned():
     lines = [line for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines() if line and line[0] != "#"]
     assert lines and all(re.fullmatch(r"[\w.\-\[\]]+==[\w.]+", line) for line in lines)
+
+
+def test_the_table_of_families_is_the_registrys():
+    from tests.family_table import table
+    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
