@@ -69,7 +69,7 @@ def test_a_scripts_help_says_how_to_run_what_it_reads_writes_and_where_to_fork(p
 
 def commands(text):
     """The shell commands in a README's plain code blocks."""
-    blocks = re.findall(r"```\n(.*?)```", text, re.S)
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.S | re.M)
     return [line.strip() for block in blocks for line in block.splitlines() if re.match(r"(make|python3?|torchrun) ", line)]
 
 
