@@ -78,7 +78,7 @@ class Recipe:
     datasets: Datasets               = knob(REQUIRED, "02", "the rows to train on", check=filled)
     test_datasets: Datasets | None   = knob(None, "02", "the rows to evaluate on", check=filled)
     val_set_size: int | float        = knob(0, "02", "or rows held out: how many, or a share", low=0)
-    sequence_len: int                = knob(2048, "02", "longest sample with its media", "tokens", low=1)
+    sequence_len: int                = knob(2048, "02 05", "longest sample with its media", "tokens", low=1)
     on_bad_row: BadRow               = knob("error", "02", "once all rows are seen: stop, or go without")
 
     # What trains
@@ -111,6 +111,8 @@ class Recipe:
     adam_beta2: float                = knob(0.999, "05", "memory of their squares' mean", low=0, below=1)
     adam_epsilon: float              = knob(1e-8, "05", "keeps AdamW's division finite", above=0)
     max_grad_norm: float             = knob(1.0, "05", "a longer gradient is scaled down to it", above=0)
+    sample_packing: bool             = knob(False, "05", "fill rows of sequence_len with samples")
+    group_by_length: bool            = knob(False, "05", "samples of a step are of similar length")
     gradient_checkpointing: bool     = knob(True, "05", "compute activations again, don't keep them")
     seed: int                        = knob(42, "02 04 05", "of split, adapter, order", low=0, high=2**32 - 1)
     golden_rows: int                 = knob(4, "05", "held-out rows whose logits 06 compares", low=1)
@@ -165,6 +167,8 @@ RULES = (  # the knobs it is about; when they contradict each other; why; how to
      "the rows to evaluate on come from one of them", "remove one of them"),
     ("val_set_size", lambda k: isinstance(k.val_set_size, float) and k.val_set_size >= 1,
      "this is neither a share below 1 nor a whole number of rows", "for example val_set_size: 0.05 or 500"),
+    ("sample_packing group_by_length", lambda k: k.sample_packing and k.group_by_length,
+     "packed rows are full, whatever their samples' lengths", "remove group_by_length"),
     ("warmup_ratio warmup_steps", lambda k: k.warmup_ratio is not None and k.warmup_steps is not None,
      "the warm-up is a share of the steps or a number of them", "remove one of them"),
 )

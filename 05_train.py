@@ -24,14 +24,15 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import checkpoint, model, optim, parallel, rehearsal, stage, terminal
+from lib import checkpoint, model, optim, packing, parallel, rehearsal, stage, terminal
 from lib.chat import Encoder
 from lib.evaluate import held_out_loss
 from lib.golden import write_golden
 from lib.loss import forward_loss
 from lib.metrics import Log
+from lib.registry import family_of
 from lib.roles import Roles
-from lib.sampler import Order, Samples, loader, to_device
+from lib.sampler import Order, Row, Samples, in_turn, loader, to_device
 
 
 def main(argv=None):
@@ -53,6 +54,8 @@ def main(argv=None):
         # 2. Load model, adapter and samples by the plans of the earlier stages, and the newest checkpoint.
         run = load(work, world)
         # 3. Train.
+        if work.config.sample_packing:
+            rehearsal.prove_packing(run)
         train(run)
         # 4. Save what was trained, and what a fresh process has to reproduce.
         save(run)
@@ -95,7 +98,9 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     autocast = partial(torch.autocast, world.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext
     # The samples.
     encoder = Encoder.load(data / "processor", config.trust_remote_code)
-    samples, held_out = (Samples(datasets.load_from_disk(data / part), encoder) for part in ("train", "eval"))
+    packed = packing.needs(net, family_of(plan["model_type"])) if config.sample_packing else {}
+    samples, held_out = (Samples(datasets.load_from_disk(data / part), encoder, **packed)
+                         for part in ("train", "eval"))
     watch = optim.GradientWatch(role_of, data_have_media=any(samples.media_tokens))
     # The optimizer, the checkpoint to go on from, and the order of the samples, which it fixes.
     optimizer = optim.make_optimizer(list(parameters.values()), config)
@@ -105,7 +110,8 @@ def load(work: stage.Work, world: parallel.World) -> Run:
         newest = stage.newest_checkpoint(work.path)
         checkpoint.load(newest, parameters, optimizer)
         first_step, global_batch_size = go_on(checkpoint.read_state(newest), per_rank, world)
-    order = Order(len(samples), global_batch_size, config.seed)
+    room = config.sequence_len if config.sample_packing else None
+    order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length)
     return Run(work, world, net, parameters, watch, optimizer, autocast, samples, held_out, order, first_step,
                order.total_steps(config.num_epochs, config.max_steps))
 
@@ -143,7 +149,7 @@ def train(run: Run) -> None:
     log.draw()
 
 
-def optimizer_step(run: Run, step: int, indices: list[int], batches: Iterator[dict], rate: float) -> dict:
+def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict], rate: float) -> dict:
     """Figures of one optimizer step: each micro-batch forward and backward, a sum over ranks, one update.
 
     The loss is the sum of token losses over the supervised tokens of the whole step, all micro-batches and
@@ -151,9 +157,9 @@ def optimizer_step(run: Run, step: int, indices: list[int], batches: Iterator[di
     """
     config, world, samples = run.work.config, run.world, run.samples
     began, waited, tokens = time.monotonic(), 0.0, 0
-    step_tokens = sum(samples.supervised_tokens[index] for index in indices)
+    step_tokens = sum(samples.supervised_tokens[index] for row in rows for index in row)
     ranks = range(world.world_size)
-    shares = [samples.dealt(indices, config.micro_batch_size, rank, world.world_size) for rank in ranks]
+    shares = [samples.dealt(rows, config.micro_batch_size, rank, world.world_size) for rank in ranks]
     found = torch.zeros(len(shares), max(map(len, shares)), 2, device=world.device)  # [rank, batch, figure]
     torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)   # dropout repeats when resumed
     for number in range(len(shares[world.rank])):
@@ -166,7 +172,7 @@ def optimizer_step(run: Run, step: int, indices: list[int], batches: Iterator[di
         (loss / step_tokens).backward()
         found[world.rank, number] = torch.stack([loss.detach(), right])
     world.sum_gradients(run.parameters.values())
-    run.watch.look(run.parameters, world, any(samples.media_tokens[index] for index in indices))
+    run.watch.look(run.parameters, world, any(samples.media_tokens[index] for row in rows for index in row))
     norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -183,10 +189,12 @@ def optimizer_step(run: Run, step: int, indices: list[int], batches: Iterator[di
 def stop_if_not_finite(run: Run, step: int, shares: list, found: list, norm: float) -> None:
     """Nothing; a StageError names the samples of the micro-batches whose loss is no finite number."""
     bad = [index for share, losses in zip(shares, found)
-           for batch, (loss, _) in zip(share, losses) if not math.isfinite(loss) for index in batch]
+           for batch, (loss, _) in zip(share, losses) if not math.isfinite(loss)
+           for row in batch for index in row]
     if bad or not math.isfinite(norm):
         what = f"a loss that is not finite, on {len(bad)} samples" if bad else f"gradient norm {norm}"
-        named = ", ".join(run.samples.ids[index] for index in (bad or run.order.of_step(step))[:8])
+        every = [index for row in run.order.of_step(step) for index in row]
+        named = ", ".join(run.samples.ids[index] for index in (bad or every)[:8])
         run.world.stop(f"step {step + 1}: {what}: {named}", "look at these rows; else lower learning_rate")
 
 
@@ -194,16 +202,16 @@ def micro_batches(run: Run) -> Iterator[dict]:
     """This rank's micro-batches of all steps from the first one to do."""
     config, world = run.work.config, run.world
     steps = map(run.order.of_step, range(run.first_step, run.total_steps))
-    mine = (batch for indices in steps
-            for batch in run.samples.dealt(indices, config.micro_batch_size, world.rank, world.world_size))
+    mine = (batch for rows in steps
+            for batch in run.samples.dealt(rows, config.micro_batch_size, world.rank, world.world_size))
     return iter(loader(run.samples, mine, config.dataloader_num_workers, world.device))
 
 
 def held_out_batches(run: Run) -> Iterable[dict]:
     """This rank's share of the held-out samples, to go through at every evaluation."""
     config, world = run.work.config, run.world
-    every = range(len(run.held_out))
-    mine = run.held_out.dealt(every, config.micro_batch_size, world.rank, world.world_size)
+    rows = in_turn(run.held_out.input_tokens, run.order.room)
+    mine = run.held_out.dealt(rows, config.micro_batch_size, world.rank, world.world_size)
     return loader(run.held_out, mine, config.dataloader_num_workers, world.device)
 
 

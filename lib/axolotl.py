@@ -39,8 +39,6 @@ REFUSED = {  # a knob: its values, why they can't be had, the value that can
 }
 
 NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what is done anyway
-    "sample_packing": ("several samples in one row", False),
-    "eval_sample_packing": ("several samples in one row", False),
     "special_tokens": ("special tokens of one's own", "pad_token"),
     "tokens": ("tokens of one's own",),
     "added_tokens_overrides": ("tokens of one's own",),
@@ -73,7 +71,6 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "fsdp*": ("sharding over ranks",),
     "deepspeed": ("sharding over ranks",),
     "resume_from_checkpoint": ("going on from another run's checkpoint", False, True),
-    "group_by_length": ("batches of equal length", False),
     "eval_steps": ("evaluating by steps; evals_per_epoch does it by epochs",),
     "early_stopping_patience": ("early stopping",),
     "neftune_noise_alpha": ("noise on embeddings",),
@@ -115,6 +112,7 @@ NO_MEANING = {  # a key or pattern: why it changes nothing here
     "save_safetensors": "tensors are saved as safetensors and never otherwise",
     "dataloader_pin_memory": "05_train chooses",
     "dataloader_prefetch_factor": "05_train chooses",
+    "eval_sample_packing": "held-out samples are packed where the others are; their loss is the same",
     "strict": "an unknown key, a missing weight and an unexpected one are always errors",
     "dataset_processes": "02_data chooses",
     "dataset_num_proc": "02_data chooses",

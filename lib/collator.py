@@ -1,6 +1,6 @@
 """collator: batches from encoded samples, for every family by three rules about shapes.
 
-1. What goes along the tokens, [1, T], is padded on the right: input_ids with pad_id, labels with
+1. What goes along the tokens, [1, T] or [4, 1, T], is padded on the right: input_ids with pad_id, labels with
    IGNORE_INDEX, others with 0.
 2. Media of a "cat" family are joined along their first axis; other axes are zero-padded to the largest.
 3. Media of a "stack" family, [1, tiles, …], are zero-padded on every axis, one entry per row; a row without
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from lib.chat import IGNORE_INDEX
 
-PER_TOKEN = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
+PER_TOKEN = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids", "position_ids")
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat") -> dict[str, torch.Tensor]:
@@ -23,10 +23,10 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat"
     batch = {}
     for key in dict.fromkeys(key for row in rows for key in row):
         present = [row[key] for row in rows if key in row]
-        nothing = present[0][:, :1] * 0
+        nothing = present[0][..., :1] * 0
         if key in PER_TOKEN:
-            batch[key] = torch.cat([F.pad(t, (0, tokens - t.shape[1]), value=fill.get(key, 0))
-                                    for t in (row.get(key, nothing) for row in rows)])         # [B, T]
+            batch[key] = torch.cat([F.pad(t, (0, tokens - t.shape[-1]), value=fill.get(key, 0))
+                                    for t in (row.get(key, nothing) for row in rows)], dim=-2)  # [B, T]
         elif style == "stack":
             batch[key] = cat_padded([row.get(key, nothing) for row in rows])                   # [B, tiles, …]
         else:

@@ -26,7 +26,7 @@ def write_golden(model, weights: dict[str, torch.Tensor], samples, count: int, p
     tensors = {}
     rows = range(min(count, len(samples)))
     for row in rows:
-        encoded = samples[row]
+        encoded = samples.encoded(row)
         labels = encoded.pop("labels")
         positions = torch.nonzero(labels[0, 1:] != IGNORE_INDEX).flatten()[:POSITIONS]
         inputs = {key: value.to(model.device) for key, value in encoded.items()}

@@ -6,7 +6,6 @@ runs on a position that isn't trained, and never on more than CHUNK of them at o
 Fork me to: change the objective (`trained_head_loss`, which autograd follows; use it for frozen heads, too).
 """
 import inspect
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -32,35 +31,41 @@ def forward_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     batch: the collator's tensors on the model's device, with `positions` and `targets` [N]. Divide by a token
     count outside: the right one is the whole optimizer step's.
     """
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions", "targets")}
-    head = model.get_output_embeddings()
-    with loss_in_place_of(head, batch["positions"], batch["targets"], softcap_of(model)) as result:
-        model(**inputs, use_cache=False)
-    return result[0]
+    head, targets, softcap = model.get_output_embeddings(), batch["targets"], softcap_of(model)
+    logits = head.forward
+    if isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters()):
+        return in_place_of_logits(model, batch, lambda rows: FrozenHeadLoss.apply(
+            rows, head.weight, head.bias, targets, softcap))
+    return in_place_of_logits(model, batch, lambda rows: trained_head_loss(rows, logits, targets, softcap))
 
 
-@contextmanager
-def loss_in_place_of(head, positions, targets, softcap):
-    """Makes one call of the output head compute the loss; the list that it yields then holds what it found.
+@torch.no_grad()
+def supervised_states(model, batch: dict) -> torch.Tensor:
+    """The last hidden states [N, D] of the supervised positions, of one forward through the root module."""
+    return in_place_of_logits(model, batch, lambda rows: rows)
 
-    The head's caller gets logits with an empty vocabulary axis. Replacing the call, not the model, is one way
-    for every family, and hooks on the root (FSDP2's, for one) run as in any forward.
+
+def in_place_of_logits(model, batch: dict, compute):
+    """What `compute` makes of the supervised positions' last hidden states [N, D], in one forward.
+
+    It takes the place of the output head for that forward; the model gets logits with an empty vocabulary
+    axis. Replacing the call, not the model, is one way for every family, and hooks on the root (FSDP2's, for
+    one) run as in any forward.
     """
-    forward, result = head.forward, []
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions", "targets")}
+    head, result = model.get_output_embeddings(), []
 
-    def loss_instead(hidden):             # [B, T, D]
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)  # [N, D]
-        if isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters()):
-            result.append(FrozenHeadLoss.apply(rows, head.weight, head.bias, targets, softcap))
-        else:
-            result.append(trained_head_loss(rows, forward, targets, softcap))
+    def instead(hidden):                  # [B, T, D]
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["positions"])  # [N, D]
+        result.append(compute(rows))
         return hidden[..., :0]
 
-    head.forward = loss_instead
+    head.forward = instead
     try:
-        yield result
+        model(**inputs, use_cache=False)
     finally:
         del head.forward
+    return result[0]
 
 
 def softcap_of(model) -> float | None:

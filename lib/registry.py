@@ -22,6 +22,8 @@ class Family:
     idle: which parameters no forward reaches, by the name of a rule in `idle_modules`; they can't be trained.
     no_lora: path components that LoRA leaves alone although they hold linear layers of the language model.
     eager: sub-configs whose part of the model has no sdpa attention.
+    packing: why samples can't share a row; empty where they can, which 05 shows on the loaded model.
+    block_masks: kinds of layers in which a picture's tokens see all of it; packed rows then need own masks.
     template: a file in lib/templates that serves where the published checkpoint has no chat template.
     special_tokens: {name: token} of the tokenizer, where the published one has none.
     packages: what its model or processor imports beyond requirements.txt, as {module: pip name}.
@@ -36,6 +38,8 @@ class Family:
     idle: str = ""
     no_lora: tuple[str, ...] = ()
     eager: tuple[str, ...] = ()
+    packing: str = ""
+    block_masks: tuple[str, ...] = ()
     template: str = ""
     special_tokens: dict[str, str] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
@@ -47,6 +51,7 @@ TOWER = {"model.vision_tower": "vision", "model.multi_modal_projector": "project
          "model.language_model": "language"}
 VISUAL = {"model.visual": "vision", "model.visual.merger": "projector", "model.language_model": "language"}
 QWEN_WRAPPERS = ("<|vision_start|>", "<|vision_end|>")
+STATE = "its layers hand a state from token to token, over the border between samples"
 GLM_WRAPPERS = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
 
 FAMILIES = (
@@ -62,12 +67,14 @@ FAMILIES = (
            {"model.vision_model": "vision", "model.multi_modal_projector": "projector",
             "model.language_model": "language"},
            collate="stack", batch="alike",
+           packing="tokens before a picture attend to all pictures of the row",
            note="pictures enter by cross-attention; only rows with equally many share a batch"),
     Family("Llama-4", ("llama4",),
            {"vision_model": "vision", "vision_model.vision_adapter": "projector",
             "multi_modal_projector": "projector", "language_model": "language"},
            note="experts train only by lora_target_parameters"),
-    Family("Gemma-3", ("gemma3",), TOWER, note="picture tokens attend in both directions, by token_type_ids"),
+    Family("Gemma-3", ("gemma3",), TOWER, block_masks=("full_attention", "sliding_attention"),
+           note="picture tokens attend in both directions, by token_type_ids"),
     Family("Gemma-3n", ("gemma3n",),
            {"model.vision_tower": "vision", "model.audio_tower": "audio", "model.embed_vision": "projector",
             "model.embed_audio": "projector", "model.language_model": "language"},
@@ -75,13 +82,13 @@ FAMILIES = (
     Family("Gemma-4", ("gemma4",),
            {"model.vision_tower": "vision", "model.audio_tower": "audio", "model.embed_vision": "projector",
             "model.embed_audio": "projector", "model.language_model": "language"},
-           eager=("audio_config",)),
+           block_masks=("sliding_attention",), eager=("audio_config",)),
     Family("Qwen2-VL", ("qwen2_vl",), VISUAL, QWEN_WRAPPERS),
     Family("Qwen2.5-VL", ("qwen2_5_vl",), VISUAL, QWEN_WRAPPERS,
            note="native resolution; 3-D rope from mm_token_type_ids and image_grid_thw"),
     Family("Qwen3-VL", ("qwen3_vl", "qwen3_vl_moe"),
            VISUAL | {"model.visual.deepstack_merger_list": "projector"}, QWEN_WRAPPERS),
-    Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), VISUAL, QWEN_WRAPPERS,
+    Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), VISUAL, QWEN_WRAPPERS, packing=STATE,
            note="linear attention; earlier turns lose their thoughts, so each reply is a sample of its own"),
     Family("GLM-4.1V and 4.6V", ("glm4v", "glm46v"), VISUAL, GLM_WRAPPERS),
     Family("GLM-4.5V and 4.6V, experts", ("glm4v_moe",), VISUAL, GLM_WRAPPERS,
@@ -91,7 +98,7 @@ FAMILIES = (
            {"model.vision_model": "vision", "model.connector": "projector", "model.text_model": "language"},
            collate="stack", packages={"num2words": "num2words"},
            note="tiles with row and column tokens; padding tiles are all zero"),
-    Family("LFM2-VL", ("lfm2_vl",), TOWER),
+    Family("LFM2-VL", ("lfm2_vl",), TOWER, packing=STATE),
     Family("InternVL", ("internvl",), TOWER,
            use_instead={f"OpenGVLab/InternVL3_5-{size}": f"OpenGVLab/InternVL3_5-{size}-HF"
                         for size in ("1B", "2B", "4B", "8B", "14B", "38B")}),

@@ -4,9 +4,10 @@ First the longest step that the run can meet: does it fit, and how long would al
 on one batch, which is learnt by heart if labels, gradients and optimizer work together.
 """
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from lib import optim, parallel, terminal
-from lib.sampler import loader
+from lib import optim, packing, parallel, terminal
+from lib.sampler import Row, in_turn, loader, to_device
 
 RATE = {"adapter": 2e-3, "model": 1e-4}   # at least, so that 30 steps suffice where the recipe is cautious
 STEPS, ENOUGH = 30, 0.1                   # loss per token
@@ -15,11 +16,12 @@ STEPS, ENOUGH = 30, 0.1                   # loss per token
 def check(run, optimizer_step: Callable[..., dict]) -> None:
     """Nothing; says what a step costs and that one batch is learnt, or stops and says what is wrong."""
     config, samples, world = run.work.config, run.samples, run.world
-    by_length = sorted(range(len(samples)), key=lambda index: -samples.input_tokens[index])
-    longest = by_length[:run.order.global_batch_size]
+    tokens_of = {row: sum(samples.input_tokens[index] for index in row)
+                 for row in in_turn(samples.input_tokens, run.order.room)}
+    longest = sorted(tokens_of, key=tokens_of.get, reverse=True)[:run.order.global_batch_size]
     rate = optim.learning_rate(config, 0, run.total_steps)
     figures = optimizer_step(run, 0, longest, batches(run, longest), rate)
-    tokens, seconds = sum(samples.input_tokens[index] for index in longest), figures["seconds"]
+    tokens, seconds = sum(tokens_of[row] for row in longest), figures["seconds"]
     peak_gib, at_most = parallel.peak_memory_gib(world.device), terminal.duration(seconds * run.total_steps)
     terminal.say(f"the longest step: {tokens:,} tokens in {terminal.duration(seconds)}, peak memory "
                  f"{peak_gib:.2f} GiB; the run's {run.total_steps:,} steps take at most {at_most}")
@@ -40,16 +42,34 @@ def check(run, optimizer_step: Callable[..., dict]) -> None:
         terminal.warn(f"learning_rate {config.learning_rate:g} is far below that: the run may learn nothing")
 
 
-def batches(run, indices: list[int]) -> Iterator[dict]:
-    """This rank's micro-batches of these samples."""
-    mine = run.samples.dealt(indices, run.work.config.micro_batch_size, run.world.rank, run.world.world_size)
+def prove_packing(run) -> None:
+    """Nothing; a StageError where samples of a packed row see one another on the loaded model."""
+    samples, device = run.samples, run.world.device
+    row = next((row[:3] for row in run.order.of_step(0) if len(row) > 1), None)
+    if row is None:
+        return
+    unpacked = replace(samples, positions=None, masks=None)
+    *alone, packed = (to_device(next(iter(loader(dealt, [[rows]], 0, device))), device)
+                      for dealt, rows in [*((unpacked, (index,)) for index in row), (samples, row)])
+    run.model.eval()
+    with run.autocast():
+        change, limit = packing.leak(run.model, alone, packed)
+    run.model.train()
+    if change > limit:
+        run.world.stop(f"sample_packing: samples of a packed row see one another: hidden states of "
+                       f"{samples.ids[row[-1]]} change by {change:.0%}", "sample_packing: false")
+
+
+def batches(run, rows: list[Row]) -> Iterator[dict]:
+    """This rank's micro-batches of these rows."""
+    mine = run.samples.dealt(rows, run.work.config.micro_batch_size, run.world.rank, run.world.world_size)
     return iter(loader(run.samples, mine, 0, run.world.device))
 
 
-def reason(samples, indices: list[int], losses: list[float]) -> str:
+def reason(samples, rows: list[Row], losses: list[float]) -> str:
     """Why a batch wasn't learnt, as far as it shows."""
     answers: dict[tuple, int] = {}
-    for index in indices:
+    for index in (index for row in rows for index in row):
         record = samples.records[index]
         asked = record["text"][:record["spans"][-1]["start"]], *(m["sha256"] for m in record["media"])
         other = answers.setdefault(asked, index)

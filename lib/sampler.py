@@ -1,7 +1,8 @@
 """sampler: which samples each optimizer step trains, and the loader that brings them as batches.
 
-The order depends on (seed, epoch) only. A step's samples are fixed before they are dealt out to ranks and
-micro-batches: 4x1, 2x2 and 1x4 train the same, on one rank or several, and resuming at step N needs N alone.
+A row is a tuple of samples: of one, or of those that are packed together. The order depends on (seed, epoch)
+only, and a step's rows are fixed before they are dealt out to ranks and micro-batches: 4x1, 2x2 and 1x4 train
+the same, on one rank or several, and resuming at step N needs N alone.
 """
 import functools
 import math
@@ -12,60 +13,103 @@ import pyarrow.compute
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from lib import packing
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.collator import collate
 from lib.loss import supervised_positions
 from lib.stage import StageError
 
+Row = tuple[int, ...]
+WINDOW = 64                               # steps among which group_by_length sorts
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Order:
-    """The sample indices of every optimizer step; an epoch's last step may be smaller, nothing is dropped."""
-    samples: int
+    """The rows of every optimizer step; an epoch's last step may be smaller, nothing is dropped.
+
+    lengths: tokens of each sample. global_batch_size: rows of a step, over all ranks and micro-batches.
+    room: tokens that a row of packed samples may hold; None is a sample a row. by_length: neighbours in a
+    step are of similar length.
+    """
+    lengths: list[int]
     global_batch_size: int
     seed: int
+    room: int | None = None
+    by_length: bool = False
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every sample once."""
-        return math.ceil(self.samples / self.global_batch_size)
+        """Optimizer steps that see every sample once; as many in each epoch."""
+        return math.ceil(len(epoch(self, 0)) / self.global_batch_size)
 
     def total_steps(self, num_epochs: float, max_steps: int | None) -> int:
         """Optimizer steps of the whole run; max_steps wins over num_epochs."""
         return max_steps if max_steps is not None else max(1, math.ceil(num_epochs * self.steps_per_epoch))
 
-    def of_step(self, step: int) -> list[int]:
-        """The samples of optimizer step `step` (from 0), over all ranks."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+    def of_step(self, step: int) -> list[Row]:
+        """The rows of optimizer step `step` (from 0), over all ranks."""
+        number, place = divmod(step, self.steps_per_epoch)
         start = place * self.global_batch_size
-        return permutation(self.samples, self.seed, epoch)[start:start + self.global_batch_size]
+        return epoch(self, number)[start:start + self.global_batch_size]
+
+    def full(self) -> float:
+        """The share of the rows' room that samples fill."""
+        return sum(self.lengths) / (len(epoch(self, 0)) * self.room)
 
 
-@functools.lru_cache(maxsize=4)
-def permutation(samples: int, seed: int, epoch: int) -> list[int]:
-    """The order of an epoch."""
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(samples, generator=generator).tolist()
+@functools.lru_cache(maxsize=4)           # workers run ahead into the next epoch
+def epoch(order: Order, number: int) -> list[Row]:
+    """The rows of an epoch in their order."""
+    generator = torch.Generator().manual_seed(order.seed * 1_000_003 + number)
+    samples = torch.randperm(len(order.lengths), generator=generator).tolist()
+    if order.room is not None:
+        rows = packing.fill(samples, order.lengths, order.room)
+        return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+    if order.by_length:
+        samples = grouped(samples, order, generator)
+    return [(index,) for index in samples]
 
 
-def dealt(indices: list[int], micro_batch_size: int, rank: int, world_size: int,
-          kinds: list[int] | None = None) -> list[list[int]]:
-    """One rank's share of a step, cut into micro-batches: none at all where a last step has few samples.
+def in_turn(lengths: list[int], room: int | None) -> list[Row]:
+    """Rows of all samples in their own order, packed where rows have room: for evaluation."""
+    every = range(len(lengths))
+    return [(index,) for index in every] if room is None else packing.fill(every, lengths, room)
+
+
+def grouped(samples: list[int], order: Order, generator: torch.Generator) -> list[int]:
+    """The samples, sorted by length within WINDOW steps, whose own order is a random one again."""
+    size, found = order.global_batch_size, []
+    for start in range(0, len(samples), WINDOW * size):
+        window = sorted(samples[start:start + WINDOW * size], key=lambda i: -order.lengths[i])
+        steps = [window[i:i + size] for i in range(0, len(window), size)]
+        whole = torch.randperm(len(window) // size, generator=generator).tolist()  # a smaller one stays last
+        found += [index for i in [*whole, *range(len(whole), len(steps))] for index in steps[i]]
+    return found
+
+
+def dealt(rows: list[Row], micro_batch_size: int, rank: int, world_size: int,
+          kinds: list[int] | None = None) -> list[list[Row]]:
+    """One rank's share of a step, cut into micro-batches: none at all where a last step has few rows.
 
     Where samples have kinds, only those of one kind share a micro-batch.
     """
-    groups: dict[int, list[int]] = {}
-    for index in indices[rank::world_size]:
-        groups.setdefault(kinds[index] if kinds else 0, []).append(index)
+    groups: dict[int, list[Row]] = {}
+    for row in rows[rank::world_size]:
+        groups.setdefault(kinds[row[0]] if kinds else 0, []).append(row)
     size = micro_batch_size
     return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
 @dataclass
 class Samples(Dataset):
-    """02's samples, encoded one by one in the DataLoader's workers and compared with what 02 measured."""
+    """02's samples, encoded one by one in the DataLoader's workers and compared with what 02 measured.
+
+    `samples[row]` is one encoded row. positions, masks: what packed rows also need; None without packing.
+    """
     records: object
     encoder: Encoder
+    positions: packing.Positions | None = None
+    masks: packing.BlockMasks | None = None
     ids: list[str] = field(init=False)
     input_tokens: list[int] = field(init=False)
     media_tokens: list[int] = field(init=False)
@@ -80,14 +124,21 @@ class Samples(Dataset):
         pictures = pyarrow.compute.list_value_length(columns["media"]).to_pylist()
         self.kinds = pictures if self.encoder.batch == "alike" else None
 
-    def dealt(self, indices: list[int], micro_batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    def dealt(self, rows: list[Row], micro_batch_size: int, rank: int, world_size: int) -> list[list[Row]]:
         """`dealt`, by what the family lets share a batch."""
-        return dealt(indices, micro_batch_size, rank, world_size, self.kinds)
+        return dealt(rows, micro_batch_size, rank, world_size, self.kinds)
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, row: Row) -> dict[str, torch.Tensor]:
+        encoded = [self.encoded(index) for index in row]
+        if self.positions is None:
+            return encoded[0]
+        return packing.join(encoded, self.positions, self.encoder.collate)
+
+    def encoded(self, index: int) -> dict[str, torch.Tensor]:
+        """A sample's tensors; a StageError where they are not what 02 measured."""
         row = self.encoder(self.records[index])
         found = row["input_ids"].shape[1], int((row["labels"][:, 1:] != IGNORE_INDEX).sum())
         measured = self.input_tokens[index], self.supervised_tokens[index]
@@ -100,25 +151,33 @@ class Samples(Dataset):
 
 @dataclass
 class Batcher:
-    """Encoded rows to one batch, with the supervised positions found here, on the CPU."""
+    """Encoded rows to one batch, with the supervised positions found here, on the CPU.
+
+    masks: makes the attention masks of packed rows; None where position ids do.
+    """
     pad_id: int
     style: str
+    masks: packing.BlockMasks | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         batch = collate(rows, self.pad_id, self.style)
         batch["positions"], batch["targets"] = supervised_positions(batch["labels"])
+        if self.masks is not None:
+            batch["attention_mask"] = self.masks(batch)
         return batch
 
 
-def loader(samples: Samples, batches: Iterable[list[int]], workers: int, device: torch.device) -> DataLoader:
-    """A batch for each list of indices, in that order, decoded and encoded in `workers` processes."""
+def loader(samples: Samples, batches: Iterable[list[Row]], workers: int, device: torch.device) -> DataLoader:
+    """A batch for each list of rows, in that order, decoded and encoded in `workers` processes."""
     encoder, processes = samples.encoder, {}
     if workers:
         processes = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
-    return DataLoader(samples, batch_sampler=batches, collate_fn=Batcher(encoder.pad_id, encoder.collate),
-                      num_workers=workers, pin_memory=device.type == "cuda", **processes)
+    batcher = Batcher(encoder.pad_id, encoder.collate, samples.masks)
+    return DataLoader(samples, batch_sampler=batches, collate_fn=batcher, num_workers=workers,
+                      pin_memory=device.type == "cuda", **processes)
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """The batch on the device; pinned memory makes the copy overlap with computing."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    return {key: to_device(value, device) if isinstance(value, dict) else value.to(device, non_blocking=True)
+            for key, value in batch.items()}

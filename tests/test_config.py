@@ -201,7 +201,7 @@ experts_implementation: scattermoe
 DONE_ANYWAY = """
 tokenizer_use_mistral_common: false | special_tokens: | special_tokens: {pad_token: <pad>}
 special_tokens: {} | quantize_moe_experts: false | llama4_linearized_experts: false | device_map: auto
-flash_attention: false | sample_packing: false | roles_to_train: [assistant] | train_on_inputs: false
+flash_attention: false | roles_to_train: [assistant] | train_on_inputs: false
 train_on_inputs: no | gptq: false | train_on_eos: turn | lora_model_dir: | fp16: | fp16: false | fsdp: []
 fsdp_config: | activation_offloading: false | deepspeed: | resume_from_checkpoint:
 resume_from_checkpoint: true | dataset_prepared_path: | eot_tokens: | tf32:
@@ -214,7 +214,7 @@ lora_target_parameters: | quant_type: | lora_modules_to_save:
 NOT_YET = """
 tokenizer_use_mistral_common: true | special_tokens: {pad_token: <pad>, eos_token: <end>} | quant_type: nf4
 gptq: true | quantize_moe_experts: true | llama4_linearized_experts: true | device_map: balanced
-max_memory: {0: 20GiB} | gpu_memory_limit: 20GiB | sample_packing: true | image_size: 512 | fp16: true
+max_memory: {0: 20GiB} | gpu_memory_limit: 20GiB | image_size: 512 | fp16: true
 image_resize_algorithm: bilinear | train_on_inputs: true | roles_to_train: [assistant, user]
 train_on_eos: all | role_boundaries: [{role: user}] | lora_target_parameters: [experts.gate_up_proj]
 lora_model_dir: ./old | lora_modules_to_save: [lm_head, embed_tokens] | activation_offloading: true
@@ -320,7 +320,7 @@ def test_a_usual_axolotl_recipe_needs_only_two_overrides(folder):
 def test_all_problems_of_a_recipe_are_told_at_once_each_with_key_value_line_and_fix(folder):
     bad = GOOD + """lora_r: sixteen
 lora_rr: 8
-sample_packing: true
+rl: dpo
 lora_dropout: 1.5
 load_in_8bit: true
 load_in_4bit: true
@@ -330,8 +330,7 @@ lora_dropout: 0
         ("r.yaml:13: lora_dropout is given a second time, after line 10", "keep one of the two lines"),
         ("r.yaml:7: lora_r: sixteen must be a whole number", "for example lora_r: 16 (rank of the update)"),
         ("r.yaml:8: lora_rr: 8: no such knob", "did you mean lora_r?"),
-        ("r.yaml:9: sample_packing: true asks for several samples in one row: not built yet",
-         "sample_packing: false"),
+        ("r.yaml:9: rl: dpo asks for reinforcement learning: not built yet", "remove rl"),
         ("r.yaml:10: lora_dropout: 1.5 must be a number from 0 and below 1",
          "for example lora_dropout: 0.0 (share of adapter inputs dropped)"),
         ("on the command line: seed=-1 must be a whole number from 0 and up to 4,294,967,295",
@@ -370,6 +369,7 @@ CONTRADICTIONS = (
     ["test_datasets=[{path: rows.jsonl}]"],
     ["val_set_size=1.0"],
     ["warmup_ratio=0.1", "warmup_steps=5"],
+    ["sample_packing=true", "group_by_length=true"],
 )
 
 

@@ -1,0 +1,157 @@
+"""packing: several samples in one row, none of which sees another: each is computed as if alone.
+
+Batches of short samples are mostly padding, and single ones leave a GPU idle. Packed samples stand behind one
+another. Position ids start again at each, and without an attention mask transformers takes every start for a
+border (masking_utils.find_packed_sequence_indices); where a family's pictures attend to themselves in both
+directions, that mask is made here. `leak` shows on the loaded model that it holds.
+
+Fork me to: pack another way (`fill`).
+"""
+import bisect
+import inspect
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from lib.chat import IGNORE_INDEX
+from lib.collator import PER_TOKEN, cat_padded
+from lib.loss import supervised_states
+from lib.registry import Family
+from lib.stage import StageError
+
+
+def fill(order: list[int], lengths: list[int], room: int) -> list[tuple[int, ...]]:
+    """The samples of `order` in rows of at most `room` tokens, by best-fit-decreasing.
+
+    Each goes, longest first, to the fullest row that still takes it. A longer one than `room` is alone. How
+    many rows come out depends on the lengths only, not on the order.
+    """
+    rows: list[list[int]] = []
+    by_space: dict[int, list[int]] = defaultdict(list)  # free tokens -> rows that have as many
+    spaces: list[int] = []                              # its keys, ascending
+    for index in sorted(order, key=lambda i: -lengths[i]):
+        found = bisect.bisect_left(spaces, lengths[index])
+        if found == len(spaces):
+            rows.append([])
+            space, row = room, len(rows) - 1
+        else:
+            space = spaces[found]
+            row = by_space[space].pop()
+            if not by_space[space]:
+                del spaces[found]
+        rows[row].append(index)
+        left = space - lengths[index]
+        if left > 0 and not by_space[left]:
+            bisect.insort(spaces, left)
+        by_space[left].append(row)
+    return [tuple(row) for row in rows]
+
+
+@dataclass(frozen=True)
+class Positions:
+    """The position ids of a sample, as its model counts them; only plain data, so that workers can have it.
+
+    cls, config: the inner model's class and configuration where it has positions of its own for pictures
+    (`get_rope_index`: time, height and width), else None.
+    """
+    cls: type | None
+    config: object
+
+    @classmethod
+    def of(cls, model) -> "Positions":
+        """The positions that a loaded model wants."""
+        found = next((m for m in model.modules() if hasattr(type(m), "get_rope_index")), None)
+        return cls(type(found), found.config) if found is not None else cls(None, None)
+
+    def __call__(self, row: dict[str, torch.Tensor]) -> torch.Tensor:
+        """[1, T], or [4, 1, T]: the token's number, then its time, height and width."""
+        tokens = row["input_ids"].shape[1]
+        plain = torch.arange(tokens)[None]                                       # [1, T]
+        if self.cls is None:
+            return plain
+        if not any(key.endswith("grid_thw") for key in row):
+            return plain.expand(4, 1, tokens)
+        shell = self.cls.__new__(self.cls)      # the method wants a configuration and no weight
+        torch.nn.Module.__init__(shell)
+        shell.config = self.config
+        wanted = inspect.signature(self.cls.get_rope_index).parameters.keys() - {"attention_mask"}
+        rope, _ = shell.get_rope_index(**{key: row[key] for key in wanted & row.keys()})
+        return torch.cat([plain[None], rope])                                    # [4, 1, T]
+
+
+def join(rows: list[dict[str, torch.Tensor]], positions: Positions, style: str) -> dict[str, torch.Tensor]:
+    """One encoded row of several: tokens and media behind one another, and `position_ids` that start again.
+
+    It has no attention_mask: transformers looks for borders only where there is none.
+    """
+    joined = {"position_ids": torch.cat([positions(row) for row in rows], dim=-1)}
+    for key in dict.fromkeys(key for row in rows for key in row if key != "attention_mask"):
+        if key in PER_TOKEN:
+            zeros = (torch.zeros_like(row["input_ids"]) for row in rows)
+            joined[key] = torch.cat([row.get(key, zero) for row, zero in zip(rows, zeros)], dim=1)  # [1, T]
+        elif style == "stack":
+            tiles = [row[key].transpose(0, 1) for row in rows if key in row]     # [tiles, 1, …]
+            joined[key] = cat_padded(tiles).transpose(0, 1)
+        else:
+            joined[key] = cat_padded([row[key] for row in rows if key in row])
+    first = torch.tensor([0, *(row["input_ids"].shape[1] for row in rows[:-1])]).cumsum(0)
+    joined["labels"][:, first] = IGNORE_INDEX           # no sample predicts the next one's first token
+    return joined
+
+
+@dataclass(frozen=True)
+class BlockMasks:
+    """The attention masks of packed rows, for families whose pictures attend to themselves both ways.
+
+    blocks: kind of layer -> whether pictures do so there. window: tokens that a sliding layer sees.
+    """
+    blocks: dict[str, bool]
+    window: int
+
+    @classmethod
+    def of(cls, model, kinds: tuple[str, ...]) -> "BlockMasks | None":
+        """The masks that a loaded model wants, from its record's kinds of layer; None where positions do."""
+        text = model.config.get_text_config()
+        # Gemma-4's small models have None here, and plain causal masks.
+        if not kinds or getattr(text, "use_bidirectional_attention", False) is None:
+            return None
+        return cls({kind: kind in kinds for kind in sorted({*text.layer_types})}, text.sliding_window)
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """{kind of layer: bool [B, 1, T, T]}, true where a query (third axis) sees a key (fourth)."""
+        position = batch["position_ids"]                                         # [B, T]
+        kinds = next(batch[key] for key in ("token_type_ids", "mm_token_type_ids") if key in batch)
+        sample = (position == 0).cumsum(-1)
+        picture = (kinds == 1) | (kinds == 2)
+        starts = picture & ~torch.nn.functional.pad(picture, (1, 0))[:, :-1] | picture & (position == 0)
+        block = torch.where(picture, starts.cumsum(-1), 0)
+        query, key = (slice(None), slice(None), None), (slice(None), None)
+        same_sample = sample[query] == sample[key]                               # [B, T, T]
+        causal = position[query] >= position[key]
+        same_block = (block[query] == block[key]) & picture[query]
+        near = position[query] - position[key] < self.window
+        masks = {}
+        for kind, both_ways in self.blocks.items():
+            sees = (causal | same_block if both_ways else causal) & same_sample
+            masks[kind] = (sees & near if kind == "sliding_attention" else sees)[:, None]
+        return masks
+
+
+def needs(model, family: Family) -> dict:
+    """What Samples (lib/sampler.py) need to pack for a model; a StageError where the record refuses."""
+    if family.packing:
+        raise StageError(f"sample_packing: {family.name} can't be packed: {family.packing}",
+                         "sample_packing: false, and group_by_length: true against padding")
+    return {"positions": Positions.of(model), "masks": BlockMasks.of(model, family.block_masks)}
+
+
+def leak(model, alone: list[dict[str, torch.Tensor]], packed: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """(largest relative change of a supervised hidden state from single samples to a packed row, limit).
+
+    Up to the limit it may be rounding: bfloat16's is around a hundredth, float32's a hundred-thousandth.
+    """
+    one_by_one = torch.cat([supervised_states(model, batch) for batch in alone])                  # [N, D]
+    limit = 1e-3 if one_by_one.dtype == torch.float32 else 5e-2
+    change = (supervised_states(model, packed) - one_by_one).float().norm(dim=-1)
+    return float((change / one_by_one.float().norm(dim=-1)).max()), limit
