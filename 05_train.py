@@ -24,7 +24,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import checkpoint, model, optim, packing, parallel, rehearsal, stage, terminal
+from lib import checkpoint, fast, model, optim, packing, parallel, rehearsal, stage, terminal
 from lib.chat import Encoder
 from lib.evaluate import held_out_loss
 from lib.golden import write_golden
@@ -56,7 +56,8 @@ def main(argv=None):
         # 3. Train.
         if work.config.sample_packing:
             rehearsal.prove_packing(run)
-        train(run)
+        with fast.paths(run.model, run.roles):
+            train(run)
         # 4. Save what was trained, and what a fresh process has to reproduce.
         save(run)
 
@@ -67,6 +68,7 @@ class Run:
     work: stage.Work
     world: parallel.World
     model: torch.nn.Module
+    roles: Roles
     parameters: dict[str, torch.nn.Parameter]                      # what trains
     watch: optim.GradientWatch
     optimizer: torch.optim.Optimizer
@@ -112,8 +114,8 @@ def load(work: stage.Work, world: parallel.World) -> Run:
         first_step, global_batch_size = go_on(checkpoint.read_state(newest), per_rank, world)
     room = config.sequence_len if config.sample_packing else None
     order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length)
-    return Run(work, world, net, parameters, watch, optimizer, autocast, samples, held_out, order, first_step,
-               order.total_steps(config.num_epochs, config.max_steps))
+    return Run(work, world, net, roles, parameters, watch, optimizer, autocast, samples, held_out, order,
+               first_step, order.total_steps(config.num_epochs, config.max_steps))
 
 
 def go_on(state: dict, per_rank: int, world: parallel.World) -> tuple[int, int]:

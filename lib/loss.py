@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from lib import fast
 from lib.chat import IGNORE_INDEX
 
+NOT_INPUTS = ("labels", "positions", "targets", "packed_rows")
 CHUNK = 256                               # rows of logits at once: 256 x 262k x 4 bytes = 256 MiB
 
 
@@ -52,7 +54,8 @@ def in_place_of_logits(model, batch: dict, compute):
     axis. Replacing the call, not the model, is one way for every family, and hooks on the root (FSDP2's, for
     one) run as in any forward.
     """
-    inputs = {key: value for key, value in batch.items() if key not in ("labels", "positions", "targets")}
+    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+    fast.of_batch(batch)
     head, result = model.get_output_embeddings(), []
 
     def instead(hidden):                  # [B, T, D]

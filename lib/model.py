@@ -87,18 +87,21 @@ def trained_parameters(model) -> dict[str, torch.nn.Parameter]:
 def checkpoint_trained_layers(model, roles: Roles, trained_roles: set[str]) -> int:
     """Turn on gradient checkpointing in the layers of these roles and of language; returns how many.
 
-    Language even where it is frozen, since the gradients of whatever trains pass through it. The library's
-    own switch makes every input embedding require gradients, a frozen tower's included, which then builds a
-    graph and runs twice: here it stays out. Non-reentrant (PyTorch docs, torch.utils.checkpoint).
+    Language even where it is frozen, since the gradients of whatever trains pass through it; but for its last
+    layer, whose backward is the first to run. The library's own switch makes every input embedding require
+    gradients, a frozen tower's included, which then builds a graph and runs twice: here it stays out.
+    Non-reentrant (PyTorch docs, torch.utils.checkpoint).
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
-    wanted, count = {*trained_roles, "language"}, 0
-    for name, module in model.named_modules():
-        if isinstance(module, GradientCheckpointingLayer) and roles.of(base_name(name)) in wanted:
-            module.gradient_checkpointing = True
-            module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
-            count += 1
-    return count
+    wanted = {*trained_roles, "language"}
+    layers = [(module, roles.of(base_name(name))) for name, module in model.named_modules()
+              if isinstance(module, GradientCheckpointingLayer)]
+    last = [module for module, role in layers if role == "language"][-1:]
+    layers = [module for module, role in layers if role in wanted and module not in last]
+    for module in layers:
+        module.gradient_checkpointing = True
+        module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+    return len(layers)
 
 
 # ---- full fine-tuning ----

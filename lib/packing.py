@@ -83,9 +83,11 @@ class Positions:
 def join(rows: list[dict[str, torch.Tensor]], positions: Positions, style: str) -> dict[str, torch.Tensor]:
     """One encoded row of several: tokens and media behind one another, and `position_ids` that start again.
 
-    It has no attention_mask: transformers looks for borders only where there is none.
+    It has no attention_mask: transformers looks for borders only where there is none. `packed` is the tokens
+    of each sample.
     """
-    joined = {"position_ids": torch.cat([positions(row) for row in rows], dim=-1)}
+    lengths = [row["input_ids"].shape[1] for row in rows]
+    joined = {"packed": lengths, "position_ids": torch.cat([positions(row) for row in rows], dim=-1)}
     for key in dict.fromkeys(key for row in rows for key in row if key != "attention_mask"):
         if key in PER_TOKEN:
             zeros = (torch.zeros_like(row["input_ids"]) for row in rows)
@@ -95,7 +97,7 @@ def join(rows: list[dict[str, torch.Tensor]], positions: Positions, style: str) 
             joined[key] = cat_padded(tiles).transpose(0, 1)
         else:
             joined[key] = cat_padded([row[key] for row in rows if key in row])
-    first = torch.tensor([0, *(row["input_ids"].shape[1] for row in rows[:-1])]).cumsum(0)
+    first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     joined["labels"][:, first] = IGNORE_INDEX           # no sample predicts the next one's first token
     return joined
 

@@ -160,8 +160,11 @@ class Batcher:
     masks: packing.BlockMasks | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        packed = [row.pop("packed") for row in rows if "packed" in row]
         batch = collate(rows, self.pad_id, self.style)
         batch["positions"], batch["targets"] = supervised_positions(batch["labels"])
+        if packed:
+            batch["packed_rows"] = packed
         if self.masks is not None:
             batch["attention_mask"] = self.masks(batch)
         return batch
@@ -179,5 +182,8 @@ def loader(samples: Samples, batches: Iterable[list[Row]], workers: int, device:
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """The batch on the device; pinned memory makes the copy overlap with computing."""
-    return {key: to_device(value, device) if isinstance(value, dict) else value.to(device, non_blocking=True)
-            for key, value in batch.items()}
+    def moved(value):
+        if isinstance(value, dict):
+            return {key: moved(inner) for key, inner in value.items()}
+        return value if isinstance(value, list) else value.to(device, non_blocking=True)
+    return moved(batch)

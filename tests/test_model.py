@@ -239,7 +239,7 @@ def test_a_frozen_tower_runs_once_and_without_a_graph(name, tmp_path, monkeypatc
     in_tower = {layer for layer in runs if subject.roles.of(layer) == "vision"}
     in_language = {layer for layer in runs if subject.roles.of(layer) == "language"}
     assert in_tower and all(runs[layer] == 1 for layer in in_tower) and not graphs & in_tower
-    assert len(in_language) == subject.layers == 2 and all(runs[layer] == 2 for layer in in_language)
+    assert [runs[layer] for layer in sorted(in_language)] == [2, 1] and subject.layers == 1    # the last: once
     assert loss == pytest.approx(subject.plain[0], rel=1e-6)
     assert gradients.keys() == subject.plain[1].keys()
     assert all(torch.allclose(gradients[k], g, rtol=1e-4, atol=1e-6) for k, g in subject.plain[1].items())
@@ -249,7 +249,8 @@ def test_a_frozen_tower_runs_once_and_without_a_graph(name, tmp_path, monkeypatc
 def test_gradients_pass_a_frozen_language_model_by_its_checkpoints(roles, tmp_path, monkeypatch, zoo):
     subject = Checkpointed("qwen2_5_vl", roles, tmp_path, monkeypatch, zoo)
     (loss, gradients), runs, _ = subject.step_with_counts()
-    assert all(runs[layer] == 2 for layer in runs if subject.roles.of(layer) in ("language", *roles))
+    assert [runs[layer] for layer in sorted(runs) if subject.roles.of(layer) == "language"] == [2, 1]
+    assert all(runs[layer] == 2 for layer in runs if subject.roles.of(layer) in roles)
     assert {subject.roles.of(name) for name in gradients} == set(roles)
     assert all(torch.allclose(gradients[k], g, rtol=1e-4, atol=1e-6) for k, g in subject.plain[1].items())
 
