@@ -112,6 +112,7 @@ class Recipe:
     adam_epsilon: float              = knob(1e-8, "05", "keeps AdamW's division finite", above=0)
     max_grad_norm: float             = knob(1.0, "05", "a longer gradient is scaled down to it", above=0)
     sample_packing: bool             = knob(False, "05", "fill rows of sequence_len with samples")
+    cache_vision_features: bool      = knob(False, "05", "run a frozen tower once for each picture")
     group_by_length: bool            = knob(False, "05", "samples of a step are of similar length")
     gradient_checkpointing: bool     = knob(True, "05", "compute activations again, don't keep them")
     seed: int                        = knob(42, "02 04 05", "of split, adapter, order", low=0, high=2**32 - 1)

@@ -24,7 +24,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import checkpoint, fast, model, optim, packing, parallel, rehearsal, stage, terminal
+from lib import checkpoint, fast, features, model, optim, packing, parallel, rehearsal, stage, terminal
 from lib.chat import Encoder
 from lib.evaluate import held_out_loss
 from lib.golden import write_golden
@@ -56,7 +56,9 @@ def main(argv=None):
         # 3. Train.
         if work.config.sample_packing:
             rehearsal.prove_packing(run)
-        with fast.paths(run.model, run.roles):
+        if work.config.cache_vision_features:
+            keep_features(run)
+        with fast.paths(run.model, run.roles), features.replayed(run.model):
             train(run)
         # 4. Save what was trained, and what a fresh process has to reproduce.
         save(run)
@@ -116,6 +118,18 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length)
     return Run(work, world, net, roles, parameters, watch, optimizer, autocast, samples, held_out, order,
                first_step, order.total_steps(config.num_epochs, config.max_steps))
+
+
+def keep_features(run: Run) -> None:
+    """Compute what the frozen tower makes of every picture; from here on, the samples come with it."""
+    trained = {run.roles.of(model.base_name(name)) for name in run.parameters}
+    if moving := trained & {"vision", "projector"}:
+        run.world.stop(f"cache_vision_features: {' and '.join(sorted(moving))} would train, so that the "
+                       "features change", "cache_vision_features: false, or train other roles only")
+    plan = json.loads((run.work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))
+    store = features.Store.of(run.work.run, plan, run.work.input("02_data") / "processor")
+    features.keep(store, run.model, [run.samples, run.held_out], run.world, run.autocast)
+    run.samples.store = run.held_out.store = store
 
 
 def go_on(state: dict, per_rank: int, world: parallel.World) -> tuple[int, int]:

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from lib import fast
+from lib import fast, features
 from lib.chat import IGNORE_INDEX
 
-NOT_INPUTS = ("labels", "positions", "targets", "packed_rows")
+NOT_INPUTS = ("labels", "positions", "targets", "packed_rows", "features")
 CHUNK = 256                               # rows of logits at once: 256 x 262k x 4 bytes = 256 MiB
 
 
@@ -54,7 +54,7 @@ def in_place_of_logits(model, batch: dict, compute):
     axis. Replacing the call, not the model, is one way for every family, and hooks on the root (FSDP2's, for
     one) run as in any forward.
     """
-    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS}
+    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS} | features.of_batch(batch)
     fast.of_batch(batch)
     head, result = model.get_output_embeddings(), []
 

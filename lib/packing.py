@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lib import features
 from lib.chat import IGNORE_INDEX
 from lib.collator import PER_TOKEN, cat_padded
 from lib.loss import supervised_states
@@ -89,7 +90,9 @@ def join(rows: list[dict[str, torch.Tensor]], positions: Positions, style: str) 
     lengths = [row["input_ids"].shape[1] for row in rows]
     joined = {"packed": lengths, "position_ids": torch.cat([positions(row) for row in rows], dim=-1)}
     for key in dict.fromkeys(key for row in rows for key in row if key != "attention_mask"):
-        if key in PER_TOKEN:
+        if key == "features":
+            joined[key] = features.together([row[key] for row in rows if key in row])
+        elif key in PER_TOKEN:
             zeros = (torch.zeros_like(row["input_ids"]) for row in rows)
             joined[key] = torch.cat([row.get(key, zero) for row, zero in zip(rows, zeros)], dim=1)  # [1, T]
         elif style == "stack":

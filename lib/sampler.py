@@ -13,7 +13,7 @@ import pyarrow.compute
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lib import packing
+from lib import features, packing
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.collator import collate
 from lib.loss import supervised_positions
@@ -105,11 +105,13 @@ class Samples(Dataset):
     """02's samples, encoded one by one in the DataLoader's workers and compared with what 02 measured.
 
     `samples[row]` is one encoded row. positions, masks: what packed rows also need; None without packing.
+    store: where vision features are kept, once they are.
     """
     records: object
     encoder: Encoder
     positions: packing.Positions | None = None
     masks: packing.BlockMasks | None = None
+    store: features.Store | None = None
     ids: list[str] = field(init=False)
     input_tokens: list[int] = field(init=False)
     media_tokens: list[int] = field(init=False)
@@ -132,7 +134,8 @@ class Samples(Dataset):
         return len(self.ids)
 
     def __getitem__(self, row: Row) -> dict[str, torch.Tensor]:
-        encoded = [self.encoded(index) for index in row]
+        encoded = [self.encoded(index) if self.store is None else self.store.read(self.records[index])
+                   for index in row]
         if self.positions is None:
             return encoded[0]
         return packing.join(encoded, self.positions, self.encoder.collate)
@@ -160,11 +163,13 @@ class Batcher:
     masks: packing.BlockMasks | None = None
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        packed = [row.pop("packed") for row in rows if "packed" in row]
+        packed, kept = ([row.pop(key) for row in rows if key in row] for key in ("packed", "features"))
         batch = collate(rows, self.pad_id, self.style)
         batch["positions"], batch["targets"] = supervised_positions(batch["labels"])
         if packed:
             batch["packed_rows"] = packed
+        if kept:
+            batch["features"] = features.together(kept)
         if self.masks is not None:
             batch["attention_mask"] = self.masks(batch)
         return batch
@@ -185,5 +190,7 @@ def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str,
     def moved(value):
         if isinstance(value, dict):
             return {key: moved(inner) for key, inner in value.items()}
-        return value if isinstance(value, list) else value.to(device, non_blocking=True)
+        if isinstance(value, list):
+            return [moved(inner) for inner in value]
+        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
     return moved(batch)
