@@ -115,7 +115,8 @@ def load(work: stage.Work, world: parallel.World) -> Run:
         checkpoint.load(newest, parameters, optimizer)
         first_step, global_batch_size = go_on(checkpoint.read_state(newest), per_rank, world)
     room = config.sequence_len if config.sample_packing else None
-    order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length)
+    order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length,
+                  samples.kinds)
     return Run(work, world, net, roles, parameters, watch, optimizer, autocast, samples, held_out, order,
                first_step, order.total_steps(config.num_epochs, config.max_steps))
 
@@ -226,7 +227,7 @@ def micro_batches(run: Run) -> Iterator[dict]:
 def held_out_batches(run: Run) -> Iterable[dict]:
     """This rank's share of the held-out samples, to go through at every evaluation."""
     config, world = run.work.config, run.world
-    rows = in_turn(run.held_out.input_tokens, run.order.room)
+    rows = in_turn(run.held_out, run.order.room)
     mine = run.held_out.dealt(rows, config.micro_batch_size, world.rank, world.world_size)
     return loader(run.held_out, mine, config.dataloader_num_workers, world.device)
 

@@ -17,7 +17,7 @@ def check(run, optimizer_step: Callable[..., dict]) -> None:
     """Nothing; says what a step costs and that one batch is learnt, or stops and says what is wrong."""
     config, samples, world = run.work.config, run.samples, run.world
     tokens_of = {row: sum(samples.input_tokens[index] for index in row)
-                 for row in in_turn(samples.input_tokens, run.order.room)}
+                 for row in in_turn(samples, run.order.room)}
     longest = sorted(tokens_of, key=tokens_of.get, reverse=True)[:run.order.global_batch_size]
     rate = optim.learning_rate(config, 0, run.total_steps)
     figures = optimizer_step(run, 0, longest, batches(run, longest), rate)
@@ -44,7 +44,10 @@ def check(run, optimizer_step: Callable[..., dict]) -> None:
 
 def prove_packing(run) -> None:
     """Nothing; a StageError where samples of a packed row see one another on the loaded model."""
-    samples, device = run.samples, run.world.device
+    samples, order, device = run.samples, run.order, run.world.device
+    rows = sum(len(order.of_step(step)) for step in range(order.steps_per_epoch))
+    terminal.say(f"packed: {len(samples):,} samples in {rows:,} rows of at most {order.room:,} tokens, "
+                 f"{1 - order.full():.1%} of which stay empty")
     row = next((row[:3] for row in run.order.of_step(0) if len(row) > 1), None)
     if row is None:
         return

@@ -29,13 +29,14 @@ class Order:
 
     lengths: tokens of each sample. global_batch_size: rows of a step, over all ranks and micro-batches.
     room: tokens that a row of packed samples may hold; None is a sample a row. by_length: neighbours in a
-    step are of similar length.
+    step are of similar length. kinds: of each sample, where only those of one kind may share a row.
     """
     lengths: list[int]
     global_batch_size: int
     seed: int
     room: int | None = None
     by_length: bool = False
+    kinds: list[int] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -63,17 +64,27 @@ def epoch(order: Order, number: int) -> list[Row]:
     generator = torch.Generator().manual_seed(order.seed * 1_000_003 + number)
     samples = torch.randperm(len(order.lengths), generator=generator).tolist()
     if order.room is not None:
-        rows = packing.fill(samples, order.lengths, order.room)
+        rows = packed(samples, order.lengths, order.room, order.kinds)
         return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     if order.by_length:
         samples = grouped(samples, order, generator)
     return [(index,) for index in samples]
 
 
-def in_turn(lengths: list[int], room: int | None) -> list[Row]:
+def in_turn(samples: "Samples", room: int | None) -> list[Row]:
     """Rows of all samples in their own order, packed where rows have room: for evaluation."""
-    every = range(len(lengths))
-    return [(index,) for index in every] if room is None else packing.fill(every, lengths, room)
+    every = range(len(samples))
+    if room is None:
+        return [(index,) for index in every]
+    return packed(every, samples.input_tokens, room, samples.kinds)
+
+
+def packed(samples: Iterable[int], lengths: list[int], room: int, kinds: list[int] | None) -> list[Row]:
+    """The samples in rows of at most `room` tokens, each row of one kind."""
+    groups: dict[int, list[int]] = {}
+    for index in samples:
+        groups.setdefault(kinds[index] if kinds else 0, []).append(index)
+    return [row for group in groups.values() for row in packing.fill(group, lengths, room)]
 
 
 def grouped(samples: list[int], order: Order, generator: torch.Generator) -> list[int]:

@@ -141,3 +141,10 @@ def test_packing_that_leaks_stops_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(registry, "FAMILIES", ())                      # no record: the model itself shows it
     with pytest.raises(StageError, match="see one another"):
         importlib.import_module("05_train").main(["run"])
+
+
+def test_only_samples_of_one_kind_share_a_row():
+    order = Order([5] * 40, 4, seed=1, room=20, kinds=[index % 2 for index in range(40)])
+    rows = epoch(order, 0)
+    assert sorted(index for row in rows for index in row) == list(range(40))
+    assert all(len({index % 2 for index in row}) == 1 for row in rows) and len(rows) == 10
