@@ -14,13 +14,14 @@ Fork me to: add a knob (a line in Recipe), a contradiction (a row in RULES), a w
 import argparse
 import re
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Literal
 
 from lib import stage, terminal
-from lib.checks import chat_template, data_path, filled, model_path, regex
+from lib.checks import bnb_arguments, chat_template, data_path, day, filled, model_path, name_ends, regex, size
 from lib.knobs import REQUIRED, in_words, knob, knobs_of
-from lib.ledger import write_json
+from lib.ledger import read_json, write_json
 from lib.reading import read_knobs
 from lib.recipe import Entry, read_overrides, read_recipe, read_text, written
 from lib.stage import STAGES, StageError
@@ -33,12 +34,15 @@ BadRow = Literal["error", "skip"]
 Init = Literal[True, "gaussian"]
 Kernel = Literal["sdpa", "eager"]
 Modules = str | list[str] | None
-Optimizer = Literal["adamw_torch_fused", "adamw_torch"]
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"]
+Rate = float | None
 Role = Literal["language", "vision", "audio", "projector", "cross_attention", "head", "embedding", "experts",
                "router"]
 Roles = list[Role]
+QuantisedRoles = list[Literal["language", "vision", "audio"]]
 RolesOrAll = list[Role | Literal["all"]]
 Schedule = Literal["cosine", "linear", "constant"]
+Steps = int | None
 Switch = bool | Literal["auto"]
 MODEL = "02 03 04 05 06"
 
@@ -68,9 +72,11 @@ class Recipe:
     processor_type: str | None       = knob(None, "02", "a processor class; null: by the checkpoint")
     processor_kwargs: dict           = knob({}, "02", "arguments for the processor, saved with it")
     chat_template: str | None        = knob(None, "02", "null: the checkpoint's own", check=chat_template)
+    template_date: str | None        = knob(None, "02 06", "the day it tells; null: the first one", check=day)
     load_in_4bit: bool | None        = knob(None, "03", "a frozen base in 4 bits; null: where qlora is")
     load_in_8bit: bool               = knob(False, "03", "a frozen base in 8 bits")
-    bnb_config_kwargs: dict          = knob({}, "03", "arguments for bitsandbytes' configuration")
+    quantize_roles: QuantisedRoles   = knob(["language"], "03", "whose layers get few bits", check=filled)
+    bnb_config_kwargs: dict          = knob({}, "03", "bitsandbytes' arguments", check=bnb_arguments)
     attn_implementation: Kernel      = knob("sdpa", "03", "eager is the plain and slow one")
     bf16: Switch                     = knob("auto", "03 05", "auto: where it is native; false: fp32")
 
@@ -79,6 +85,8 @@ class Recipe:
     test_datasets: Datasets | None   = knob(None, "02", "the rows to evaluate on", check=filled)
     val_set_size: int | float        = knob(0, "02", "or rows held out: how many, or a share", low=0)
     sequence_len: int                = knob(2048, "02 05", "longest sample with its media", "tokens", low=1)
+    video_fps: float                 = knob(2.0, "02", "frames taken of a clip", "per second", above=0)
+    video_max_frames: int            = knob(32, "02", "and at most so many, evenly spread", "frames", low=1)
     on_bad_row: BadRow               = knob("error", "02", "once all rows are seen: stop, or go without")
 
     # What trains
@@ -89,6 +97,7 @@ class Recipe:
     lora_target_roles: Roles         = knob(["language"], "04", "where linear layers get LoRA", check=filled)
     lora_target_linear: bool | None  = knob(None, "01", "all of them; null: if no modules are named")
     lora_target_modules: Modules     = knob(None, "04", "a regex on full names, or last names", check=regex)
+    lora_target_parameters: Modules  = knob(None, "04", "experts, by the ends of names", check=name_ends)
     peft_use_dora: bool              = knob(False, "04", "DoRA: magnitudes learned apart from directions")
     peft_use_rslora: bool            = knob(False, "04", "rsLoRA: scaled by lora_alpha / sqrt(lora_r)")
     peft_init_lora_weights: Init     = knob(True, "04", "how A begins (true: Kaiming); B begins at zero")
@@ -101,9 +110,14 @@ class Recipe:
     gradient_accumulation_steps: int = knob(1, "05", "forward passes in an optimizer step", low=1)
     num_epochs: int | float          = knob(1, "05", "passes over the data", above=0)
     max_steps: int | None            = knob(None, "05", "optimizer steps, in place of num_epochs", low=1)
-    optimizer: Optimizer             = knob("adamw_torch_fused", "05", "AdamW, in one kernel or in many")
+    optimizer: Optimizer             = knob("adamw_torch_fused", "05", "AdamW: in one kernel, many, 8 bits")
     lr_scheduler: Schedule           = knob("cosine", "05", "the rate's course after the warm-up")
+    cosine_min_lr_ratio: float       = knob(0.0, "05", "where cosine ends, as a share", low=0, below=1)
     learning_rate: float             = knob(2e-4, "05", "the highest rate", above=0)
+    learning_rate_vision: Rate       = knob(None, "05", "the vision tower's rate; null: as all", above=0)
+    learning_rate_audio: Rate        = knob(None, "05", "the audio tower's rate; null: as all", above=0)
+    learning_rate_projector: Rate    = knob(None, "05", "the projector's rate; null: as all", above=0)
+    loraplus_lr_ratio: float         = knob(1.0, "05", "LoRA+: how much faster B learns than A", above=0)
     warmup_ratio: float | None       = knob(None, "05", "share of the steps; null: 0.03", low=0, below=1)
     warmup_steps: int | None         = knob(None, "05", "or their number", low=0)
     weight_decay: float              = knob(0.0, "05", "AdamW's, on matrices", low=0)
@@ -117,6 +131,11 @@ class Recipe:
     gradient_checkpointing: bool     = knob(True, "05", "compute activations again, don't keep them")
     seed: int                        = knob(42, "02 04 05", "of split, adapter, order", low=0, high=2**32 - 1)
     golden_rows: int                 = knob(4, "05", "held-out rows whose logits 06 compares", low=1)
+    early_stopping_patience: Steps   = knob(None, "05", "evaluations without a better one; null: any", low=1)
+    load_best_model_at_end: bool     = knob(False, "05", "save the best evaluation's weights, not the last")
+    metric_for_best_model: str       = knob("eval_loss", "05", "the figure of an evaluation that decides")
+    greater_is_better: bool | None   = knob(None, "05", "null: unless the metric's name ends in loss")
+    skip_nonfinite: int              = knob(0, "05", "steps left out if the loss is no number", low=0)
     logging_steps: int               = knob(1, "05", "steps from line to line", low=1, identity=False)
     evals_per_epoch: int             = knob(1, "05", "evaluations in an epoch", low=0, identity=False)
     saves_per_epoch: int             = knob(1, "05", "checkpoints in an epoch", low=0, identity=False)
@@ -128,12 +147,19 @@ class Recipe:
     answer_rows: int                 = knob(64, "06", "held-out rows answered before and after", low=0)
     max_new_tokens: int              = knob(64, "06", "longest answer", "tokens", low=1)
     merge: bool                      = knob(False, "06", "write the merged model, too")
+    max_shard_size: str | None       = knob(None, "06", "its largest file; null: as in the base", check=size)
     output_dir: str | None           = knob(None, "01", "the run folder; null: runs/ and the recipe's name")
 
 
 # ---- knobs that need one another -------------------------------------------------------------------------
 
 MEDIA_ROLES = ("vision", "audio", "projector")
+
+
+def adapts_experts(k: Recipe) -> bool:
+    """Whether a recipe puts LoRA on experts."""
+    return bool(k.lora_target_parameters) or not k.lora_target_modules and "experts" in k.lora_target_roles
+
 
 RULES = (  # the knobs it is about; when they contradict each other; why; how to mend it
     ("load_in_4bit load_in_8bit", lambda k: k.load_in_4bit and k.load_in_8bit,
@@ -164,12 +190,21 @@ RULES = (  # the knobs it is about; when they contradict each other; why; how to
     ("lora_target_linear lora_target_modules",
      lambda k: k.lora_target_linear is False and not k.lora_target_modules and k.adapter,
      "LoRA has no target", "name modules, or remove lora_target_linear"),
+    ("lora_target_parameters lora_target_roles lora_dropout peft_use_dora",
+     lambda k: (k.lora_dropout or k.peft_use_dora) and k.adapter and adapts_experts(k),
+     "peft's LoRA on experts has no dropout and no DoRA", "lora_dropout: 0 and peft_use_dora: false"),
     ("val_set_size test_datasets", lambda k: k.val_set_size and k.test_datasets,
      "the rows to evaluate on come from one of them", "remove one of them"),
     ("val_set_size", lambda k: isinstance(k.val_set_size, float) and k.val_set_size >= 1,
      "this is neither a share below 1 nor a whole number of rows", "for example val_set_size: 0.05 or 500"),
+    ("cosine_min_lr_ratio lr_scheduler", lambda k: k.cosine_min_lr_ratio and k.lr_scheduler != "cosine",
+     "only cosine ends above zero", "lr_scheduler: cosine, or remove cosine_min_lr_ratio"),
     ("sample_packing group_by_length", lambda k: k.sample_packing and k.group_by_length,
      "packed rows are full, whatever their samples' lengths", "remove group_by_length"),
+    ("early_stopping_patience load_best_model_at_end evals_per_epoch val_set_size test_datasets",
+     lambda k: (k.early_stopping_patience or k.load_best_model_at_end)
+     and not (k.evals_per_epoch and (k.val_set_size or k.test_datasets)),
+     "nothing is evaluated, so no step is the best", "val_set_size: 0.05 with evals_per_epoch: 1"),
     ("warmup_ratio warmup_steps", lambda k: k.warmup_ratio is not None and k.warmup_steps is not None,
      "the warm-up is a share of the steps or a number of them", "remove one of them"),
 )
@@ -188,6 +223,8 @@ WARNINGS = (  # when, on a settled recipe; what seldom works about it
      "no evaluation: neither val_set_size nor test_datasets holds rows out"),
     (lambda k: k.bnb_config_kwargs and not k.load_in_4bit and not k.load_in_8bit,
      "bnb_config_kwargs: without effect, since nothing is quantised"),
+    (lambda k: k.quantize_roles != ["language"] and not k.load_in_4bit and not k.load_in_8bit,
+     "quantize_roles: without effect, since nothing is quantised"),
     (lambda k: k.revision and Path(k.base_model).is_dir(),
      "revision: without effect, since {base_model} is a folder"),
 )
@@ -203,6 +240,8 @@ def settle(values: dict, recipe_path: Path) -> Recipe:
         k.warmup_ratio = 0.03
     if k.freeze_mm_modules and k.train_roles == ["all"] and not k.adapter:
         k.train_roles = [role for role in Role.__args__ if role not in MEDIA_ROLES]
+    if k.greater_is_better is None:
+        k.greater_is_better = not k.metric_for_best_model.endswith("loss")
     k.output_dir = k.output_dir or f"runs/{recipe_path.stem}"
     return k
 
@@ -242,6 +281,14 @@ def sort_arguments(words: list[str]) -> tuple[Path, str | None, list[str]]:
     if len(paths) == 2 and Path(paths[1]).is_file():
         raise StageError(f"{paths[1]} is a file, no run folder", f"python 01_config.py {paths[0]} runs/NAME")
     return Path(paths[0]), paths[1] if len(paths) == 2 else None, overrides
+
+
+def first_day(run: Path) -> str:
+    """The day that a run's templates tell: today, kept when 01 runs again, or the samples would be others."""
+    try:
+        return read_json(run / "01_config" / "config.json")["template_date"]
+    except (StageError, KeyError):                               # there is none, or an older kit's
+        return date.today().isoformat()
 
 
 def show(k: Recipe, given: dict[str, Entry], notes: list) -> None:
@@ -293,6 +340,7 @@ def main(argv: list[str] | None = None) -> None:
     k, given, notes = configure(recipe_path, text, overrides)
     k.output_dir = run or k.output_dir
     run = Path(k.output_dir)
+    k.template_date = k.template_date or first_day(run)
 
     # Is there anything to do?
     given_words = {"recipe": str(recipe_path), "overrides": overrides}

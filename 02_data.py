@@ -1,9 +1,9 @@
-"""02_data: turn rows of conversations and pictures into samples, and show what the model will learn.
+"""02_data: turn rows of conversations, pictures, sounds and clips into samples, and show what will be learnt.
 
     python 02_data.py runs/demo [--force]
     python 02_data.py runs/demo --show 3     # prints three samples, what is trained in green
 
-Reads:  01_config/config.json; the data files and their pictures; the base model's processor and template.
+Reads:  01_config/config.json; the data files and their media; the base model's processor and template.
 Writes: 02_data/train, eval (samples, Arrow), processor/, report.json, rejects.jsonl, preview.html and .jsonl.
 Source: labels follow the chat template's own render, see lib/template.py.
 Fork me to: accept another shape of row (lib/messages.py:normalise), or train other words (lib/template.py).
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lib import media, preview, registry, samples, sources, stage, terminal
 from lib.chat import IGNORE_INDEX, Encoder
-from lib.messages import RowError, count, normalise
+from lib.messages import NOUNS, RowError, count, normalise
 from lib.plan import load_config
 from lib.processor import complete, load_processor, stop_tokens, tokenizer_of
 from lib.stage import StageError
@@ -56,6 +56,7 @@ def main(argv=None):
     counts = preview.write_report(work.path / "report.json", train, held_out, rejects)
     preview.write_previews(work.path, encoder, train, counts)
     terminal.table("02_data", ["what", "count"], [[name.replace("_", " "), n] for name, n in counts.items()])
+    preview.show_own_words(train + held_out)
     preview.show(train[:1], encoder.processor)
     work.finish()
 
@@ -79,15 +80,22 @@ def load_template_and_encoder(work) -> tuple[Template, Encoder]:
             if path.suffix in PROCESSOR_FILES:
                 work.uses(path)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    family = registry.family_of(load_config(config.base_model, **options).model_type)
+    model_config = load_config(config.base_model, **options)
+    family = registry.family_of(model_config.model_type)
     registry.require_packages(family)
     options |= config.processor_kwargs
     processor = complete(load_processor(config.base_model, config.processor_type, **options), family)
-    if config.chat_template:
+    if config.chat_template in registry.template_names():
+        registry.check_template_name(config.chat_template, family)
+        terminal.say(f"chat_template: {config.chat_template} means the checkpoint's own")
+    elif config.chat_template:
         processor.chat_template = tokenizer_of(processor).chat_template = given_template(work)
-    Encoder.of(processor, family).save(work.path / "processor")
+    clips = {"video_fps": config.video_fps, "video_max_frames": config.video_max_frames}
+    lacks = registry.kinds_without_tower(model_config)
+    Encoder.of(processor, family, lacks, **clips).save(work.path / "processor")
     encoder = Encoder.load(work.path / "processor", config.trust_remote_code)
-    return Template(encoder.processor, stop_tokens(config.base_model, processor, config.revision)), encoder
+    stops = stop_tokens(config.base_model, processor, config.revision)
+    return Template(encoder.processor, stops, config.template_date), encoder
 
 
 def given_template(work) -> str:
@@ -127,45 +135,48 @@ def samples_of(row, number: int, name: str, spec: dict, work, template: Template
     """The samples of one row (a template that rewrites earlier turns makes several), or a RowError."""
     if isinstance(row, RowError):
         raise row
-    messages, pictures = normalise(row, spec["field_messages"])
-    records, images = read_pictures(pictures, sources.root(spec), work)
+    messages, sources_of_media = normalise(row, spec["field_messages"])
+    records, opened = read_media(messages, sources_of_media, sources.root(spec), work, encoder.sampling)
     found = []
     for conversation in template.conversations(messages):
-        encoded = encode(conversation, images[:conversation.media], encoder)
+        encoded = encode(conversation, opened[:conversation.media], encoder)
         found.append({"sample_id": f"{name}.{len(found)}" if found else name, "row": number,
                       "dataset": spec["path"], "messages": json.dumps(messages, ensure_ascii=False),
                       "text": conversation.text,
                       "spans": [{"start": start, "end": end} for start, end in conversation.spans],
                       "media": records[:conversation.media], "ends_added": conversation.ends_added,
+                      "put_in": conversation.put_in, "tells_day": conversation.tells_day,
                       **lengths(encoded, encoder, work.config.sequence_len)})
     return found
 
 
-def read_pictures(pictures: list, root: Path, work) -> tuple[list[dict], list]:
-    """(media records, RGB images), or a RowError. Their files are inputs of this stage, good or bad."""
-    records, images = [], []
-    for picture in pictures:
+def read_media(messages: list[dict], given: list, root: Path, work, sampling) -> tuple[list[dict], list]:
+    """(media records, decoded media), or a RowError. Their files are inputs of this stage, good or bad."""
+    kinds = [part["type"] for message in messages for part in message["content"] if part["type"] != "text"]
+    records, opened = [], []
+    for kind, source in zip(kinds, given, strict=True):
         try:
-            record, image = media.read_medium(picture, root)
+            record, medium = media.read_medium(source, root, kind, sampling)
         except media.MediaError as error:
             if isinstance(error.name, Path) and error.name.is_file():
                 work.uses(error.name)
-            raise RowError(str(error), "replace that picture, or remove the row") from None
-        if record["path"] is not None:
-            work.uses(record["path"], sha256=record["sha256"])
+            raise RowError(str(error), f"replace that {NOUNS[kind]}, or remove the row") from None
+        for path in media.files_of(record):
+            work.uses(path, sha256=record["sha256"] if record["bytes"] is None else None)
         records.append(record)
-        images.append(image)
-    return records, images
+        opened.append(medium)
+    return records, opened
 
 
-def encode(conversation, images: list, encoder: Encoder) -> dict:
-    """The tensors of a conversation; a RowError where the processor refuses its pictures."""
+def encode(conversation, opened: list, encoder: Encoder) -> dict:
+    """The tensors of a conversation; a RowError where the processor refuses its media."""
     try:
-        return encoder.encode(conversation.text, conversation.spans, images)
+        return encoder.encode(conversation.text, conversation.spans, opened)
     except RowError:
         raise
     except ValueError as error:
-        sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
+        pictures = [medium for medium in opened if media.kind_of(medium) == "image"]
+        sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
         raise RowError(f"the processor refuses this row: {error} (pictures: {sizes or 'none'})",
                        "change the picture's size, or remove the row") from None
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import model, parallel, plan, stage, terminal
+from lib import model, parallel, plan, quant, registry, stage, terminal
 from lib.chat import Encoder
 from lib.loss import forward_loss
 from lib.sampler import Batcher, to_device
@@ -55,14 +55,15 @@ def main(argv=None):
         "sample_id": sample_id, "first_loss": loss, "random_loss": random_loss})
     terminal.say(f"loaded on {device} in {terminal.duration(seconds)}, peak memory {peak_gib:.2f} GiB; "
                  f"loss of {sample_id}: {loss:.3f} (random answers: {random_loss:.2f})")
+    explain_high_loss(loss, random_loss, registry.family_of(planned["model_type"]))
     work.finish(volatile=("load.json",))
 
 
 def print_plan(planned: dict) -> None:
     """The plan as a table by role."""
     terminal.say(f"{planned['family']}: {planned['class']} in {planned['dtype']}")
-    if quantised := planned["quantisation"]:
-        terminal.say(f"{len(quantised['linears'])} linear layers in {quantised['bits']} bits")
+    for line in quant.in_words(planned):
+        terminal.say(line)
     if planned["roles_guessed"]:
         terminal.warn(f"no record for {planned['model_type']!r}: roles are guessed by name, check them")
     paths: dict[str, list[str]] = {}
@@ -83,6 +84,12 @@ def first_forward(loaded, work, device: torch.device) -> tuple[float, str]:
     with torch.no_grad():
         loss, _ = forward_loss(loaded, batch)
     return float(loss) / len(batch["targets"]), record["sample_id"]
+
+
+def explain_high_loss(loss: float, random_loss: float, family: registry.Family) -> None:
+    """Nothing; where the first loss is above half of a guess's, what the family's record says about it."""
+    if loss > random_loss / 2 and family.first_loss_note:
+        terminal.say(f"a high first loss: {family.first_loss_note}")
 
 
 def write_json(path: Path, content: dict) -> None:

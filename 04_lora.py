@@ -12,6 +12,7 @@ import json
 from collections import Counter
 
 from lib import model, plan, stage, terminal
+from lib.adapter import adapted_experts
 from lib.roles import Roles
 from lib.stage import StageError
 
@@ -32,7 +33,7 @@ def main(argv=None):
     facts = adapter(planned, work) if work.config.adapter else full_fine_tuning(planned, work)
     # 3. Write it down; 05 trains this and compares.
     (work.path / "adapter.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    print_facts(facts, total=sum(planned["parameters"].values()))
+    print_facts(facts, planned["parameters"])
     work.finish()
 
 
@@ -50,11 +51,15 @@ def adapter(planned: dict, work) -> dict:
     return {"method": f"{method} r={config.r} alpha={config.lora_alpha}", "targets": config.target_modules,
             "modules": {role: len(names) for role, names in sorted(hits.items())},
             "trained_parameters": dict(sorted(trained.items())),
+            "experts": adapted_experts(peft_model),
             "first_hits": {role: names[:3] for role, names in sorted(hits.items())}}
 
 
 def full_fine_tuning(planned: dict, work) -> dict:
     """Facts of full fine-tuning: which roles of the base train, without what no forward reaches."""
+    if quantised := planned["quantisation"]:
+        raise StageError(f"base_model: full fine-tuning can't train the {quantised['bits']}-bit weights of "
+                         f"{planned['base_model']}", "adapter: lora")
     wanted = work.config.train_roles
     meta, roles = plan.on_meta(planned), Roles.of_plan(planned)
     there = plan.count_parameters(meta, roles, idle=False)
@@ -69,15 +74,20 @@ def full_fine_tuning(planned: dict, work) -> dict:
                       if list(module.parameters(recurse=False)) and not roles.is_idle(name))
     return {"method": "full fine-tuning", "targets": None,
             "modules": {role: modules[role] for role in chosen},
-            "trained_parameters": {role: there[role] for role in chosen}, "first_hits": {}}
+            "trained_parameters": {role: there[role] for role in chosen}, "experts": 0, "first_hits": {}}
 
 
-def print_facts(facts: dict, total: int) -> None:
-    """What trains, as a table by role."""
-    modules, trained = facts["modules"], facts["trained_parameters"]
+def print_facts(facts: dict, parameters: dict[str, int]) -> None:
+    """What trains, as a table by role, and whether the experts do."""
+    modules, trained, total = facts["modules"], facts["trained_parameters"], sum(parameters.values())
     rows = [[role, modules.get(role, 0), count, f"{count / total:.2%}"] for role, count in trained.items()]
     rows.append(["all", sum(modules.values()), sum(trained.values()), f"{sum(trained.values()) / total:.2%}"])
     terminal.table(f"what trains: {facts['method']}", ["role", "modules", "parameters", "of the base"], rows)
+    if facts["experts"]:
+        terminal.say(f"{facts['experts']} experts train, each with matrices of its own")
+    elif "experts" in parameters and "experts" not in trained:
+        terminal.say(f"no expert trains, {parameters['experts'] / total:.0%} of the base; "
+                     "lora_target_roles: [language, experts] would train them, too")
 
 
 if __name__ == "__main__":

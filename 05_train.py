@@ -6,7 +6,8 @@
 
 Reads:  02_data (samples, processor), 03_load_model/model.json, 04_lora/adapter.
 Writes: 05_train/adapter/ or model/, checkpoints/step-N/, metrics.jsonl (exact), timings.jsonl, loss.svg,
-        golden.safetensors (what the trained weights answer, for 06 to compare).
+        golden.safetensors (what the trained weights answer, for 06 to compare), trained.json (which step).
+Stops:  after Ctrl-C or SIGTERM with a checkpoint of the step, and exit code 130 or 143.
 Source: loss on generated text only, normalised over the whole optimizer step; gradient checkpointing
         (arXiv 1604.06174).
 Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the schedule (lib/optim.py), the order
@@ -14,7 +15,6 @@ Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the sche
 """
 import contextlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -24,10 +24,12 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import checkpoint, fast, features, model, optim, packing, parallel, rehearsal, stage, terminal
+from lib import checkpoint, fast, faults, features, folder, model, optim, packing, parallel, rehearsal
+from lib import stage, terminal
 from lib.chat import Encoder
 from lib.evaluate import held_out_loss
 from lib.golden import write_golden
+from lib.ledger import write_json
 from lib.loss import forward_loss
 from lib.metrics import Log
 from lib.registry import family_of
@@ -44,7 +46,9 @@ def main(argv=None):
     with parallel.world() as world:
         path = Path(world.agree(lambda: str(stage.resolve_run(args.run))))
         if args.check:
-            return rehearsal.check(load(stage.view("05_train", path), world), optimizer_step)
+            run = load(stage.view("05_train", path), world)
+            with faults.told(run):
+                return rehearsal.check(run, optimizer_step)
         # 1. Rank 0 decides whether to skip, run, resume or refuse; the others do the same.
         decision = world.agree(lambda: stage.decide("05_train", path, args.force, args.resume).to_json())
         work = stage.begin(stage.Decision.from_json(decision), leader=world.is_leader)
@@ -58,10 +62,11 @@ def main(argv=None):
             rehearsal.prove_packing(run)
         if work.config.cache_vision_features:
             keep_features(run)
-        with fast.paths(run.model, run.roles), features.replayed(run.model):
-            train(run)
-        # 4. Save what was trained, and what a fresh process has to reproduce.
-        save(run)
+        with faults.told(run):
+            with fast.paths(run.model, run.roles), features.replayed(run.model):
+                log = train(run)
+            # 4. Save what was trained, and what a fresh process has to reproduce.
+            save(run, log)
 
 
 @dataclass
@@ -80,6 +85,8 @@ class Run:
     order: Order
     first_step: int
     total_steps: int
+    skipped: int = 0                                               # steps whose loss was not finite
+    now: tuple[int, list[Row]] = (0, ())                           # step and micro-batch, for messages
 
 
 def load(work: stage.Work, world: parallel.World) -> Run:
@@ -105,15 +112,14 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     packed = packing.needs(net, family_of(plan["model_type"])) if config.sample_packing else {}
     samples, held_out = (Samples(datasets.load_from_disk(data / part), encoder, **packed)
                          for part in ("train", "eval"))
-    watch = optim.GradientWatch(role_of, data_have_media=any(samples.media_tokens))
+    watch = optim.GradientWatch(role_of, kinds_in_data=set().union(*samples.media))
     # The optimizer, the checkpoint to go on from, and the order of the samples, which it fixes.
-    optimizer = optim.make_optimizer(list(parameters.values()), config)
+    optimizer = optim.make_optimizer(parameters, role_of, config)
     first_step, per_rank = 0, config.micro_batch_size * config.gradient_accumulation_steps
     global_batch_size = per_rank * world.world_size
-    if work.resuming:
-        newest = stage.newest_checkpoint(work.path)
-        checkpoint.load(newest, parameters, optimizer)
-        first_step, global_batch_size = go_on(checkpoint.read_state(newest), per_rank, world)
+    if work.checkpoint:
+        checkpoint.load(work.checkpoint, parameters, optimizer)
+        first_step, global_batch_size = go_on(checkpoint.read_state(work.checkpoint), per_rank, world)
     room = config.sequence_len if config.sample_packing else None
     order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length,
                   samples.kinds)
@@ -144,15 +150,22 @@ def go_on(state: dict, per_rank: int, world: parallel.World) -> tuple[int, int]:
 
 # ---- the loop ----
 
-def train(run: Run) -> None:
-    """Optimizer steps from the first one to do until the last, with evaluation and checkpoints on the way."""
+def train(run: Run) -> Log:
+    """The log of all optimizer steps from the first one to do, with evaluation and checkpoints on the way."""
     config, per_epoch, total = run.work.config, run.order.steps_per_epoch, run.total_steps
     log = Log(run.work.path, run.world, per_epoch, run.first_step)
+    run.skipped = log.skipped_steps()
     batches, held_out = micro_batches(run), held_out_batches(run)
-    with terminal.Progress("training", total, done=run.first_step) as progress:
+    progress = terminal.Progress("training", total, done=run.first_step)
+    saves = checkpoint.Writer(run.work.path, config.save_total_limit)
+    with progress, saves, stage.asked_to_stop() as asked:
         if run.first_step == 0:
             evaluate(run, held_out, log, step=0)
         for step in range(run.first_step, total):
+            if log.patience_is_over(config):
+                best = f"step {log.best(config)['step']} has the best {config.metric_for_best_model}"
+                terminal.say(f"early stopping: {best}, {config.early_stopping_patience} evaluations ago")
+                break
             rate = optim.learning_rate(config, step, total)
             figures = optimizer_step(run, step, run.order.of_step(step), batches, rate)
             log.step(step + 1, figures)
@@ -160,10 +173,18 @@ def train(run: Run) -> None:
                 progress.update(step + 1, **log.line())
             if due(step + 1, per_epoch, config.evals_per_epoch, total):
                 evaluate(run, held_out, log, step + 1)
-            if due(step + 1, per_epoch, config.saves_per_epoch, total, config.save_steps):
-                log.sync()
-                save_checkpoint(run, step + 1)
+            saves.look()
+            stop = run.world.most(asked.signal)
+            end = step + 1 if log.patience_is_over(config) else total
+            if (due(step + 1, per_epoch, config.saves_per_epoch, end, config.save_steps)
+                    or stop or step + 1 in to_keep(run, log)):
+                save_checkpoint(run, saves, log, step + 1)
+            if stop:
+                saves.wait()
+                run.world.barrier()
+                raise KeyboardInterrupt(stop)
     log.draw()
+    return log
 
 
 def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict], rate: float) -> dict:
@@ -179,8 +200,8 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
     shares = [samples.dealt(rows, config.micro_batch_size, rank, world.world_size) for rank in ranks]
     found = torch.zeros(len(shares), max(map(len, shares)), 2, device=world.device)  # [rank, batch, figure]
     torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)   # dropout repeats when resumed
-    for number in range(len(shares[world.rank])):
-        asked = time.monotonic()
+    for number, micro_batch in enumerate(shares[world.rank]):
+        run.now, asked = (step, micro_batch), time.monotonic()
         batch = next(batches)
         waited += time.monotonic() - asked
         tokens += batch["input_ids"].numel()
@@ -189,30 +210,19 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
         (loss / step_tokens).backward()
         found[world.rank, number] = torch.stack([loss.detach(), right])
     world.sum_gradients(run.parameters.values())
-    run.watch.look(run.parameters, world, any(samples.media_tokens[index] for row in rows for index in row))
+    kinds = {kind for row in rows for index in row for kind in samples.media[index]}
+    run.watch.look(run.parameters, world, kinds)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
     found, norm = world.sum(found).tolist(), float(norm)          # the step's one wait for the device
-    stop_if_not_finite(run, step, shares, found, norm)
+    if not (skipped := faults.not_finite(run, step, shares, found, norm)):
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate * group["share"]
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
     loss, right = (sum(micro_batch[i] for share in found for micro_batch in share) for i in (0, 1))
     return {"loss": loss / step_tokens, "token_accuracy": right / step_tokens, "learning_rate": rate,
             "grad_norm": norm, "supervised_tokens": step_tokens, "tokens": tokens, "waited": waited,
-            "seconds": time.monotonic() - began}
-
-
-def stop_if_not_finite(run: Run, step: int, shares: list, found: list, norm: float) -> None:
-    """Nothing; a StageError names the samples of the micro-batches whose loss is no finite number."""
-    bad = [index for share, losses in zip(shares, found)
-           for batch, (loss, _) in zip(share, losses) if not math.isfinite(loss)
-           for row in batch for index in row]
-    if bad or not math.isfinite(norm):
-        what = f"a loss that is not finite, on {len(bad)} samples" if bad else f"gradient norm {norm}"
-        every = [index for row in run.order.of_step(step) for index in row]
-        named = ", ".join(run.samples.ids[index] for index in (bad or every)[:8])
-        run.world.stop(f"step {step + 1}: {what}: {named}", "look at these rows; else lower learning_rate")
+            "seconds": time.monotonic() - began, "skipped": skipped}
 
 
 def micro_batches(run: Run) -> Iterator[dict]:
@@ -243,32 +253,53 @@ def due(step: int, steps_per_epoch: int, per_epoch: int, total: int, every: int 
 
 def evaluate(run: Run, batches: Iterable[dict], log: Log, step: int) -> None:
     """Loss on the held-out samples, written to metrics.jsonl; nothing where there are none."""
-    if len(run.held_out) and run.work.config.evals_per_epoch:
-        log.write({"step": step, **held_out_loss(run.model, batches, run.world, run.autocast)})
+    config = run.work.config
+    if len(run.held_out) and config.evals_per_epoch:
+        found = held_out_loss(run.model, batches, run.world, run.autocast)
+        if config.metric_for_best_model not in found:
+            run.world.stop(f"metric_for_best_model: {config.metric_for_best_model} is no evaluation's figure",
+                           f"in 01_config.py: metric_for_best_model={' or '.join(found)}")
+        log.write({"step": step, **found})
 
 
 # ---- saving ----
 
-def save_checkpoint(run: Run, step: int) -> None:
-    """checkpoints/step-N, by rank 0; the others wait, so that no rank runs ahead into a failing disk."""
+def save_checkpoint(run: Run, saves: checkpoint.Writer, log: Log, step: int) -> None:
+    """Nothing; rank 0 begins to write checkpoints/step-N."""
     if run.world.is_leader:
-        folder = run.work.path / "checkpoints"
         state = {"global_batch_size": run.order.global_batch_size, "world_size": run.world.world_size}
-        checkpoint.save(folder, step, run.parameters, run.optimizer, state)
-        checkpoint.prune(folder, run.work.config.save_total_limit)
-    run.world.barrier()
+        saves.save(step, run.parameters, run.optimizer, state, also_keep=to_keep(run, log))
 
 
-def save(run: Run) -> None:
-    """adapter/ or model/, then golden.safetensors: what the saved weights answer in a plain forward."""
+def to_keep(run: Run, log: Log) -> set[int]:
+    """The step of the best evaluation so far, if its weights are to be the result."""
+    best = log.best(run.work.config) if run.work.config.load_best_model_at_end else None
+    return {best["step"]} if best else set()
+
+
+def save(run: Run, log: Log) -> None:
+    """adapter/ or model/ of the last step or the best, trained.json, golden.safetensors.
+
+    trained.json says which step it is; the golden file, what the saved weights answer in a plain forward.
+    """
+    run.world.barrier()                   # some rank may still be reading the checkpoint that is moved here
     if run.world.is_leader:
-        net, config, folder = run.model.eval(), run.work.config, run.work.path
+        net, config, path = run.model.eval(), run.work.config, run.work.path
+        origin = {"step": log.steps, "trained_steps": log.steps, "planned_steps": run.total_steps}
+        for step in to_keep(run, log) - {log.steps}:
+            best, origin["step"] = path / "checkpoints" / f"step-{step}", step
+            if words := folder.damage(best):
+                raise stage.StageError(f"{best}, the best one, is damaged: {words}",
+                                       "to save the last step's weights: 01_config.py with "
+                                       "load_best_model_at_end=false, then 05_train.py --resume")
+            checkpoint.load_weights(best, run.parameters)
         if config.adapter is None:
-            weights = model.save_full(net, folder / "model")
+            weights = model.save_full(net, path / "model")
         else:
-            weights = model.save_adapter(net, folder / "adapter")
+            weights = model.save_adapter(net, path / "adapter")
+        write_json(path / "trained.json", origin | {"best": log.best(config)})
         rows = run.held_out if len(run.held_out) else run.samples
-        write_golden(net, weights, rows, config.golden_rows, folder / "golden.safetensors")
+        write_golden(net, weights, rows, config.golden_rows, path / "golden.safetensors")
         run.work.finish(volatile=("checkpoints", "timings.jsonl"))
     run.world.barrier()
 

@@ -1,7 +1,7 @@
 """06_save: export what was trained, prove in a fresh process that it works, and show what it learnt.
 
     python 06_save.py runs/demo [--force]
-    python 06_save.py runs/demo --ask photo.jpg "What is this?"     # before and after; writes nothing
+    python 06_save.py runs/demo --ask photo.jpg "What is this?"     # or speech.wav, clip.mp4; writes nothing
 
 Reads:  05_train (adapter or model, golden.safetensors, metrics.jsonl), 02_data, 03_load_model/model.json,
         04_lora/adapter.json.
@@ -32,7 +32,8 @@ from lib.template import Template
 def main(argv=None):
     """Export, merge if asked, prove, answer, report."""
     parser = stage.arguments(__doc__)
-    parser.add_argument("--ask", nargs="+", metavar="PHOTO", help="pictures, then a question: only answer")
+    parser.add_argument("--ask", nargs="+", metavar="FILE",
+                        help="pictures, sounds, clips, then a question: only answer, before and after")
     args = parser.parse_args(argv)
     run = stage.resolve_run(args.run)
     if args.ask:
@@ -73,7 +74,7 @@ def export(work, plan: dict, encoder: Encoder) -> list[Path]:
     shutil.copytree(trained, folders[0])
     if work.config.merge and work.config.adapter:
         folders.append(work.path / "merged")
-        merge.write_merged(plan, trained, folders[1])
+        merge.write_merged(plan, trained, folders[1], work.config.max_shard_size)
     for folder in folders:
         encoder.processor.save_pretrained(folder)
     return folders
@@ -92,15 +93,16 @@ def describe(work, plan: dict, check: dict, exports: list[Path]) -> None:
     """README.md in every export, and the first one's beside them."""
     counts = read_json(work.input("02_data") / "report.json")["counts"]
     trained = read_json(work.input("04_lora") / "adapter.json")
+    day = work.config.template_date if counts["rows_that_tell_the_day"] else None
     for folder in exports:
-        card = model_card(folder.name, plan, counts, trained, check)
+        card = model_card(folder.name, plan, counts, trained, check, day)
         (folder / "README.md").write_text(card, encoding="utf-8")
     shutil.copy(exports[0] / "README.md", work.path / "README.md")
 
 
 def answer_cards(rows: list[dict], answers: list[dict]) -> list[dict]:
     """The rows as lib/report.py shows them: pictures, question, reference, both answers with their marks."""
-    return [{"pictures": [media.open_image(medium) for medium in row["media"]],
+    return [{"pictures": [media.poster(medium) for medium in row["media"]],
              "question": last_question(json.loads(row["messages"])), "reference": row["reference"], **found,
              **{f"{which}_right": bool(exact_match([found[which]], [row["reference"]])) for which in found}}
             for row, found in zip(rows, answers, strict=True)]
@@ -167,29 +169,40 @@ def say_results(check: dict) -> None:
 
 # ---- try it ----
 
-def ask(work, photos: list[str], question: str) -> None:
-    """The view `--ask`: the answer to a question about some pictures, before and after training."""
-    plan, trained = read_json(work.input("03_load_model") / "model.json"), work.input("05_train")
-    encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
-    content = [*({"type": "image"} for _ in photos), {"type": "text", "text": question}]
-    try:
-        pictures = [media.read_medium(photo, Path())[1] for photo in photos]
-        template = Template(encoder.processor)
-        text = template.render([{"role": "user", "content": content}], prompt=True)
-    except (MediaError, RowError) as error:
-        raise StageError(f"--ask: {error}", "pictures come first, then one question in quotes") from None
+def prompt_about(files: list[str], question: str, encoder: Encoder, template: Template) -> tuple[str, list]:
+    """(the prompt of a question about media, these decoded); a StageError where it can't be asked."""
     if found := template.special.search(question):
         raise StageError(f"--ask: the question spells the special token {found.group()!r}", "ask without it")
+    kinds = [media.KIND_OF.get(Path(file).suffix.lower(), "image") for file in files]
+    content = [*({"type": kind} for kind in kinds), {"type": "text", "text": question}]
+    try:
+        if unknown := set(kinds) - set(template.placeholders):
+            raise RowError(f"base_model takes no {unknown.pop()}", "ask about another file")
+        opened = [media.read_medium(file, Path(), kind, encoder.sampling)[1]
+                  for file, kind in zip(files, kinds)]
+        text = template.render([{"role": "user", "content": content}], prompt=True)
+        encoder.encode(text, [], opened)                       # refused here, before the model is loaded
+    except (MediaError, RowError) as error:
+        raise StageError(f"--ask: {error}", "files come first, then one question in quotes") from None
+    return text, opened
+
+
+def ask(work, files: list[str], question: str) -> None:
+    """The view `--ask`: the answer to a question about some media, before and after training."""
+    plan, trained = read_json(work.input("03_load_model") / "model.json"), work.input("05_train")
+    encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
+    template = Template(encoder.processor, day=work.config.template_date)
+    text, opened = prompt_about(files, question, encoder, template)
     device, answers = parallel.pick_device(), []
     base = model.load(plan, device, mode="inference")
     with quiet():
-        answers.append(["before", generate(base, encoder, text, pictures, work.config.max_new_tokens)])
+        answers.append(["before", generate(base, encoder, text, opened, work.config.max_new_tokens)])
         if work.config.adapter is None:
             tuned = plan | {"base_model": str(trained / "model"), "revision": None}
             tuned = model.load(tuned, device, mode="inference")
         else:
             tuned = model.attach(base, trained / "adapter", trainable=False).eval()
-        answers.append(["after", generate(tuned, encoder, text, pictures, work.config.max_new_tokens)])
+        answers.append(["after", generate(tuned, encoder, text, opened, work.config.max_new_tokens)])
     terminal.table(question, ["model", "answer"], answers)
 
 

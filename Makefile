@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 RECIPE ?= recipes/demo.yaml
+BENCH ?=
 RUN ?= runs/$(basename $(notdir $(RECIPE)))
 GPUS ?= 1
 DEMO := runs/demo
@@ -12,7 +13,7 @@ DEMO := runs/demo
 export OMP_WAIT_POLICY ?= passive
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test run demo-base clean
+.PHONY: demo test run demo-base bench bench-gpu clean
 
 demo: .venv/ready
 	$(BIN)/python recipes/demo/data.py digits data/demo
@@ -39,6 +40,19 @@ demo-base: .venv/ready
 	$(BIN)/python recipes/demo/make_base.py data/demo_base
 	$(MAKE) --no-print-directory run RECIPE=recipes/demo_base.yaml RUN=runs/demo_base
 
+# Our training step against TRL's, on this machine with one thread; bench/README.md says what is fair about it.
+bench: .venv-bench/ready
+	OMP_NUM_THREADS=1 .venv-bench/bin/python -m bench.against_trl $(BENCH)
+
+# Real sizes with random weights on one GPU, within 10 minutes.
+bench-gpu: .venv-bench/ready
+	.venv-bench/bin/python -m bench.gpu $(BENCH)
+
+.venv-bench/ready: requirements.txt requirements-bench.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	touch $@
+
 .venv/ready: requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else 'Python 3.11 to 3.13 is needed')"
 	$(PYTHON) -m venv .venv
@@ -46,4 +60,4 @@ demo-base: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv .venv-bench runs data

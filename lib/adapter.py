@@ -1,4 +1,4 @@
-"""adapter: which layers get LoRA, and peft's adapter on them, made on a base that may be on meta.
+"""adapter: which layers and experts get LoRA, and peft's adapter on them, made on a base that may be on meta.
 
 Fork me to: use another PEFT method (`lora_config`), or choose layers by another rule (`target_names`).
 """
@@ -14,15 +14,16 @@ from lib.stage import StageError
 
 
 def put_on(model, plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
-    """(PEFT model whose adapter tensors are real, float32 and seeded, role -> names of the layers hit).
+    """(PEFT model whose adapter tensors are real, float32 and seeded, role -> names of what is adapted).
 
     The base may be on meta and then stays there, but for DoRA, whose magnitudes are norms of its weights.
     """
     from peft import get_peft_model
     roles, hollow = Roles.of_plan(plan), model.device.type == "meta"
-    names = target_names(model, roles, knobs)
-    targets = as_regex(names, [name for name, _ in model.named_modules()])
-    config = lora_config(knobs, targets)
+    names, experts = target_names(model, roles, knobs), expert_names(model, roles, knobs)
+    targets = as_regex(names, [name for name, _ in model.named_modules()]) if names else []
+    parameters = as_ends(experts, [name for name, _ in model.named_parameters()])
+    config = lora_config(knobs, targets, parameters)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(knobs.seed)
         try:
@@ -33,11 +34,11 @@ def put_on(model, plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
         if hollow:
             materialise(peft_model, config)
     # peft would write the folder the base was loaded from, which is of no use to others and may say too much,
-    # and for some families a set in place of the regex, which has another order in every process.
+    # and for some families sets in place of regex and list, which have another order in every process.
     config.base_model_name_or_path, config.revision = public_name(plan), plan["revision"]
-    config.target_modules = targets
+    config.target_modules, config.target_parameters = targets, parameters
     hits = adapter_hits(peft_model, roles)
-    if odd := set(names) ^ {name for found in hits.values() for name in found}:
+    if odd := {*names, *experts} ^ {name for found in hits.values() for name in found}:
         raise StageError(f"adapter: peft adapts other layers than asked, such as {sorted(odd)[0]}",
                          "name only attention layers in lora_target_modules")
     return peft_model, hits
@@ -53,10 +54,10 @@ def target_names(model, roles: Roles, knobs) -> list[str]:
     if asked is None:
         family = registry.family_of(model.config.model_type)
         names = lora_linears(model, roles, family, tuple(knobs.lora_target_roles))
-        if not names:
+        if not names and not by_role(knobs):
             raise StageError(f"lora_target_roles: no linear layer in {', '.join(knobs.lora_target_roles)}",
                              f"choose among {', '.join(sorted(set(roles.paths.values())))}")
-        if without := set(knobs.lora_target_roles) - {roles.of(name) for name in names}:
+        if without := set(knobs.lora_target_roles) - {roles.of(name) for name in names} - {"experts"}:
             terminal.warn(f"lora_target_roles: no linear layer in {', '.join(sorted(without))}")
         return names
     pattern = asked if isinstance(asked, str) else rf"(?:.*\.)?(?:{'|'.join(map(re.escape, asked))})"
@@ -69,6 +70,40 @@ def target_names(model, roles: Roles, knobs) -> list[str]:
         raise StageError(f"lora_target_modules: {asked!r} matches no layer of {type(model).__name__}",
                          f"leave it out, or write names like {default_names(model, roles)[0]}")
     return reached
+
+
+def expert_names(model, roles: Roles, knobs) -> list[str]:
+    """Full names of the experts' parameters that LoRA adapts: 3-D ones, which hold a matrix for each expert.
+
+    The role experts asks for all of them, lora_target_parameters for those whose names end so, as in peft.
+    """
+    ends = knobs.lora_target_parameters or []
+    if not ends and not by_role(knobs):
+        return []
+    knob, fix = (("lora_target_parameters", "leave it out") if ends else
+                 ("lora_target_roles", "leave experts out"))
+    there = [name for name, parameter in model.named_parameters()
+             if parameter.ndim == 3 and roles.of(name) == "experts"]
+    family = registry.family_of(model.config.model_type)
+    if not ends and lora_linears(model, roles, family, ("experts",)):
+        return there                               # experts that are linear layers, each for itself
+    if reason := family.expert_lora or ("" if there else "this checkpoint has no experts in 3-D parameters"):
+        raise StageError(f"{knob}: {family.name}: {reason}", fix)
+    for end in ends:
+        if not any(name_ends(name, end) for name in there):
+            raise StageError(f"{knob}: {end!r} matches no experts of {type(model).__name__}",
+                             f"write {', '.join(as_ends(there, there))}")
+    return [name for name in there if by_role(knobs) or any(name_ends(name, end) for end in ends)]
+
+
+def by_role(knobs) -> bool:
+    """Whether a recipe asks for all experts."""
+    return knobs.lora_target_modules is None and "experts" in knobs.lora_target_roles
+
+
+def name_ends(name: str, end: str) -> bool:
+    """Whether a parameter's name ends with these whole parts, which is how peft matches."""
+    return f".{name}".endswith(f".{end}")
 
 
 def default_names(model, roles: Roles) -> list[str]:
@@ -95,11 +130,19 @@ def grouped(names: list[str], number: str | None = None) -> list[str]:
     return [stem + (f"({'|'.join(last)})" if len(last) > 1 else last[0]) for stem, last in last_parts.items()]
 
 
-def lora_config(knobs, targets: str):
+def as_ends(names: list[str], among: list[str]) -> list[str] | None:
+    """The ends of names, such as experts.down_proj, that hit exactly these of a model's parameters."""
+    ends = sorted({".".join(name.split(".")[-2:]) for name in names})
+    hit = {name for name in among if any(name_ends(name, end) for end in ends)}
+    return (ends if hit == set(names) else sorted(names)) or None
+
+
+def lora_config(knobs, targets: str | list, parameters: list[str] | None):
     """peft's LoraConfig for a recipe."""
     from peft import LoraConfig
     return LoraConfig(r=knobs.lora_r, lora_alpha=knobs.lora_alpha, lora_dropout=knobs.lora_dropout,
-                      target_modules=targets, use_dora=knobs.peft_use_dora, use_rslora=knobs.peft_use_rslora,
+                      target_modules=targets, target_parameters=parameters,
+                      use_dora=knobs.peft_use_dora, use_rslora=knobs.peft_use_rslora,
                       init_lora_weights=knobs.peft_init_lora_weights, bias="none")
 
 
@@ -115,13 +158,24 @@ def materialise(peft_model, config) -> None:
 
 
 def adapter_hits(peft_model, roles: Roles) -> dict[str, list[str]]:
-    """Role -> names of the base's modules that carry an adapter."""
+    """Role -> names of the base's modules, and of the experts' parameters, that carry an adapter."""
+    from peft.tuners.lora import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
     hits: dict[str, list[str]] = {}
     for name, module in peft_model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            hits.setdefault(roles.of(base_name(name)), []).append(base_name(name))
+            hit = base_name(name)
+            if isinstance(module, ParamWrapper):   # one for each parameter, nested in one another
+                hit += f".{module.parameter_name}"
+            hits.setdefault(roles.of(hit), []).append(hit)
     return hits
+
+
+def adapted_experts(peft_model) -> int:
+    """How many experts carry an adapter, over all layers."""
+    from peft.tuners.lora import ParamWrapper
+    return sum({base_name(name): module.num_experts for name, module in peft_model.named_modules()
+                if isinstance(module, ParamWrapper)}.values())
 
 
 def base_name(name: str) -> str:

@@ -23,14 +23,16 @@ SPELLINGS = {  # an older key: the knob and value it means where it is switched 
 REPLACED = {  # a knob: its values, what they become, why that is the same
     "attn_implementation": ("flash flash_attention_2 flash_attention_3 flex_attention xformers", "sdpa",
                             "another kernel with the same result"),
+    "optimizer": ("adamw_8bit", "adamw_bnb_8bit", "the same one under another name"),
+    "lr_scheduler": ("constant_with_warmup", "constant", "every schedule here begins with the warm-up"),
 }
 
 REFUSED = {  # a knob: its values, why they can't be had, the value that can
-    "optimizer": ("adamw_bnb_8bit adamw_8bit adamw_torch_8bit adamw_torch_4bit adamw_torch_fp8 paged_adamw "
-                  "paged_adamw_8bit paged_adamw_32bit adamw_apex_fused adamw_hf adafactor lion_8bit "
-                  "lion_32bit sgd muon galore_adamw schedule_free_adamw optimi_adamw",
+    "optimizer": ("adamw_torch_8bit adamw_torch_4bit adamw_torch_fp8 paged_adamw paged_adamw_32bit "
+                  "adamw_apex_fused adamw_hf adafactor lion_8bit lion_32bit sgd muon galore_adamw "
+                  "schedule_free_adamw optimi_adamw",
                   "is not built yet, and its steps are others", "adamw_torch_fused"),
-    "lr_scheduler": ("constant_with_warmup cosine_with_restarts cosine_with_min_lr polynomial rex one_cycle "
+    "lr_scheduler": ("cosine_with_restarts cosine_with_min_lr polynomial rex one_cycle "
                      "inverse_sqrt warmup_stable_decay", "is not built yet", "cosine"),
     "gradient_checkpointing": ("offload offload_disk unsloth", "is not built yet", True),
     "peft_init_lora_weights": ("pissa olora loftq eva corda",
@@ -49,10 +51,9 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "gptq": ("a GPTQ base", False),
     "quantize_moe_experts": ("quantised experts", False),
     "llama4_linearized_experts": ("a rewritten Llama-4", False),
-    "lora_target_parameters": ("LoRA on bare parameters",),
     "lora_modules_to_save": ("whole modules saved with the adapter",),
     "lora_model_dir": ("training an adapter further",),
-    "loraplus_*": ("LoRA+",),
+    "loraplus_lr_embedding": ("another rate for embeddings",),
     "unfrozen_parameters": ("training by parameter name; train_roles chooses by part",),
     "image_size": ("another resolution; processor_kwargs can set what the processor knows",),
     "image_resize_algorithm": ("another way to resize",),
@@ -72,12 +73,10 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "deepspeed": ("sharding over ranks",),
     "resume_from_checkpoint": ("going on from another run's checkpoint", False, True),
     "eval_steps": ("evaluating by steps; evals_per_epoch does it by epochs",),
-    "early_stopping_patience": ("early stopping",),
     "neftune_noise_alpha": ("noise on embeddings",),
     "torch_compile": ("compiled layers", False),
     "shuffle_merged_datasets": ("rows in the order of their files", True),
     "lr_scheduler_kwargs": ("other schedules",),
-    "cosine_min_lr_ratio": ("other schedules",),
     "plugins": ("other plugins than the kernels that are replaced anyway",
                 "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
                 "axolotl.integrations.liger.LigerPlugin", "axolotl.integrations.kernels.KernelsPlugin"),

@@ -27,10 +27,11 @@ processor = AutoProcessor.from_pretrained(FOLDER)""",
 }
 
 
-def model_card(kind: str, plan: dict, counts: dict, trained: dict, check: dict) -> str:
+def model_card(kind: str, plan: dict, counts: dict, trained: dict, check: dict, day: str | None) -> str:
     """The card of an adapter, model or merged model, as Markdown; it tells no path of this machine.
 
-    counts: 02's report; trained: 04's adapter.json; check: 06's check.json.
+    counts: 02's report; trained: 04's adapter.json; check: 06's check.json; day: what the chat template told
+    in training, if it tells the day.
     """
     base, adapter, scores = public_name(plan), kind == "adapter", check["exact_match"]
     sees = {"vision", "audio"} & plan["parameters"].keys()
@@ -43,6 +44,8 @@ def model_card(kind: str, plan: dict, counts: dict, trained: dict, check: dict) 
     if check["rows"]:
         results = (f"Exact match by greedy generation on {check['rows']} held-out rows: {scores['base']:.1%} "
                    f"before, {scores['tuned']:.1%} after.")
+    clock = (f" Its chat template writes today's date into a prompt; in training that was {day}."
+             if day else "")
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     return f"""---
 base_model: {base}
@@ -68,7 +71,7 @@ A {what} `{base}`{revision}.
 ## Made from
 
 {counts["train_samples"]:,} samples; {counts["held_out_samples"]:,} were held out, and \
-{counts["rejected_rows"]:,} rows rejected. Method: {trained["method"]}.
+{counts["rejected_rows"]:,} rows rejected. Method: {trained["method"]}.{clock}
 
 Versions: {versions}. The licence is the base model's, together with that of the data.
 """

@@ -1,4 +1,4 @@
-"""chat: a rendered conversation and its pictures as tensors, by the checkpoint's own processor.
+"""chat: a rendered conversation and its media as tensors, by the checkpoint's own processor.
 
 `Encoder` is the one way from a sample to ids, labels and media tensors: 02 measures and shows with it, 05's
 workers train with it, 06 asks with it. Labels follow characters: a token is trained if all of it lies in a
@@ -7,16 +7,18 @@ trained span of the text.
 import functools
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
 
 from lib import registry
-from lib.media import open_image
-from lib.messages import RowError
-from lib.processor import KINDS, adds_first_token, load_processor, placeholders, special_tokens, tokenizer_of
+from lib.media import Sampling, kind_of, open_medium
+from lib.messages import NOUNS, RowError
+from lib.processor import (
+    KINDS, adds_first_token, load_processor, media_arguments, placeholders, special_tokens, tokenizer_of)
 from lib.spans import after_replacing, covered, moved, spans_of_tokens, straddled
+from lib.stage import StageError
 
 IGNORE_INDEX = -100                       # what torch's cross-entropy skips
 
@@ -28,34 +30,50 @@ class Encoder:
     collate: how the family's media tensors make a batch, for lib/collator.py.
     batch: which samples may share a batch, for lib/sampler.py.
     never_trained: ids that are out of the labels wherever they stand (media placeholders and their wrappers).
+    lacks: the kinds of media for which this checkpoint has no tower, although its processor takes them.
+    longest_sound_seconds: what the processor would cut off silently, so that it is refused.
+    one_kind: whether pictures and clips can't stand in one row.
+    sampling: how sounds and clips are decoded.
     """
     processor: object
     collate: str
     batch: str
     never_trained: tuple[int, ...]
+    lacks: tuple[str, ...] = ()
+    longest_sound_seconds: float | None = None
+    one_kind: bool = False
+    sampling: Sampling = field(default_factory=Sampling)
 
     @classmethod
-    def of(cls, processor, family: registry.Family) -> "Encoder":
-        """The encoder of a family's processor."""
+    def of(cls, processor, family: registry.Family, lacks: tuple[str, ...] = (), **sampling) -> "Encoder":
+        """The encoder of a family's processor; `sampling` are those fields of media.Sampling for clips."""
         tokenizer = tokenizer_of(processor)
+        if processor is not tokenizer and not placeholders(processor):
+            raise StageError(f"base_model: its {type(processor).__name__} doesn't say which token stands for "
+                             "a picture", "choose another base_model: that token could end up in the labels")
         ids = {i for kind in KINDS for i in getattr(processor, f"{kind}_token_ids", [])}
         tokens = (*family.wrappers, *placeholders(processor).values())
         ids |= {tokenizer.convert_tokens_to_ids(token) for token in tokens}
         ids -= {None, tokenizer.unk_token_id}
-        return cls(processor, family.collate, family.batch, tuple(sorted(ids)))
+        extractors = [getattr(processor, part, None) for part in KINDS["audio"]]
+        rate = {"sampling_rate": extractor.sampling_rate for extractor in extractors if extractor}
+        return cls(processor, family.collate, family.batch, tuple(sorted(ids)), lacks,
+                   family.longest_sound_seconds, family.one_kind, Sampling(**rate, **sampling))
 
     def save(self, folder: Path) -> None:
         """Write processor and encoder facts, so that `load` gives the same encoder in any later process."""
         self.processor.save_pretrained(folder)
-        facts = {"collate": self.collate, "batch": self.batch, "never_trained": list(self.never_trained)}
+        facts = {fact.name: getattr(self, fact.name) for fact in fields(self) if fact.name != "processor"}
+        facts["sampling"] = asdict(self.sampling)
         (folder / "encoder.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path, trust_remote_code: bool = False) -> "Encoder":
         """The encoder that 02 saved in its processor folder."""
         facts = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-        processor = load_processor(folder, trust_remote_code=trust_remote_code)
-        return cls(processor, facts["collate"], facts["batch"], tuple(facts["never_trained"]))
+        facts = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in facts.items()}
+        facts["sampling"] = Sampling(**facts["sampling"])
+        return cls(load_processor(folder, trust_remote_code=trust_remote_code), **facts)
 
     @property
     def pad_id(self) -> int:
@@ -66,15 +84,21 @@ class Encoder:
     def __call__(self, sample: dict) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask and labels [1, T] and the family's media tensors, of one sample."""
         spans = [(span["start"], span["end"]) for span in sample["spans"]]
-        return self.encode(sample["text"], spans, [open_image(medium) for medium in sample["media"]])
+        return self.encode(sample["text"], spans, self.open(sample["media"]))
 
-    def encode(self, text: str, spans: list[tuple[int, int]], images: list) -> dict[str, torch.Tensor]:
-        """The tensors of a text with trained character spans and its pictures."""
-        batch = self._process(text, images)
+    def open(self, records: list[dict]) -> list:
+        """The decoded media of a sample's records: pictures, samples of sounds, clips."""
+        return [open_medium(record, self.sampling) for record in records]
+
+    def encode(self, text: str, spans: list[tuple[int, int]], media: list) -> dict[str, torch.Tensor]:
+        """The tensors of a text with trained character spans and its media, in the order of their places."""
+        batch = self._process(text, media)
         tokens = spans_of_tokens(batch.pop("offset_mapping")[0].tolist())
         # The processor writes many tokens for each placeholder: spans move into the text that it tokenized.
-        replaced = batch.pop("text_replacement_offsets", [[]])[0]
-        replaced = [] if isinstance(replaced, torch.Tensor) else replaced    # some make a tensor of none
+        replaced = batch.pop("text_replacement_offsets", None)
+        replaced = replaced[0] if isinstance(replaced, list) and replaced else []   # or a tensor of none
+        if media:
+            self._refuse_unplaced(after_replacing(text, replaced), batch["input_ids"][0].tolist())
         spans = [(moved(start, replaced), moved(end, replaced)) for start, end in spans]
         seams = straddled(tokens, sorted({place for span in spans for place in span}))
         if seams:
@@ -86,28 +110,51 @@ class Encoder:
         return batch
 
     def prompt(self, sample: dict) -> tuple[str, list, str]:
-        """(text up to the last reply, the pictures before it, that reply's text without its end of turn)."""
+        """(text up to the last reply, the media before it, that reply's text without its end of turn)."""
         start, end = sample["spans"][-1]["start"], sample["spans"][-1]["end"]
         text = sample["text"][:start]
         shown = sum(text.count(token) for token in placeholders(self.processor).values())
         reply = self._special.sub("", sample["text"][start:end]).strip()
-        return text, [open_image(medium) for medium in sample["media"][:shown]], reply
+        return text, self.open(sample["media"][:shown]), reply
 
     @functools.cached_property
     def _special(self) -> re.Pattern:
         return special_tokens(self.processor)
 
-    def _process(self, text: str, images: list) -> dict:
+    def _process(self, text: str, media: list) -> dict:
         """The processor's tensors. Floats are float32: some processors round to bfloat16 for any model."""
+        given = {kind: [medium for medium in media if kind_of(medium) == kind] for kind in KINDS}
+        self._refuse(given)
         options = {"return_tensors": "pt", "return_offsets_mapping": True,
                    "add_special_tokens": adds_first_token(self.processor, text)}
         if self.processor is tokenizer_of(self.processor):
             batch = dict(self.processor([text], **options))
         else:
-            batch = dict(self.processor(text=[text], images=images or None, padding_side="right",
+            batch = dict(self.processor(text=[text], padding_side="right", **media_arguments(given),
                                         return_text_replacement_offsets=True, **options))
         return {key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
                 for key, value in batch.items()}
+
+    def _refuse_unplaced(self, text: str, ids: list[int]) -> None:
+        """StageError where the processor tokenized another text than it says: labels would shift."""
+        first = adds_first_token(self.processor, text)
+        if tokenizer_of(self.processor)(text, add_special_tokens=first)["input_ids"] != ids:
+            raise StageError(f"base_model: its {type(self.processor).__name__} writes more into the text than it "
+                             "says, or elsewhere", "choose another base_model: labels would be misplaced")
+
+    def _refuse(self, given: dict[str, list]) -> None:
+        """RowError for media that the model would not see whole, or not at all."""
+        for kind in self.lacks:
+            if given[kind]:
+                raise RowError(f"the row has a {NOUNS[kind]}, and base_model has no tower for one",
+                               f"name a base_model that takes {NOUNS[kind]}s, or remove the row")
+        longest = max(map(len, given["audio"]), default=0) / self.sampling.sampling_rate
+        if self.longest_sound_seconds and longest > self.longest_sound_seconds:
+            raise RowError(f"{longest:.1f} seconds of sound; base_model takes {self.longest_sound_seconds:g}",
+                           "cut the sound into shorter ones, each with its own answer")
+        if self.one_kind and given["image"] and given["video"]:
+            raise RowError("a picture and a clip in one row, which base_model can't tell apart",
+                           "give the picture as a clip of one frame, or make two rows of it")
 
     def _tokenize_apart(self, batch: dict, text: str, seams: list[int]) -> list[tuple[int, int]]:
         """Tokenize prompt and reply apart, as inference does, where the tokenizer merged across their seam.

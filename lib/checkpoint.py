@@ -1,46 +1,105 @@
 """checkpoint: what resuming needs, written aside and renamed, so that a folder named step-N is always whole.
 
-A checkpoint holds the trained weights, the optimizer's moments and a small state.json. No random state: the
-loop derives its randomness from (seed, step, rank).
+A checkpoint holds the trained weights, the optimizer's moments, a small state.json, and SHA256SUMS over the
+three. No random state: the loop derives its randomness from (seed, step, rank). No processor: 02_data has it.
 """
 import json
 import os
-import re
 import shutil
+from collections.abc import Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from lib import folder, ledger
 from lib.stage import StageError
 
 
-def save(folder: Path, step: int, parameters: dict[str, torch.nn.Parameter], optimizer, state: dict) -> Path:
-    """The finished folder/step-N, with weights.safetensors, optimizer.safetensors and state.json."""
-    final, aside = folder / f"step-{step}", folder / f".step-{step}.partial"
-    for left in folder.glob(".step-*.partial"):  # a save that was killed
+class Writer:
+    """Saves in a thread, so that training waits for the copy to host memory and for no disk.
+
+    One checkpoint is written at a time: the next one waits, and so does leaving the `with`. What failed in
+    the thread is raised by the next call.
+    """
+
+    def __init__(self, path: Path, keep: int):
+        self.path, self.keep = path, keep                          # of 05_train; the newest that are kept
+        self._thread, self._writing = ThreadPoolExecutor(1), None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self.wait()
+
+    def save(self, step: int, parameters: dict[str, torch.nn.Parameter], optimizer, state: dict,
+             also_keep: Collection[int] = ()) -> None:
+        """Copy a checkpoint to host memory and begin to write it; once it is whole, old ones are removed."""
+        self.wait()
+        weights = {name: host_copy(p) for name, p in parameters.items()}
+        tensors = weights, moments(parameters, optimizer)
+        self._writing = self._thread.submit(self._write, step, *tensors, state, also_keep)
+
+    def look(self) -> None:
+        """Nothing, or what the save before failed with."""
+        if self._writing and self._writing.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """The save before has ended; raises what it failed with."""
+        if self._writing:
+            writing, self._writing = self._writing, None
+            writing.result()
+
+    def _write(self, step: int, weights: dict, moments: dict, state: dict, also_keep) -> None:
+        ledger.sync(self.path / "metrics.jsonl")                   # a checkpoint must not outlive its lines
+        write(self.path / "checkpoints", step, weights, moments, state)
+        prune(self.path, step, self.keep, also_keep)
+
+
+def write(checkpoints: Path, step: int, weights: dict, moments: dict, state: dict) -> Path:
+    """The finished checkpoints/step-N: weights.safetensors, optimizer.safetensors, state.json, SHA256SUMS."""
+    final, aside = checkpoints / f"step-{step}", checkpoints / f".step-{step}.partial"
+    for left in checkpoints.glob(".step-*.partial"):               # a save that was killed
         shutil.rmtree(left)
     aside.mkdir(parents=True)
-    save_file({name: on_cpu(p) for name, p in parameters.items()}, aside / "weights.safetensors")
-    save_file(moments(parameters, optimizer), aside / "optimizer.safetensors")
+    save_file(weights, aside / "weights.safetensors")
+    save_file(moments, aside / "optimizer.safetensors")
     (aside / "state.json").write_text(json.dumps({"step": step, **state}) + "\n", encoding="utf-8")
-    for path in [*aside.iterdir(), aside]:
-        sync(path)
-    shutil.rmtree(final, ignore_errors=True)  # a replayed step-N
+    folder.seal(aside)
+    ledger.sync(checkpoints.parent)
+    if final.exists():                                             # one that was damaged, and passed over
+        shutil.rmtree(final)
     os.replace(aside, final)
-    sync(folder)
+    ledger.sync(checkpoints)
     return final
 
 
-def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as a file holds it."""
-    return tensor.detach().cpu().contiguous()
+def host_copy(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as a file holds it, in memory of its own: training goes on with the original."""
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def moments(parameters: dict[str, torch.nn.Parameter], optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's tensors, named by parameter: `NAME|exp_avg` and so on."""
-    return {f"{name}|{kind}": on_cpu(value)
+    """The optimizer's tensors in host memory, named by parameter: `NAME|exp_avg` and so on."""
+    return {f"{name}|{kind}": host_copy(torch.as_tensor(value))
             for name, p in parameters.items() for kind, value in optimizer.state.get(p, {}).items()}
+
+
+def prune(path: Path, step: int, keep: int, also: Collection[int] = ()) -> None:
+    """Of a 05_train's checkpoints remain the newest `keep` up to step, and those of the steps in `also`.
+
+    Later ones than the one just written are damaged, and were passed over by the start that wrote it.
+    """
+    found = [(int(each.name[5:]), each) for each in folder.checkpoints(path)]
+    kept = {number for number, _ in [pair for pair in found if pair[0] <= step][:keep]} | set(also)
+    for number, each in found:
+        if number not in kept:
+            shutil.rmtree(each)
 
 
 def read_state(path: Path) -> dict:
@@ -50,6 +109,18 @@ def read_state(path: Path) -> dict:
 
 def load(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer) -> None:
     """Put a checkpoint's weights and moments in place."""
+    load_weights(path, parameters)
+    state = optimizer.state_dict()
+    numbers = {p: number for number, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
+    for key, value in load_file(path / "optimizer.safetensors").items():
+        name, _, kind = key.rpartition("|")
+        counts = value.dtype == torch.int64     # bitsandbytes' steps, which are plain numbers there
+        state["state"].setdefault(numbers[parameters[name]], {})[kind] = int(value) if counts else value
+    optimizer.load_state_dict(state)  # which knows the device and dtype that each moment needs
+
+
+def load_weights(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
+    """Put a checkpoint's weights in place."""
     weights = load_file(path / "weights.safetensors")
     if odd := sorted(weights.keys() ^ parameters.keys()):
         raise StageError(f"{path}: {len(odd)} trained tensors differ from this run's, such as {odd[0]}",
@@ -57,25 +128,3 @@ def load(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer) -> No
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(weights[name])
-    state = optimizer.state_dict()
-    numbers = {p: number for number, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
-    for key, value in load_file(path / "optimizer.safetensors").items():
-        name, _, kind = key.rpartition("|")
-        state["state"].setdefault(numbers[parameters[name]], {})[kind] = value
-    optimizer.load_state_dict(state)  # which knows the device and dtype that each moment needs
-
-
-def prune(folder: Path, keep: int) -> None:
-    """Remove all but the newest `keep` checkpoints."""
-    steps = [int(path.name[5:]) for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
-    for step in sorted(steps)[:-keep]:
-        shutil.rmtree(folder / f"step-{step}")
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's or folder's content is on disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -6,8 +6,15 @@ Paths stay as written; relative ones start from the current folder, as in every 
 import difflib
 import os
 import re
+from datetime import date
 from pathlib import Path
 
+from lib import registry
+
+BNB_ARGUMENTS = {
+    "bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_use_double_quant": (True, False),
+    "bnb_4bit_compute_dtype": ("bfloat16", "float16", "float32"),
+    "bnb_4bit_quant_storage": ("bfloat16", "uint8", "float16", "float32"), "llm_int8_threshold": float}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -32,6 +39,38 @@ def regex(target: str | list[str]) -> str | list[str]:
         return filled(target) if isinstance(target, list) else re.compile(target).pattern
     except re.error as error:
         raise Wrong(f"is no regex: {error}", "mend it; a recipe holds a regex in single quotes") from None
+
+
+def name_ends(names: str | list[str]) -> list[str]:
+    """The ends of parameters' names; one of them may stand without a list."""
+    return filled([names] if isinstance(names, str) else names)
+
+
+def size(text: str) -> str:
+    """A size of files."""
+    bytes_of(text)
+    return text
+
+
+def bytes_of(text: str) -> int:
+    """A size such as 5GB or 500MB as a number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB)", text)
+    if not found:
+        raise Wrong("is no size of files", "for example 5GB or 500MB")
+    return int(float(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2]])
+
+
+def bnb_arguments(given: dict) -> dict:
+    """Arguments of bitsandbytes' configuration that say how to quantise; what is quantised, roles say."""
+    for key, value in given.items():
+        allowed = BNB_ARGUMENTS.get(key, ())
+        if not allowed:
+            fix = f"quantize_roles says what is quantised; this may hold {', '.join(BNB_ARGUMENTS)}"
+            raise Wrong(f"holds {key}, which is no such argument or not for recipes", fix)
+        if not (isinstance(value, float) if allowed is float else value in allowed):
+            words = "a number such as 6.0" if allowed is float else " or ".join(map(str, allowed)).lower()
+            raise Wrong(f"holds {key}: {value}", f"write {words}")
+    return given
 
 
 def model_path(text: str) -> str:
@@ -66,15 +105,29 @@ def data_path(text: str) -> str:
     raise Wrong("is no file or folder here", similar(path) or f"a relative path starts from {Path.cwd()}")
 
 
+def day(text: str) -> str:
+    """A day of the calendar, as in 2026-07-14."""
+    try:
+        return date.fromisoformat(text).isoformat()
+    except ValueError:
+        raise Wrong("is no day", "write year, month and day: 2026-07-14") from None
+
+
 def chat_template(text: str) -> str | None:
-    """The path of a .jinja file, or Jinja text; None for the checkpoint's own template."""
-    if text == "tokenizer_default":
+    """The path of a .jinja file, Jinja text, or a family's name; None for the checkpoint's own template.
+
+    Whether the checkpoint is of that family, 02 sees, which has its config.
+    """
+    if text == "tokenizer_default" or text.startswith("tokenizer_default_fallback_"):
         return None
+    if text in registry.template_names():
+        return text
     if "{{" in text or "{%" in text:
         return text
     path = Path(text)
     if path.suffix not in (".jinja", ".jinja2", ".j2"):
-        raise Wrong("is a template's bare name: not built yet",
+        close = difflib.get_close_matches(text, registry.template_names(), n=1)
+        raise Wrong("is a template that the kit doesn't hold", f"did you mean {close[0]}?" if close else
                     "write tokenizer_default for the checkpoint's own, or the path of a .jinja file")
     if not os.path.isfile(path):
         raise Wrong("is no file here", similar(path) or f"a relative path starts from {Path.cwd()}")

@@ -27,9 +27,9 @@ def held_out_loss(model, batches: Iterable[dict], world: World, autocast) -> dic
 
 
 @torch.no_grad()
-def generate(model, encoder: Encoder, text: str, images: list, max_new_tokens: int) -> str:
-    """The model's greedy answer to a rendered prompt and its pictures, without special tokens."""
-    batch = encoder.encode(text, [], images)
+def generate(model, encoder: Encoder, text: str, media: list, max_new_tokens: int) -> str:
+    """The model's greedy answer to a rendered prompt and its media, without special tokens."""
+    batch = encoder.encode(text, [], media)
     inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
                             pad_token_id=encoder.pad_id)

@@ -1,4 +1,4 @@
-"""The folders of a stage, moved so that a kill at any moment loses nothing.
+"""The folders of a stage, written and moved so that a kill or a power cut at any moment loses nothing.
 
     RUN/STEM.partial      being written, under a lock; with stage.json in it: whole, the next start renames it
     RUN/STEM              finished
@@ -16,6 +16,7 @@ from pathlib import Path
 from lib import ledger, terminal
 from lib.ledger import StageError
 
+SUMS = "SHA256SUMS"
 _locks = {}  # {partial folder: open lock file}, of this process
 
 
@@ -58,13 +59,49 @@ def being_written() -> list[Path]:
     return list(_locks)
 
 
-def newest_checkpoint(path: Path) -> Path | None:
-    """The whole checkpoint of the highest step in a 05_train folder, or None.
+def checkpoints(path: Path) -> list[Path]:
+    """The checkpoints in a 05_train folder, whole or damaged, the newest one first."""
+    named = (found for found in path.glob("checkpoints/step-*") if found.name[5:].isdigit())
+    return sorted(named, key=lambda found: -int(found.name[5:]))
 
-    A checkpoint is whole when its state.json is there: one rename makes the folder with all that is in it.
-    """
-    whole = [file.parent for file in path.glob("checkpoints/step-*/state.json")]
-    return max((c for c in whole if c.name[5:].isdigit()), key=lambda c: int(c.name[5:]), default=None)
+
+def newest_checkpoint(path: Path) -> Path | None:
+    """The checkpoint of the highest step in a 05_train folder that is as it was written, or None."""
+    return next((found for found in checkpoints(path) if not damage(found)), None)
+
+
+def seal(path: Path) -> None:
+    """The folder's files are on the disk, with SHA256SUMS, which `sha256sum -c` reads, to know them by."""
+    lines = [f"{ledger.sha256_of(file)}  {file.name}\n" for file in sorted(path.iterdir())]
+    (path / SUMS).write_text("".join(lines), encoding="utf-8")
+    sync_tree(path)
+
+
+def damage(path: Path) -> str:
+    """"" where a sealed folder is as it was written, else what is wrong with it."""
+    try:
+        lines = (path / SUMS).read_text(encoding="utf-8").splitlines()
+        sums = {name: sha256 for sha256, _, name in (line.partition("  ") for line in lines)}
+        files = {file.name for file in path.iterdir() if file.name[0] != "."} - {SUMS}
+        for name in sorted(files | sums.keys()):
+            if name not in files:
+                return f"{name} is gone"
+            if ledger.sha256_of(path / name) != sums.get(name):
+                return f"{name} is not as it was written"
+    except FileNotFoundError:
+        return f"{SUMS} is gone"
+    except (OSError, ValueError) as error:                         # a disk that can't read it; no text
+        return str(error)
+    return "" if sums else f"{SUMS} is empty"
+
+
+def sync_tree(path: Path) -> None:
+    """All that is in a folder survives a power cut, and so does the folder's own name."""
+    for where, _, names in os.walk(path):
+        for each in (*(Path(where, name) for name in names), Path(where)):
+            if not each.is_symlink():
+                ledger.sync(each)
+    ledger.sync(path.parent)
 
 
 def heal(run: Path, stem: str) -> None:
@@ -86,7 +123,7 @@ def put_in_place(run: Path, stem: str) -> None:
         keep = ledger.read_json(path / "stage.json")["forced"] or not ledger.finished(final)
         set_aside(final, run / f"{stem}.{'old' if keep else 'discarded'}")
     path.rename(final)
-    ledger.sync_folder(run)
+    ledger.sync(run)
     _tidy(run, stem)
 
 

@@ -66,12 +66,12 @@ def write_json(path: Path, content) -> None:
         file.flush()
         os.fsync(file.fileno())
     half.replace(path)
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """The names in the folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """What a file says, or which names a folder holds, survives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -81,10 +81,14 @@ def sync_folder(folder: Path) -> None:
 def stamp(path: Path, sha256: str | None = None) -> dict:
     """{bytes, mtime_ns, sha256} of a file; whoever has hashed the bytes already hands the hash in."""
     stat = path.stat()  # before hashing, so that a file which is written meanwhile is noticed
-    if sha256 is None:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    sha256 = sha256_of(path) if sha256 is None else sha256
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fate(path: Path, then: dict) -> str:

@@ -1,23 +1,131 @@
-"""merge: the adapter folded into its base, as a model that needs no peft.
+"""merge: the adapter folded into its base, tensor by tensor, as a model that needs no peft.
+
+The merged files hold the base's tensors by the same names, in the same order, types and shapes. What no
+adapter touches is copied; each other tensor is read, added up in float32 and rounded once. So memory holds
+one tensor at a time, or the one parameter in which loading stacks several, as it does with experts.
 
 Source: LoRA (arXiv 2106.09685), section 4.1: W + (alpha / r) B A costs nothing at inference.
 """
+import shutil
 from pathlib import Path
 
 import torch
 
-from lib import model
+from lib import model, quant, registry, shards, terminal
+from lib.checks import bytes_of
+from lib.plan import check_weight_files, load_config, on_meta, quiet
+
+BESIDE = ("config.json", "generation_config.json", shards.INDEX)
 
 
-def write_merged(plan: dict, adapter_path: Path, folder: Path) -> None:
-    """Write base plus adapter, added up in float32 and cast once, under the base's own tensor names.
+def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: str | None = None) -> None:
+    """Write the merged model: files, index and configuration as the base has them, or files up to a size.
 
     A quantised base is merged into its original weights, not into the quantised ones.
     """
-    whole, dtype = plan | {"quantisation": None, "dtype": "float32"}, getattr(torch, plan["dtype"])
+    whole = quant.whole(plan) | {"dtype": "float32"}
+    check_weight_files(whole["base_model"])
+    files = {path.name: shards.places(path) for path in shards.weight_files(whole)}
+    tensors = {name: place for held in files.values() for name, place in held.items()}
+    reason = "8-bit floats become bfloat16" if whole["stored_as"] == "fp8" else ""
+    sums = None if reason else Sums(whole, adapter_path, tensors)
+    if reason := reason or sums.refusal:
+        terminal.say(f"merging in memory, the model as a whole: {reason}")
+        return write_from_memory(whole, plan["dtype"], adapter_path, folder, max_shard_size)
+    folder.mkdir()
+    if max_shard_size:
+        files = shards.cut(tensors, bytes_of(max_shard_size))
+    for name, held in files.items():
+        shards.write(folder / name, held, sums.layers, sums.of)
+    beside = [shards.base_file(whole, name) for name in BESIDE]
+    code = beside[0].parent.glob("*.py") if whole["trust_remote_code"] else ()
+    for path in filter(None, (*beside, *code)):
+        shutil.copyfile(path, folder / path.name)
+    if max_shard_size:
+        shards.write_index(folder / shards.INDEX, files)
+
+
+def write_from_memory(whole: dict, dtype: str, adapter_path: Path, folder: Path, max_shard_size: str | None):
+    """Write the merged model by way of one in float32: where files and model have no tensors in common."""
     base = model.load(whole, torch.device("cpu"))
     merged = model.attach(base, adapter_path, trainable=False).merge_and_unload()
     for parameter in merged.parameters():
-        parameter.checkpoint_dtype = dtype
-    merged.config.dtype = dtype
-    model.save_full(merged, folder)
+        parameter.checkpoint_dtype = getattr(torch, dtype)
+    merged.config.dtype = getattr(torch, dtype)
+    model.save_full(merged, folder, max_shard_size)
+
+
+# ---- what the adapter adds ----
+
+class Sums:
+    """The tensors of the base's files to which an adapter adds something, and their sums.
+
+    Files and model may name and shape a tensor otherwise: when transformers loads, it renames, and stacks
+    experts. What is added goes back through its own conversions, as a trained model does when it is saved.
+    """
+
+    def __init__(self, whole: dict, adapter_path: Path, tensors: dict[str, shards.Place]):
+        from peft.tuners.lora import LoraLayer
+        base, self.stored = hollow(whole), as_stored(whole, tensors)
+        names = {id(parameter): name for name, parameter in base.named_parameters()}
+        self.layers: dict[str, tuple] = {}           # tensor -> (layer, its parameter's name, whether as it is)
+        self.waiting: dict[str, torch.Tensor] = {}   # what is added to tensors that are still to come
+        self.refusal = ""
+        for layer in model.attach(base, adapter_path, trainable=False).modules():
+            if isinstance(layer, LoraLayer):
+                name, empty = names[id(weight_of(layer))], torch.empty(weight_of(layer).shape, device="meta")
+                parts = self.in_files(name, empty)
+                as_it_is = [part is empty for part in parts.values()] == [True]
+                if any(part not in tensors or list(found.shape) != tensors[part].shape
+                       for part, found in parts.items()):
+                    self.refusal = f"the files hold {name} together with other parameters"
+                elif layer.lora_variant and not as_it_is:
+                    self.refusal = f"DoRA scales {name}, which the files hold in another shape"
+                self.layers |= {part: (layer, name, as_it_is) for part in parts}
+
+    def in_files(self, name: str, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{name: tensor} in the base's files for a parameter of the model, or for what is added to it."""
+        from transformers.core_model_loading import revert_weight_conversion
+        return revert_weight_conversion(self.stored, {name: parameter})
+
+    def of(self, part: str, before: torch.Tensor) -> torch.Tensor:
+        """The sum for a tensor of the files, in its own type."""
+        layer, name, as_it_is = self.layers[part]
+        if as_it_is:
+            return merged(layer, before.float()).to(before.dtype)
+        if part not in self.waiting:
+            self.waiting |= self.in_files(name, merged(layer, torch.zeros(weight_of(layer).shape)))
+        return (before.float() + self.waiting.pop(part)).to(before.dtype)
+
+
+def as_stored(whole: dict, tensors: dict[str, shards.Place]):
+    """The model on meta as transformers loads it from these tensors; it remembers how it renamed them."""
+    config = load_config(whole["base_model"], whole["revision"], whole["trust_remote_code"])
+    empty = {name: torch.empty(place.shape, device="meta") for name, place in tensors.items()}
+    with quiet():
+        stored, info = registry.model_class(config, whole["class"]).from_pretrained(
+            None, config=config, state_dict=empty, device_map={"": "meta"}, dtype=torch.float32,
+            ignore_mismatched_sizes=True, output_loading_info=True)
+    model.check_loaded(whole, info)
+    return stored
+
+
+def hollow(whole: dict):
+    """The model on the CPU with weights of full shape and no memory: each is one zero, seen many times."""
+    return on_meta(whole)._apply(lambda tensor: tensor.new_zeros((), device="cpu").expand(tensor.shape))
+
+
+def weight_of(layer) -> torch.nn.Parameter:
+    """The base's parameter that a layer of peft adapts."""
+    return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+
+
+@torch.no_grad()
+def merged(layer, weight: torch.Tensor) -> torch.Tensor:
+    """A layer's weight with the adapter, by peft's own merging, which changes `weight` in place."""
+    parameter = weight_of(layer)
+    nothing, parameter.data = parameter.data, weight
+    layer.merge()
+    layer.merged_adapters.clear()
+    weight, parameter.data = parameter.data, nothing
+    return weight

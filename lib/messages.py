@@ -1,12 +1,14 @@
 """messages: a row of any data set as the one shape that the rest of the kit knows.
 
-A message is {role, content}, its content a list of parts: {"type": "text", "text": …} or {"type": "image"}.
-The pictures themselves stand beside the messages, in the order of their parts.
+A message is {role, content}, its content a list of parts: {"type": "text", "text": …} or {"type": KIND}, with
+image, audio or video for KIND. The media themselves stand beside the messages, in the order of their parts.
 
 Fork me to: accept another shape of row (`normalise`).
 """
-MEDIA_COLUMNS = {"images": "image", "image": "image"}
-PLACES = ("image", "path", "url", "bytes")           # keys under which a part may name its picture
+NOUNS = {"image": "picture", "audio": "sound", "video": "clip"}        # what a person calls a kind
+MEDIA_COLUMNS = {"images": "image", "image": "image", "audios": "audio", "audio": "audio",
+                 "videos": "video", "video": "video"}
+PLACES = ("path", "url", "bytes")                    # keys under which a part may name its medium
 ROLES = ("system", "user", "assistant", "tool")
 WRITE = 'write {"role": …, "content": …}'
 
@@ -21,10 +23,11 @@ class RowError(ValueError):
 
 
 def normalise(row, field_messages: str | None = None) -> tuple[list[dict], list]:
-    """(messages, pictures) of a row, the pictures as the row gives them. RowError where it can't be one.
+    """(messages, media) of a row, the media as the row gives them. RowError where it can't be one.
 
-    Pictures named in parts keep their place. Those of an image column fill the bare {"type": "image"} parts,
-    over all turns in order, or go before the first user text where the row has no such part.
+    Media named in parts keep their place. Those of a column fill the bare parts of its kind, over all turns
+    in order, or go before the first user text where the row has no such part. A column holds one medium, a
+    list of them or none; a clip may itself be a list, of its frames.
     """
     if not isinstance(row, dict):
         raise RowError(f"a row must be an object, not {name_of(row)}", 'write {"messages": […]}')
@@ -36,12 +39,15 @@ def normalise(row, field_messages: str | None = None) -> tuple[list[dict], list]
     if row.get("tools"):
         raise RowError("the row has tools, which aren't rendered yet", "remove the row, or its tools")
     messages = [message_of(message, number) for number, message in enumerate(row[key])]
-    listed = [picture for column in MEDIA_COLUMNS for picture in as_list(row.get(column))]
-    return messages, fill(messages, listed)
+    for kind in NOUNS:
+        columns = [column for column, of_kind in MEDIA_COLUMNS.items() if of_kind == kind]
+        fill(messages, kind, [medium for column in columns for medium in as_list(row.get(column))])
+    media = [part for message in messages for part in message["content"] if part["type"] != "text"]
+    return messages, [part.pop("source") for part in media]
 
 
 def message_of(message, number: int) -> dict:
-    """A message with typed content; pictures are still in their parts, under "source"."""
+    """A message with typed content; media are still in their parts, under "source"."""
     if not isinstance(message, dict):
         raise RowError(f"message {number} is {name_of(message)}, not an object", WRITE)
     role, content = message.get("role"), message.get("content")
@@ -64,50 +70,53 @@ def message_of(message, number: int) -> dict:
 
 
 def part_of(part, number: int) -> dict:
-    """A part of a message's content; a picture's has "source", None where a column is to fill it."""
+    """A part of a message's content; a medium's has "source", None where a column is to fill it."""
     kind = part.get("type") if isinstance(part, dict) else name_of(part)
     if kind == "text":
         if not isinstance(part.get("text"), str):
             raise RowError(f"message {number} has a text part without a text",
                            'write {"type": "text", "text": …}')
         return {"type": "text", "text": part["text"]}
-    if kind == "image":
-        source = next((part[key] for key in PLACES if part.get(key) is not None), None)
+    if isinstance(kind, str) and kind in NOUNS:
+        source = next((part[key] for key in (kind, *PLACES) if part.get(key) is not None), None)
         if isinstance(part.get("base64"), str):
             source = f"data:;base64,{part['base64']}"
-        return {"type": "image", "source": source}
-    raise RowError(f"message {number} has a part of type {shortened(repr(kind))}", "use text or image")
+        if part.get("array") is not None:
+            source = {key: part[key] for key in ("array", "sampling_rate") if key in part}
+        return {"type": kind, "source": source}
+    raise RowError(f"message {number} has a part of type {shortened(repr(kind))}",
+                   f"use text, {', '.join(NOUNS)}")
 
 
 def as_list(value) -> list:
-    """An image column's value as a list: one picture, several, none or null."""
+    """A media column's value as a list: one medium, several, none or null."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def fill(messages: list[dict], listed: list) -> list:
-    """The pictures of all parts in order. What is left of their parts is {"type": "image"}."""
-    parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+def fill(messages: list[dict], kind: str, listed: list) -> None:
+    """Nothing; every part of this kind has its source."""
+    parts = [part for message in messages for part in message["content"] if part["type"] == kind]
     bare = [part for part in parts if part["source"] is None]
     if listed and not parts:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
-            raise RowError(f"{count(len(listed), 'picture')}, but no user message to stand in",
+            raise RowError(f"{count(len(listed), NOUNS[kind])}, but no user message to stand in",
                            "add a user message")
-        parts = [{"type": "image", "source": picture} for picture in listed]
-        first["content"][:0] = parts
+        place = next((n for n, part in enumerate(first["content"]) if part["type"] == "text"), 0)
+        first["content"][place:place] = parts = [{"type": kind, "source": medium} for medium in listed]
     elif len(bare) != len(listed):
-        raise RowError(f"{count(len(bare), 'image placeholder')}, but {count(len(listed), 'listed picture')}",
-                       'write one {"type": "image"} part for each entry of the image column')
+        raise RowError(f"{count(len(bare), f'{kind} placeholder')}, but "
+                       f"{count(len(listed), f'listed {NOUNS[kind]}')}",
+                       f'write one {{"type": "{kind}"}} part for each entry of the {kind} column')
     else:
-        for part, picture in zip(bare, listed):
-            part["source"] = picture
+        for part, medium in zip(bare, listed):
+            part["source"] = medium
     for number, message in enumerate(messages):
-        if parts and any("<image>" in text for text in texts_of(message)):
-            raise RowError(f"message {number} has <image> in its text, which is only characters here",
-                           'write a part {"type": "image"} in its place')
-    return [part.pop("source") for part in parts]
+        if parts and any(f"<{kind}>" in text for text in texts_of(message)):
+            raise RowError(f"message {number} has <{kind}> in its text, which is only characters here",
+                           f'write a part {{"type": "{kind}"}} in its place')
 
 
 def text_parts(text: str) -> list[dict]:

@@ -3,36 +3,48 @@
 metrics.jsonl is exact: the same after every resume, and on every machine that computes alike. timings.jsonl
 holds what is not.
 """
+import itertools
 import json
+import math
 from pathlib import Path
 
-from lib import charts, parallel
-from lib.checkpoint import sync
+from lib import charts, ledger, parallel
+from lib.stage import StageError
 
 EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens")
 
 
 class Log:
-    """Appends a line a step on rank 0. On resuming at step N, lines of later steps are cut off first."""
+    """Appends a line a step on rank 0. On resuming at step N, lines of later steps are cut off first.
+
+    `notable` are the rows so far that later steps depend on, evaluations and skipped steps, on every rank.
+    """
 
     def __init__(self, folder: Path, world: parallel.World, steps_per_epoch: int, first_step: int):
         self.folder, self.world, self.steps_per_epoch = folder, world, steps_per_epoch
-        self.last: dict = {}
-        if first_step and world.is_leader:
-            for name in ("metrics.jsonl", "timings.jsonl"):
+        self.last, self.steps = {}, first_step                     # the last step's figures; steps done
+        self.notable: list[dict] = []
+        if first_step:
+            lines = lines_up_to(folder / "metrics.jsonl", first_step)
+            self.notable = [row for row in map(json.loads, lines) if "loss" not in row]
+            if not lines or json.loads(lines[-1])["step"] != first_step:
+                world.stop(f"{folder / 'metrics.jsonl'} has no line of step {first_step}, to go on from",
+                           "put the file back, or start over with --force")
+            for name in ("metrics.jsonl", "timings.jsonl") if world.is_leader else ():
                 cut_back(folder / name, first_step)
 
     def step(self, step: int, figures: dict) -> None:
         """Write what one optimizer step found, and how long it took."""
         epoch = round(step / self.steps_per_epoch, 4)
-        self.write({"step": step, "epoch": epoch} | {key: figures[key] for key in EXACT})
+        exact = ("skipped",) if figures["skipped"] else EXACT
+        self.write({"step": step, "epoch": epoch} | {key: figures[key] for key in exact})
         seconds = figures["seconds"]
         timing = {"step": step, "seconds": round(seconds, 4),
                   "tokens_per_second": round(figures["tokens"] * self.world.world_size / seconds, 1),
                   "data_wait": round(figures["waited"] / seconds, 4),
                   "peak_memory_gib": round(parallel.peak_memory_gib(self.world.device), 3)}
         self._append("timings.jsonl", timing)
-        self.last = figures | timing
+        self.last, self.steps = figures | timing, step
 
     def line(self) -> dict[str, str]:
         """The last step's figures for the progress bar."""
@@ -42,11 +54,25 @@ class Log:
     def write(self, row: dict) -> None:
         """Append to metrics.jsonl."""
         self._append("metrics.jsonl", row)
+        if "loss" not in row:
+            self.notable.append(row)
 
-    def sync(self) -> None:
-        """Wait until metrics.jsonl is on disk: a checkpoint must not outlive the lines that led to it."""
-        if self.world.is_leader:
-            sync(self.folder / "metrics.jsonl")
+    def skipped_steps(self) -> int:
+        """How many steps were skipped so far, as their loss or gradient was not finite."""
+        return sum("skipped" in row for row in self.notable)
+
+    def best(self, knobs) -> dict | None:
+        """The first evaluation with the best metric so far; the one before training doesn't count."""
+        metric, sign = knobs.metric_for_best_model, 1 if knobs.greater_is_better else -1
+        found = [row for row in self.notable if row["step"] and math.isfinite(row.get(metric, math.nan))]
+        return max(found, key=lambda row: sign * row[metric], default=None)
+
+    def patience_is_over(self, knobs) -> bool:
+        """Whether the last `early_stopping_patience` evaluations were no better than one before them."""
+        best = self.best(knobs)
+        since = sum(knobs.metric_for_best_model in row and row["step"] > best["step"]
+                    for row in self.notable) if best else 0
+        return knobs.early_stopping_patience is not None and since >= knobs.early_stopping_patience
 
     def draw(self) -> None:
         """Write loss.svg."""
@@ -61,12 +87,22 @@ class Log:
                 file.write(json.dumps(row) + "\n")
 
 
+def lines_up_to(path: Path, last_step: int) -> list[bytes]:
+    """The lines of the steps up to one: all before a later step, or before what a kill or power cut left."""
+    def counts(line: bytes) -> bool:
+        try:
+            return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
+        except ValueError:
+            return False
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return list(itertools.takewhile(counts, lines))
+
+
 def cut_back(path: Path, last_step: int) -> None:
-    """Keep the whole lines up to a step."""
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= last_step]
+    """The file holds the lines up to a step, at every moment."""
     half = path.with_name(f".{path.name}.half")
-    half.write_text("".join(kept), encoding="utf-8")
+    half.write_bytes(b"".join(lines_up_to(path, last_step)))
+    ledger.sync(half)
     half.replace(path)
 
 

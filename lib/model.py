@@ -28,14 +28,17 @@ def load(plan: dict, device: torch.device, mode: str = "train"):
     Raises StageError for missing or misshapen tensors, and for layers quantised otherwise than planned.
     """
     config = load_config(plan["base_model"], plan["revision"], plan["trust_remote_code"])
+    family = registry.family_of(plan["model_type"])
+    registry.refuse_packages(family, device.type)
     check_weight_files(plan["base_model"])
     cls = registry.model_class(config, plan["class"])
     options = {"dtype": getattr(torch, plan["dtype"]), "attn_implementation": plan["attn_implementation"],
                "revision": plan["revision"], "trust_remote_code": plan["trust_remote_code"],
                "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
-        if plan["quantisation"]:
-            options |= {"quantization_config": quant.configuration(plan), "device_map": {"": str(device)}}
+        # Asked of the files: what full fine-tuning exported is no longer stored as its base was.
+        if quantisation := quant.configuration(plan | {"stored_as": quant.stored_as(config)}):
+            options |= {"quantization_config": quantisation, "device_map": {"": str(device)}}
         with quiet():
             model, info = cls.from_pretrained(plan["base_model"], **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
@@ -48,7 +51,14 @@ def load(plan: dict, device: torch.device, mode: str = "train"):
     else:
         model.to(device)
     model.requires_grad_(False)
+    if family.uncast:
+        model.get_submodule(family.uncast).register_forward_pre_hook(cast_to_own_type)
     return model.eval() if mode == "inference" else model.train()
+
+
+def cast_to_own_type(module, given: tuple) -> tuple:
+    """A module's arguments, the pictures among them in the type of its weights."""
+    return tuple(each.to(module.dtype) if each.is_floating_point() else each for each in given)
 
 
 def check_loaded(plan: dict, info: dict) -> None:
@@ -59,6 +69,7 @@ def check_loaded(plan: dict, info: dict) -> None:
             raise StageError(f"base_model: {path}: {len(odd)} {kind.replace('_', ' ')}, such as {odd[0]}",
                              "the checkpoint is damaged or of another class")
     if extra := sorted(info["unexpected_keys"]):
+        quant.refuse_unread_scales(path, extra)
         terminal.warn(f"{plan['class']} has no use for {len(extra)} tensors of {path}, such as {extra[0]}")
 
 
@@ -118,7 +129,7 @@ def train_roles(model, roles: Roles, wanted: list[str]) -> None:
             parameter.requires_grad_(not roles.is_idle(name))
 
 
-def save_full(model, folder: Path) -> dict[str, torch.Tensor]:
+def save_full(model, folder: Path, max_shard_size: str | None = None) -> dict[str, torch.Tensor]:
     """{name: tensor} of the model as written, each in the type that the base had it in; the model stays so.
 
     Only parameters are cast: `model.to(bfloat16)` would also round buffers, such as the rope's frequencies.
@@ -126,7 +137,7 @@ def save_full(model, folder: Path) -> dict[str, torch.Tensor]:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(parameter, "checkpoint_dtype", parameter.dtype))
     with quiet():
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, max_shard_size=max_shard_size or "50GB")
     return model.state_dict()
 
 

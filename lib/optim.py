@@ -10,15 +10,35 @@ from lib import terminal
 from lib.parallel import World
 
 
-def make_optimizer(parameters: list[torch.nn.Parameter], knobs) -> torch.optim.Optimizer:
-    """AdamW over the trained parameters; weight decay on matrices only, not on norms and biases."""
-    matrices = [p for p in parameters if p.dim() >= 2]
-    others = [p for p in parameters if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": knobs.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=knobs.learning_rate,
-                             betas=(knobs.adam_beta1, knobs.adam_beta2), eps=knobs.adam_epsilon,
-                             fused=knobs.optimizer == "adamw_torch_fused")
+def make_optimizer(parameters: dict[str, torch.nn.Parameter], roles: dict[str, str],
+                   knobs) -> torch.optim.Optimizer:
+    """AdamW over the trained parameters; weight decay on matrices only, not on norms and biases.
+
+    roles: parameter name -> role. Each group's "share" is its learning rate as a part of the run's.
+    """
+    groups: dict[tuple[float, bool], list] = {}
+    for name, p in parameters.items():
+        groups.setdefault((rate_share(name, roles[name], knobs), p.dim() >= 2), []).append(p)
+    groups = [{"params": found, "share": share, "weight_decay": knobs.weight_decay if matrices else 0.0}
+              for (share, matrices), found in groups.items()]
+    options = {"lr": knobs.learning_rate, "betas": (knobs.adam_beta1, knobs.adam_beta2),
+               "eps": knobs.adam_epsilon}
+    if knobs.optimizer.startswith("adamw_torch"):
+        return torch.optim.AdamW(groups, fused=knobs.optimizer == "adamw_torch_fused", **options)
+    import bitsandbytes
+    cls = {"adamw_bnb_8bit": "AdamW8bit", "paged_adamw_8bit": "PagedAdamW8bit"}[knobs.optimizer]
+    return getattr(bitsandbytes.optim, cls)(groups, **options)
+
+
+def rate_share(name: str, role: str, knobs) -> float:
+    """A parameter's learning rate as a part of the run's: by its role, and LoRA+'s ratio on B matrices.
+
+    Source: LoRA+ (arXiv 2402.12354).
+    """
+    of_role = {"vision": knobs.learning_rate_vision, "audio": knobs.learning_rate_audio,
+               "projector": knobs.learning_rate_projector}.get(role)
+    share = 1.0 if of_role is None else of_role / knobs.learning_rate
+    return share * (knobs.loraplus_lr_ratio if ".lora_B." in name else 1.0)
 
 
 def warmup_steps(knobs, total_steps: int) -> int:
@@ -34,43 +54,53 @@ def learning_rate(knobs, step: int, total_steps: int) -> float:
     if step < warmup:
         return knobs.learning_rate * (step + 1) / (warmup + 1)
     progress = (step - warmup) / max(1, total_steps - warmup)
+    low = knobs.cosine_min_lr_ratio
     factor = {"constant": 1.0,
               "linear": 1.0 - progress,
-              "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[knobs.lr_scheduler]
+              "cosine": low + (1.0 - low) * 0.5 * (1.0 + math.cos(math.pi * progress))}[knobs.lr_scheduler]
     return knobs.learning_rate * factor
 
 
-MEDIA_ROLES = ("vision", "audio", "projector", "cross_attention")  # no medium, no gradient
+LEARNS_FROM = {"vision": {"image", "video"}, "audio": {"audio"},    # without such a medium, no gradient
+               "projector": {"image", "video", "audio"}, "cross_attention": {"image", "video", "audio"}}
 
 
 class GradientWatch:
     """Stops a run in which something trains that never gets a gradient: it would be saved as it was.
 
     A tensor has until its second step, because LoRA's A gets a gradient only once B has moved. For what lies
-    on the way of a medium, only steps with media count, unless the data have none at all.
+    on the way of a medium, only steps with such media count, unless the data have none at all.
     """
 
-    def __init__(self, roles: dict[str, str], data_have_media: bool):
-        self.waiting, self.data_have_media = dict(roles), data_have_media  # {parameter name: role}
-        self.steps = self.steps_with_media = 0
+    def __init__(self, roles: dict[str, str], kinds_in_data: set[str]):
+        self.waiting = dict(roles)                                 # {parameter name: role}
+        self.learnt: set[str] = set()                              # roles of which something has moved
+        self.kinds_in_data = kinds_in_data
+        self.steps, self.steps_for = 0, dict.fromkeys(LEARNS_FROM, 0)
 
-    def look(self, parameters: dict[str, torch.nn.Parameter], world: World, step_has_media: bool) -> None:
-        """Nothing; called before a step's update, it stops all ranks and names what got no gradient."""
+    def look(self, parameters: dict[str, torch.nn.Parameter], world: World, kinds: set[str]) -> None:
+        """Nothing; called before a step's update, it stops all ranks and names what got no gradient.
+
+        kinds: those of the step's media. Experts may have had no token yet, and a model with a projector for
+        sounds may train on pictures: of these roles, what got none is only reported.
+        """
         self.steps += 1
-        self.steps_with_media += step_has_media
-        self.waiting = {name: role for name, role in self.waiting.items() if not moved(parameters[name])}
-        late = [name for name, role in self.waiting.items() if self._steps_for(role) >= 2]
-        if without := [name for name in late if self.waiting[name] != "experts"]:
+        for role, wanted in LEARNS_FROM.items():
+            self.steps_for[role] += bool(kinds & wanted) or not self.kinds_in_data & wanted
+        still = {name: role for name, role in self.waiting.items() if not moved(parameters[name])}
+        self.learnt |= {role for name, role in self.waiting.items() if name not in still}
+        self.waiting = still
+        late = [name for name, role in self.waiting.items() if self.steps_for.get(role, self.steps) >= 2]
+        spared = {"experts"} | ({"projector"} & self.learnt)
+        if without := [name for name in late if self.waiting[name] not in spared]:
             world.stop(f"{len(without)} of {len(parameters)} trained tensors got no gradient in two steps, "
                        f"such as {without[0]}", f"the data lack what {self.waiting[without[0]]} learns from: "
                        "leave that role out of lora_target_roles or train_roles")
         if late:
-            terminal.warn(f"{len(late)} tensors of experts have had no gradient: no token was sent to them")
+            of = " and ".join(sorted({self.waiting[name] for name in late}))
+            terminal.warn(f"{len(late)} tensors of {of} have had no gradient: no token was sent to them")
         for name in late:
             del self.waiting[name]
-
-    def _steps_for(self, role: str) -> int:
-        return self.steps_with_media if role in MEDIA_ROLES and self.data_have_media else self.steps
 
 
 def moved(parameter: torch.nn.Parameter) -> bool:

@@ -72,6 +72,14 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def most(self, number: int) -> int:
+        """The greatest of the ranks' numbers."""
+        if self.world_size == 1:
+            return number
+        found = torch.tensor(number, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum .grad over ranks, in the same order on every rank.
 

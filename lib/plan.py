@@ -17,6 +17,7 @@ from lib import quant, registry, terminal
 from lib.processor import first_line
 from lib.roles import Roles, roles_of
 from lib.stage import StageError
+from lib.trainable import refuse_other_losses, refuse_other_objectives
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # regrets, at import, kernels that nobody needs
 
@@ -33,16 +34,13 @@ def make_plan(knobs) -> dict:
             "class": registry.model_class(config, knobs.model_type).__name__,
             "dtype": "float32" if knobs.bf16 is False else "bfloat16",
             "attn_implementation": registry.attention(family, config, knobs.attn_implementation),
-            "quantisation": None}
+            "stored_as": quant.stored_as(config), "quantisation": None}
     model = with_an_attention_it_has(plan)
+    refuse_other_losses(model)
     roles = roles_of(model, family)
     plan |= {"tied_head": tied(model), "roles": roles.paths, "idle": roles.idle,
              "roles_guessed": roles.guessed, "parameters": dict(count_parameters(model, roles))}
-    if knobs.load_in_4bit or knobs.load_in_8bit:
-        plan["quantisation"] = {"bits": 4 if knobs.load_in_4bit else 8, "options": knobs.bnb_config_kwargs,
-                                "linears": quant.quantised_linears(model, roles),
-                                "kept_linears": quant.kept_linears(model, roles)}
-    return plan
+    return plan | {"quantisation": quant.make_plan(plan, config, knobs, model, roles)}
 
 
 def load_config(base_model: str, revision: str | None, trust_remote_code: bool):
@@ -50,12 +48,15 @@ def load_config(base_model: str, revision: str | None, trust_remote_code: bool):
     from transformers import AutoConfig
     registry.refuse_unloadable(base_model)
     try:
-        return AutoConfig.from_pretrained(base_model, revision=revision, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base_model, revision=revision,
+                                            trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         fix = ("mend its config.json, or name another model; an unknown type may need a newer transformers"
                if Path(base_model).exists() else
                "correct base_model or revision; a gated or private model also needs `hf auth login`")
         raise StageError(f"base_model: {base_model}: no usable config ({first_line(error)})", fix) from None
+    refuse_other_objectives(config)
+    return config
 
 
 def check_weight_files(base_model: str) -> None:

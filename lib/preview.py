@@ -7,11 +7,13 @@ from rich.text import Text
 
 from lib import report, terminal
 from lib.chat import Encoder
-from lib.media import open_image
+from lib.media import poster
+from lib.messages import shortened
 from lib.processor import placeholders, tokenizer_of
 from lib.samples import write_lines
 
 PREVIEW_ROWS = 16
+MOST_WORDS = 20                           # more kinds than these are no template's, they vary with the rows
 
 
 def write_report(path: Path, train: list[dict], held_out: list[dict], rejects: list[dict]) -> dict[str, int]:
@@ -21,11 +23,32 @@ def write_report(path: Path, train: list[dict], held_out: list[dict], rejects: l
             for name in ("input_tokens", "media_tokens", "supervised_tokens")}
     counts = {"train_samples": len(train), "held_out_samples": len(held_out), "rejected_rows": len(rejects),
               **sums, "longest_sample_tokens": max(sample["input_tokens"] for sample in every),
-              "replies_ended_by_the_kit": sum(sample["ends_added"] for sample in every)}
+              "replies_ended_by_the_kit": sum(sample["ends_added"] for sample in every),
+              "rows_that_tell_the_day": len({row_of(sample) for sample in every if sample["tells_day"]})}
     content = {"counts": counts, "by_dataset": dict(Counter(sample["dataset"] for sample in every)),
-               "rejects": kinds_of(rejects)}
+               "rejects": kinds_of(rejects),
+               "template_says": [{"words": words, "rows": rows} for words, rows in own_words(every)]}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return counts
+
+
+def row_of(sample: dict) -> tuple[str, int]:
+    """The row that a sample was made of: several may be of one."""
+    return sample["dataset"], sample["row"]
+
+
+def own_words(samples: list[dict]) -> list[tuple[str, int]]:
+    """[(what the chat template says by itself, in how many rows)], the most frequent first."""
+    said = {(row_of(sample), words) for sample in samples for words in sample["put_in"]}
+    numbers = Counter(words for _, words in said)
+    return sorted(numbers.items(), key=lambda item: (-item[1], item[0]))[:MOST_WORDS]
+
+
+def show_own_words(samples: list[dict]) -> None:
+    """Print what the chat template says by itself: no row holds it, and the model reads it all the same."""
+    if found := own_words(samples):
+        terminal.table("what the chat template says by itself", ["rows", "words"],
+                       [[rows, shortened(words)] for words, rows in found])
 
 
 def kinds_of(rejects: list[dict]) -> list[dict]:
@@ -64,8 +87,8 @@ def preview_row(encoder: Encoder, sample: dict) -> dict:
 
 
 def sample_card(sample: dict, row: dict, media_tokens: list[str]) -> str:
-    """A sample on the page: its counts, its pictures, every token."""
-    pictures = "".join(report.picture(open_image(medium), f"picture {number} of {row['sample_id']}")
+    """A sample on the page: its counts, its media, every token."""
+    pictures = "".join(report.picture(poster(medium), f"{medium['kind']} {number} of {row['sample_id']}")
                        for number, medium in enumerate(sample["media"], start=1))
     facts = [(f"row {row['row']}", row["dataset"]), ("tokens", sample["input_tokens"]),
              ("trained", sample["supervised_tokens"]), ("media", sample["media_tokens"])]

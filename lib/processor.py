@@ -1,14 +1,16 @@
-"""processor: a checkpoint's tokenizer, chat template and picture preparation, and what the kit asks of them.
+"""processor: a checkpoint's tokenizer, chat template and preparation of media, and what the kit asks of them.
 
 A text-only checkpoint has no processor of its own: there, the tokenizer is meant.
 """
 import re
 from pathlib import Path
 
-from lib import registry
+from lib import registry, terminal
 from lib.stage import StageError
+from lib.tekken import TekkenProcessor
 
-KINDS = ("image", "video", "audio")
+KINDS = {"image": ("image_processor",), "video": ("video_processor",),       # kind: the part that prepares it
+         "audio": ("feature_extractor", "audio_processor")}
 LOADING = (OSError, ValueError, KeyError, TypeError, ImportError)   # what a broken or lacking file raises
 
 
@@ -27,6 +29,8 @@ def load_processor(path, kind: str | None = None, **options):
     except LOADING as error:
         raise StageError(f"base_model: {path}: no processor could be loaded: {first_line(error)}",
                          "name a folder or hub id with whole tokenizer and processor files") from None
+    if hasattr(processor, "tokenizer") and type(processor.tokenizer).__name__ == "MistralCommonBackend":
+        processor = TekkenProcessor(processor, chat_template_in(Path(path)))
     tokenizer = tokenizer_of(processor)
     if not getattr(tokenizer, "is_fast", False):
         raise StageError(f"base_model: {path}: its {type(tokenizer).__name__} can't place its tokens",
@@ -40,6 +44,12 @@ def load_processor(path, kind: str | None = None, **options):
     return processor
 
 
+def chat_template_in(folder: Path) -> str | None:
+    """The template in a folder, for processors that don't read it themselves."""
+    path = folder / "chat_template.jinja"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
 def complete(processor, family: registry.Family):
     """The processor, with the family's chat template and special tokens where the checkpoint brings none."""
     tokenizer = tokenizer_of(processor)
@@ -49,6 +59,7 @@ def complete(processor, family: registry.Family):
     if not processor.chat_template and family.template:
         text = (Path(__file__).with_name("templates") / family.template).read_text(encoding="utf-8")
         processor.chat_template = tokenizer.chat_template = text
+        terminal.say(f"the checkpoint has no chat template: lib/templates/{family.template} serves")
     return processor
 
 
@@ -64,8 +75,20 @@ def tokenizer_of(processor):
 
 def placeholders(processor) -> dict[str, str]:
     """{kind: the token that stands for a medium in a rendered text}, of the kinds that a processor takes."""
-    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind in KINDS}
+    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind, parts in KINDS.items()
+              if any(getattr(processor, part, None) for part in parts)}
     return {kind: token for kind, token in tokens.items() if token}
+
+
+def media_arguments(given: dict[str, list]) -> dict:
+    """The arguments by which a processor takes decoded media {kind: [medium]}; clips are sampled already."""
+    arguments = {"images": given["image"], "audio": given["audio"],
+                 "videos": [clip.frames for clip in given["video"]]}
+    arguments = {name: media for name, media in arguments.items() if media}
+    if given["video"]:
+        arguments["videos_kwargs"] = {"do_sample_frames": False, "input_data_format": "channels_last",
+                                      "video_metadata": [clip.metadata for clip in given["video"]]}
+    return arguments
 
 
 def adds_first_token(processor, text: str) -> bool:

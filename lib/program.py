@@ -5,13 +5,22 @@ import errno
 import os
 import shlex
 import shutil
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from lib import folder, ledger, terminal, versions
 from lib.ledger import StageError
 
 LATEST = Path("runs/latest")
+NO_ROOM = {
+    errno.ENOSPC: ("no space left", "free some space"),
+    errno.EDQUOT: ("no quota left", "free some space"),
+    errno.EFBIG: ("a file of this size is not allowed", "raise `ulimit -f`"),
+}
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
@@ -56,8 +65,41 @@ def command(stem: str, run: Path) -> str:
     return f"{launcher} {stem}.py {shlex.quote(str(run))}"
 
 
+@dataclass
+class Asked:
+    """The signal that asked for a stop; 0 where none did."""
+
+    signal: int = 0
+
+
+@contextmanager
+def asked_to_stop() -> Iterator[Asked]:
+    """An Asked. Within, SIGINT (Ctrl-C) and SIGTERM are only noted, for a loop to stop where nothing is lost.
+
+    A second Ctrl-C stops at once, but not under torchrun, which repeats to its workers what they have heard.
+    """
+    asked = Asked()
+
+    def note(number: int, _frame) -> None:
+        if number == asked.signal == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise KeyboardInterrupt
+        asked.signal = number
+        if not terminal.QUIET:  # rich may be in the middle of a line
+            os.write(2, b"\nstopping after this step\n")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_script(main) -> None:
-    """main() as a program: a mistake that its user can mend ends in two lines and no traceback."""
+    """main() as a program: a mistake that its user can mend ends in two lines and no traceback.
+
+    Exit codes: 1 for those, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads on.
+    """
     try:
         versions.check()
         main()
@@ -65,14 +107,15 @@ def run_script(main) -> None:
     except BrokenPipeError:  # `02_data.py --show 3 | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except KeyboardInterrupt:
-        _stop(_interrupted(), 130, quiet=terminal.QUIET)  # the first rank speaks for all
+    except KeyboardInterrupt as stop:
+        code = 128 + (stop.args[0] if stop.args else signal.SIGINT)
+        _stop(_interrupted(), code, quiet=terminal.QUIET)  # the first rank speaks for all
     except BaseException as error:  # goes on upwards, but for what a user can mend
         while error is not None:
             if isinstance(error, StageError):
                 _stop(error, 1)
-            if _is_full_disk(error):
-                _stop(_full_disk(error), 1)
+            if number := _no_room(error):
+                _stop(_full_disk(error, number), 1)
             error = error.__cause__  # libraries wrap what the function that they called has raised
         raise
 
@@ -95,17 +138,20 @@ def _interrupted() -> StageError:
     return StageError("interrupted: nothing was being written", "the same command starts again")
 
 
-def _is_full_disk(error: BaseException) -> bool:
-    """Whether a write failed for want of space; safetensors says so in words only."""
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-    return full or "No space left on device" in str(error)
+def _no_room(error: BaseException) -> int | None:
+    """The error number of a write that failed for want of room, else None; some libraries only have words."""
+    given = getattr(error, "errno", None)
+    return next((number for number in NO_ROOM if number == given or os.strerror(number) in str(error)), None)
 
 
-def _full_disk(error: BaseException) -> StageError:
+def _full_disk(error: BaseException, number: int) -> StageError:
     """Which file system is full, and what to do."""
     written = [getattr(error, "filename", None), *folder.being_written(), Path.cwd()]
     path = Path(next(name for name in written if name))
     there = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())
     free_mib = shutil.disk_usage(there).free / 2**20
-    what = f"no space left on the file system of {path}: {free_mib:.1f} MiB free"
-    return StageError(what, "free some space and run the same command again")
+    words, fix = NO_ROOM[number]
+    what = f"{words} on the file system of {path}: {free_mib:.1f} MiB free"
+    kept = next(filter(None, map(folder.newest_checkpoint, folder.being_written())), None)
+    go_on = f": it goes on from {kept.name}" if kept else ""
+    return StageError(what, f"{fix} and run the same command again{go_on}")

@@ -4,13 +4,15 @@
 
 Runs as a process of its own on plain transformers and peft: nothing of the kit is imported, so nothing of it
 can help. 06_save.py writes task.json: where exports and golden.safetensors lie, and held-out rows as texts
-with picture files.
+with media files.
 """
+import base64
 import hashlib
 import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -23,8 +25,7 @@ def main(task_path: str, result_path: str) -> None:
     processor, golden = load_processor(task), golden_rows(task["golden"])
     result = {"processor": processor_difference(processor, task, golden)} | prove(task, processor, golden)
     if task["merged"]:
-        merged = logits(load(plain(task), task["merged"]), golden)
-        result["exports"]["merged"] = compare(merged, expected(task, golden))
+        result["exports"]["merged"] = prove_merged(task, golden)
     Path(result_path).write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
@@ -37,13 +38,32 @@ def prove(task: dict, processor, golden: list[dict]) -> dict:
             before = [answer(tuned, processor, row, task) for row in task["rows"]]
     else:
         before = [answer(base, processor, row, task) for row in task["rows"]]
-        base = tuned = load(task, task["export"])
+        base = tuned = load(task | {"quantisation": None}, task["export"])
         weights = tuned.state_dict()
     after = [answer(tuned, processor, row, task) for row in task["rows"]]
-    found = compare(logits(tuned, golden), [row["logits"] for row in golden])
+    found = compare(logits(tuned, golden, task), [row["logits"] for row in golden])
     exports = {"adapter" if task["adapter"] else "model": found | {"changed_tensors": changed(weights, task)}}
     answers = [{"base": b, "tuned": a} for b, a in zip(before, after, strict=True)]
     return {"exports": exports, "answers": answers}
+
+
+def prove_merged(task: dict, golden: list[dict]) -> dict:
+    """What the merged model has otherwise than base plus adapter, and what rounding did to the logits.
+
+    The sums are checked one by one, since logits can't tell: in bfloat16 a router's near tie falls otherwise
+    after any rounding. Then the same weights have to give the same logits, or its configuration differs.
+    """
+    base = load(plain(task), task["base_model"], task["revision"])
+    weights = dict(base.named_parameters())            # still these objects when peft has wrapped the layers
+    tuned, _ = with_adapter(base, task["export"])
+    wanted = logits(tuned, golden, task) if task["quantisation"] else [row["logits"] for row in golden]
+    merged = load(task | {"quantisation": None, "device": "cpu"}, task["merged"])
+    odd = not_the_sum(tuned, weights, merged.state_dict())
+    same_weights = logits(tuned, golden, task)
+    del base, weights, tuned                           # before the other one comes to the device
+    found = logits(merged.to(task["device"]), golden, task)
+    return compare(found, wanted) | {"changed_tensors": odd, "max_difference_with_the_same_weights":
+                                     compare(found, same_weights)["max_logit_difference"]}
 
 
 # ---- loading ----
@@ -61,7 +81,8 @@ def load(task: dict, path: str, revision: str | None = None):
     options = {"dtype": getattr(torch, task["dtype"]), "attn_implementation": task["attn_implementation"],
                "trust_remote_code": task["trust_remote_code"], "revision": revision}
     if task["quantisation"]:
-        options |= {"quantization_config": transformers.BitsAndBytesConfig(**task["quantisation"]),
+        kind, arguments = task["quantisation"]
+        options |= {"quantization_config": getattr(transformers, kind)(**arguments),
                     "device_map": {"": task["device"]}}
     cls = getattr(transformers, task["class"])
     model, info = cls.from_pretrained(path, output_loading_info=True, **options)
@@ -83,7 +104,7 @@ def with_adapter(base, folder: str):
 
 def plain(task: dict) -> dict:
     """The task without quantisation."""
-    return task | {"quantisation": None}
+    return task | {"quantisation": task["without_quantisation"]}
 
 
 # ---- comparing ----
@@ -99,21 +120,42 @@ def golden_rows(path: str) -> list[dict]:
 
 
 @torch.no_grad()
-def logits(model, golden: list[dict]) -> list[torch.Tensor]:
+def logits(model, golden: list[dict], task: dict) -> list[torch.Tensor]:
     """The model's float32 logits [positions, V] of each golden row."""
     found = []
     for row in golden:
-        given = {key: row[key].to(model.device) for key in row.keys() - {"positions", "logits"}}
+        given = to_model({key: row[key] for key in row.keys() - {"positions", "logits"}}, model, task)
         found.append(model(**given, use_cache=False).logits[0].cpu()[row["positions"]].float())
     return found
 
 
-def expected(task: dict, golden: list[dict]) -> list[torch.Tensor]:
-    """The logits that a merge has to give: training's; if the base is quantised, those of the whole one."""
-    if not task["quantisation"]:
-        return [row["logits"] for row in golden]
-    tuned, _ = with_adapter(load(plain(task), task["base_model"], task["revision"]), task["export"])
-    return logits(tuned, golden)
+@torch.no_grad()
+def not_the_sum(tuned, weights: dict[str, torch.Tensor], merged: dict[str, torch.Tensor]) -> list[str]:
+    """Names of merged tensors that are not base plus adapter, added up by peft in float32 and rounded once.
+
+    weights: the base's own, which are in `tuned`; afterwards they hold what was merged.
+    """
+    from peft.tuners.lora import LoraLayer
+    layers = {id(weight_of(layer)): layer for layer in tuned.modules() if isinstance(layer, LoraLayer)}
+    odd = []
+    for name, weight in weights.items():
+        before, found = weight.data, merged[name].to(weight.device)
+        if layer := layers.get(id(weight)):
+            weight.data = before.float()
+            layer.merge()
+            rounding = torch.finfo(before.dtype).eps * (before.abs() + weight.abs())       # of base and sum
+            order = 1e-5 * (weight - before).abs().max()                       # in which the sum was added up
+            if not bool(((found - weight).abs() <= rounding + order).all()):
+                odd.append(name)
+        elif not torch.equal(before, found):
+            odd.append(name)
+        weight.data = found
+    return odd
+
+
+def weight_of(layer) -> torch.Tensor:
+    """The base's parameter that a LoRA layer adapts."""
+    return layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
 
 
 def compare(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict:
@@ -139,36 +181,71 @@ def processor_difference(processor, task: dict, golden: list[dict]) -> str:
     Compared is the prompt, with which serving starts: its last characters may merge with the reply's first.
     """
     for row, had in zip(task["golden_rows"], golden, strict=True):
-        made = inputs(processor, row["prompt"], row["prompt_images"])
-        whole = row["prompt_images"] == row["images"]        # else the reply shows pictures, too
+        made = inputs(processor, row)
         for name in sorted((had.keys() | made.keys()) - {"positions", "logits"}):
             ours, theirs = had.get(name), made.get(name)
             if ours is not None and theirs is not None and ours.shape != theirs.shape:
                 ours = ours[:, :theirs.shape[1]]             # along the tokens
             same = ours is not None and theirs is not None and torch.equal(ours, theirs)
-            if not same and (whole or name == "input_ids"):
+            if not same and (row["whole"] or name == "input_ids"):       # else the reply shows media, too
                 return f"{name} of {row['sample_id']}"
     return ""
 
 
 # ---- answering ----
 
-def inputs(processor, text: str, images: list[str]) -> dict:
-    """The model's inputs for a rendered text and picture files, [1, ...]; floats in float32."""
+def inputs(processor, row: dict) -> dict:
+    """The model's inputs for a row's prompt and media files, [1, ...]; floats in float32."""
+    text = row["prompt"]
     if not hasattr(processor, "tokenizer"):
         return dict(processor([text], return_tensors="pt", add_special_tokens=False))
+    if not getattr(processor.tokenizer, "is_fast", False):               # Mistral's own, which reads messages
+        return dict(processor.apply_chat_template(with_files(row), return_tensors="pt"))
     bos = processor.tokenizer.bos_token                # LLaVA's template leaves it to the tokenizer
     options = {"return_tensors": "pt", "add_special_tokens": not (bos and text.startswith(bos))}
-    pictures = [Image.open(path) for path in images]
-    made = processor(text=[text], images=pictures or None, **options)
+    made = processor(text=[text], **media_arguments(row["media"]), **options)
     return {key: value.float() if value.is_floating_point() else value for key, value in made.items()}
+
+
+def media_arguments(media: list[dict]) -> dict:
+    """The processor's arguments for media files; clips are sampled already: their metadata say how."""
+    files = {kind: [medium["path"] for medium in media if medium["kind"] == kind]
+             for kind in ("image", "audio", "video")}
+    given = {"images": [Image.open(path) for path in files["image"]],
+             "audio": [samples(path) for path in files["audio"]],
+             "videos": [np.load(path) for path in files["video"]]}
+    given = {name: found for name, found in given.items() if found}
+    if files["video"]:
+        metadata = [medium["metadata"] for medium in media if medium["kind"] == "video"]
+        given["videos_kwargs"] = {"do_sample_frames": False, "input_data_format": "channels_last",
+                                  "video_metadata": metadata}
+    return given
+
+
+def samples(path: str) -> np.ndarray:
+    """The samples [N] of a wav file."""
+    import soundfile
+    return soundfile.read(path, dtype="float32")[0]
+
+
+def with_files(row: dict) -> list[dict]:
+    """The row's messages, each medium's part with its file, as base64: of a path, 16 bits would be left."""
+    files = (base64.b64encode(Path(medium["path"]).read_bytes()).decode() for medium in row["media"])
+    return [{**message, "content": [part if part["type"] == "text" else {**part, "base64": next(files)}
+                                    for part in message["content"]]} for message in row["messages"]]
+
+
+def to_model(given: dict, model, task: dict) -> dict:
+    """The inputs where the model is; pictures in its type, where it doesn't cast them itself."""
+    types = {"pixel_values": model.dtype} if task["cast_pictures"] else {}
+    return {key: value.to(model.device, types.get(key, value.dtype)) for key, value in given.items()}
 
 
 @torch.no_grad()
 def answer(model, processor, row: dict, task: dict) -> str:
     """The greedy answer to a row's prompt."""
-    made = inputs(processor, row["prompt"], row["prompt_images"])
-    output = model.generate(**{key: value.to(model.device) for key, value in made.items()}, do_sample=False,
+    made = inputs(processor, row)
+    output = model.generate(**to_model(made, model, task), do_sample=False,
                             max_new_tokens=task["max_new_tokens"], pad_token_id=task["pad_id"])
     tokenizer = getattr(processor, "tokenizer", processor)
     return tokenizer.decode(output[0, made["input_ids"].shape[1]:], skip_special_tokens=True).strip()

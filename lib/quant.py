@@ -1,56 +1,152 @@
-"""quant: bitsandbytes for the language role's linear layers, and a count that proves it was only those.
+"""quant: bitsandbytes for the linear layers of the wanted roles, and a count that proves it was only those.
 
+Checkpoints that are quantised already: those of bitsandbytes are trained on as they are, 8-bit floats are
+read as the plan's dtype, and the rest is refused by name.
 Source: Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3: nf4, double quantisation, bf16 compute.
 """
+from collections import Counter
+
 import torch
 
+from lib.registry import family_of
 from lib.roles import Roles
 from lib.stage import StageError
 
+# ---- the plan ----
 
-def kept_linears(model, roles: Roles) -> list[str]:
-    """Full names of the linear layers that must stay unquantised: all outside the language role's layers.
-
-    transformers matches these from the start of the name: "vision_tower" would skip nothing inside
-    "model.vision_tower", so every name is written out. An explicit list also replaces the default one, which
-    keeps the output head; it is among the names here.
-    """
-    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    return sorted(linears - set(quantised_linears(model, roles)))
-
-
-def quantised_linears(model, roles: Roles) -> list[str]:
-    """Full names of the linear layers that a 4-bit or 8-bit recipe quantises."""
-    return [name for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and roles.of(name) in ("language", "cross_attention")]
-
-
-def plain_options(plan: dict) -> dict | None:
-    """The arguments of transformers' BitsAndBytesConfig for a plan, as JSON can hold them, or None."""
-    wanted = plan["quantisation"]
-    if wanted is None:
+def stored_as(config) -> str | None:
+    """How the checkpoint is quantised already: "bitsandbytes", "fp8" or None; a StageError for other ways."""
+    own = getattr(config, "quantization_config", None)
+    if own is None:
         return None
-    if wanted["bits"] == 8:
-        return {"load_in_8bit": True, "llm_int8_skip_modules": wanted["kept_linears"], **wanted["options"]}
-    return {"load_in_4bit": True, "llm_int8_skip_modules": wanted["kept_linears"],
-            "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-            "bnb_4bit_quant_storage": "bfloat16", "bnb_4bit_compute_dtype": plan["dtype"],
-            **wanted["options"]}
+    method = own.get("quant_method", "an unnamed method")
+    if method not in ("bitsandbytes", "fp8"):
+        raise StageError(f"base_model: its weights are quantised by {method}, which isn't trained here",
+                         "name the unquantised checkpoint; adapter: qlora makes 4 bits of it")
+    return method
+
+
+def make_plan(plan: dict, config, knobs, model, roles: Roles) -> dict | None:
+    """The plan's `quantisation`, or None: bits, which linear layers, and how in words of bitsandbytes.
+
+    `model` is on meta, and has the quantised layers in it afterwards where the checkpoint has them.
+    """
+    bits = 4 if knobs.load_in_4bit else 8 if knobs.load_in_8bit else None
+    if plan["stored_as"] and plan["dtype"] != "bfloat16":
+        raise StageError(f"bf16: false: {plan['base_model']} is quantised, and what it holds whole is "
+                         "bfloat16", "bf16: auto")
+    if plan["stored_as"] == "bitsandbytes":
+        return stored_plan(config, knobs, bits, model)
+    if plan["stored_as"] and bits:
+        raise StageError(f"base_model: its weights are 8-bit floats, of which no load makes {bits} bits",
+                         "adapter: lora, or name the bfloat16 checkpoint")
+    if bits is None:
+        return None
+    linears = quantised_linears(model, roles, knobs.quantize_roles)
+    if not linears:
+        raise StageError(f"quantize_roles: no linear layer in {', '.join(knobs.quantize_roles)}",
+                         "quantize_roles: [language]")
+    kept = sorted(set(linear_names(model)) - set(linears))
+    how = {"load_in_8bit": True} if bits == 8 else {
+        "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_quant_storage": "bfloat16", "bnb_4bit_compute_dtype": plan["dtype"]}
+    # transformers matches these from the start of the name: "vision_tower" would skip nothing inside
+    # "model.vision_tower", so every name is written out. An explicit list also replaces the default one,
+    # which keeps the output head; it is among the names here.
+    how |= {"llm_int8_skip_modules": kept, **knobs.bnb_config_kwargs}
+    return {"bits": bits, "linears": linears, "options": how}
+
+
+def stored_plan(config, knobs, bits: int | None, model) -> dict:
+    """The plan's `quantisation` for a checkpoint of bitsandbytes, whose own settings hold."""
+    from transformers.quantizers import AutoHfQuantizer
+    own = {key: value for key, value in config.quantization_config.items()
+           if key != "quant_method" and not key.startswith("_")}
+    stored = 4 if own.get("load_in_4bit") else 8
+    if bits not in (None, stored) or knobs.bnb_config_kwargs or knobs.quantize_roles != ["language"]:
+        raise StageError(f"base_model: its weights are {stored} bits already, by settings of their own",
+                         "leave out load_in_4bit, load_in_8bit, bnb_config_kwargs and quantize_roles")
+    quantiser = AutoHfQuantizer.from_config(config.quantization_config, pre_quantized=True)
+    quantiser.preprocess_model(model=model, device_map={"": "cpu"}, dtype=model.dtype)
+    return {"bits": stored, "linears": sorted(found_linears(model)), "options": own}
+
+
+def linear_names(model) -> list[str]:
+    """Full names of what transformers would quantise: linear layers proper, no subclass."""
+    return [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+
+
+def quantised_linears(model, roles: Roles, wanted=("language",)) -> list[str]:
+    """Full names of the linear layers that these roles quantise; language includes its cross-attention."""
+    within = {*wanted, "cross_attention"} if "language" in wanted else set(wanted)
+    kept = set(family_of(model.config.model_type).no_quant)
+    return [name for name in linear_names(model)
+            if roles.of(name) in within and not kept & set(name.split("."))]
+
+
+def in_words(plan: dict) -> list[str]:
+    """What 03 says of a plan's weights: layers per role, experts that stay, a format that is undone."""
+    lines = []
+    if plan["stored_as"] == "fp8":
+        lines.append(f"stored in 8-bit floats, read as {plan['dtype']}")
+    if quantisation := plan["quantisation"]:
+        counts = Counter(Roles.of_plan(plan).of(name) for name in quantisation["linears"])
+        per_role = ", ".join(f"{role} {count}" for role, count in sorted(counts.items()))
+        lines.append(f"{counts.total()} linear layers in {quantisation['bits']} bits: {per_role}")
+        if experts := plan["parameters"].get("experts"):
+            gib = experts * getattr(torch, plan["dtype"]).itemsize / 2**30
+            lines.append(f"{gib:.3g} GiB of experts stay in {plan['dtype']}: "
+                         "bitsandbytes passes over parameters of three dimensions")
+    return lines
+
+
+# ---- loading ----
+
+def arguments(plan: dict) -> tuple[str, dict] | None:
+    """(class, arguments) of transformers' quantisation configuration for a plan, in plain data, or None."""
+    if plan["quantisation"]:
+        return "BitsAndBytesConfig", plan["quantisation"]["options"]
+    return ("FineGrainedFP8Config", {"dequantize": True}) if plan["stored_as"] == "fp8" else None
 
 
 def configuration(plan: dict):
-    """transformers' BitsAndBytesConfig for a plan with quantisation."""
-    from transformers import BitsAndBytesConfig
-    return BitsAndBytesConfig(**plain_options(plan))
+    """transformers' configuration for a plan whose weights are quantised, or None."""
+    import transformers
+    if found := arguments(plan):
+        kind, options = found
+        return getattr(transformers, kind)(**options)
+    return None
+
+
+def refuse_unread_scales(path: str, extra: list[str]) -> None:
+    """A StageError where a checkpoint's scales of 8-bit floats have no reader: its weights would be unscaled.
+
+    So it is for experts that are stored as one tensor; those stored one by one are rescaled.
+    """
+    if scales := [name for name in extra if name.endswith("_scale_inv")]:
+        raise StageError(f"base_model: {path}: transformers passes over {len(scales)} scales of 8-bit "
+                         f"floats, such as {scales[0]}", "name the bfloat16 checkpoint")
+
+
+def whole(plan: dict) -> dict:
+    """The plan without quantisation, for a merge; a StageError where the base has no whole weights."""
+    if plan["stored_as"] == "bitsandbytes":
+        raise StageError(f"merge: the weights of {plan['base_model']} are stored quantised, so sums can't be",
+                         "merge: false; the adapter works on the quantised base")
+    return plan | {"quantisation": None}
+
+
+def found_linears(model) -> set[str]:
+    """Full names of the quantised layers in a model."""
+    import bitsandbytes
+    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
+    return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
 def check(model, plan: dict) -> int:
     """How many layers were quantised; a StageError when it isn't exactly those of the plan."""
-    import bitsandbytes
-    kinds = (bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)
-    found = {name for name, module in model.named_modules() if isinstance(module, kinds)}
-    wrong = found ^ set(plan["quantisation"]["linears"])
-    if wrong:
+    found = found_linears(model)
+    if wrong := found ^ set(plan["quantisation"]["linears"]):
         raise StageError(f"quantisation: {len(wrong)} layers are not as planned, such as {sorted(wrong)[0]}",
                          "run 03_load_model.py again; else the roles in lib/registry.py are wrong")
     keep_gradients(model)
@@ -60,7 +156,7 @@ def check(model, plan: dict) -> int:
 def keep_gradients(model) -> None:
     """Stop bitsandbytes from repacking weights on CPUs with AVX512_BF16 in the first evaluation forward.
 
-    The repacked layout has no backward: the loss looks right, and every LoRA gradient is zero from then on.
+    The repacked layout has no backward: the loss looks right, and no gradient passes such a layer any more.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):

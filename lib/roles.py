@@ -18,7 +18,7 @@ ROLES = ("language", "vision", "audio", "projector", "cross_attention", "head", 
 
 # Inside the language model, these path components have a role of their own in every family.
 INNER = {"experts": "experts", "router": "router", "gate": "router", "shared_expert_gate": "router",
-         "modality_router": "router",
+         "modality_router": "router", "indexer": "router",
          "cross_attn": "cross_attention", "encoder_attn": "cross_attention"}
 
 # For families without a record: the words by which module trees name their parts.
@@ -26,6 +26,8 @@ GUESSES = (("projector", r"projector|projection|connector|merger|aligner|adapter
                          r"|perceiver|embed_(vision|audio|image)|(modality|vision|image|visual)_proj"),
            ("audio", r"audio|speech|whisper"),
            ("vision", r"vision|visual|image|vit\b|video"))
+# Single learned tensors beside the parts, such as what is put between the rows of a picture's features.
+LOOSE = r"newline|sepe?a?rator|vision|visual|image"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ def guess_roles(model) -> dict[str, str]:
     decoder = names.get(model.get_decoder(), model.base_model_prefix)
     base = model.base_model_prefix
     if decoder in ("", base):
+        if model.config.sub_configs:                    # of a tower, which is somewhere inside
+            raise StageError(f"{type(model).__name__}: its towers can't be told from its language model",
+                             f"add a record for {model.config.model_type!r} to FAMILIES in lib/registry.py")
         return {base: "language"}
     paths = {decoder: "language"}
     for name, module in model.named_modules():
@@ -109,6 +114,10 @@ def guess_roles(model) -> dict[str, str]:
         inner = role == "projector" and above != "projector" and name.count(".") <= 2
         if role and (above is None or inner):
             paths[name] = role
+    for name, _ in model.named_parameters():
+        covered = any(path in paths for path in (name, *parents(name)))
+        if not covered and re.search(LOOSE, name.rsplit(".", 1)[-1]):
+            paths[name] = "projector"
     return paths
 
 

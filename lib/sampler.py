@@ -5,6 +5,7 @@ only, and a step's rows are fixed before they are dealt out to ranks and micro-b
 the same, on one rank or several, and resuming at step N needs N alone.
 """
 import functools
+import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -111,6 +112,20 @@ def dealt(rows: list[Row], micro_batch_size: int, rank: int, world_size: int,
     return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
+def media_kinds(column) -> list[tuple[str, ...]]:
+    """The kinds of each sample's media ("image", "audio", "video"), of the Arrow column that holds them."""
+    kinds = iter(pyarrow.compute.struct_field(pyarrow.compute.list_flatten(column), "kind").to_pylist())
+    counts = pyarrow.compute.list_value_length(column).to_pylist()
+    return [tuple(itertools.islice(kinds, count)) for count in counts]
+
+
+SHARING = {  # a family's rule: a number for each sample, of which equal ones may share a batch
+    "any": lambda media: None,
+    "alike": lambda media: [len(kinds) for kinds in media],
+    "clips_apart": lambda media: [int("video" in kinds) for kinds in media],
+}
+
+
 @dataclass
 class Samples(Dataset):
     """02's samples, encoded one by one in the DataLoader's workers and compared with what 02 measured.
@@ -126,6 +141,7 @@ class Samples(Dataset):
     ids: list[str] = field(init=False)
     input_tokens: list[int] = field(init=False)
     media_tokens: list[int] = field(init=False)
+    media: list[tuple[str, ...]] = field(init=False)
     supervised_tokens: list[int] = field(init=False)
     kinds: list[int] | None = field(init=False)
 
@@ -134,8 +150,8 @@ class Samples(Dataset):
         self.ids = columns["sample_id"].to_pylist()
         self.input_tokens, self.media_tokens, self.supervised_tokens = (
             columns[f"{kind}_tokens"].to_pylist() for kind in ("input", "media", "supervised"))
-        pictures = pyarrow.compute.list_value_length(columns["media"]).to_pylist()
-        self.kinds = pictures if self.encoder.batch == "alike" else None
+        self.media = media_kinds(columns["media"])
+        self.kinds = SHARING[self.encoder.batch](self.media)
 
     def dealt(self, rows: list[Row], micro_batch_size: int, rank: int, world_size: int) -> list[list[Row]]:
         """`dealt`, by what the family lets share a batch."""

@@ -115,9 +115,9 @@ def saved(path: Path, split: str | None) -> Iterator[dict]:
             raise StageError(f"datasets: {path} has the splits {', '.join(found)}, not {split!r}",
                              f"write split: {next(iter(found))}")
         found = found[split]
-    for column, feature in found.features.items():      # pictures stay bytes, for lib/media.py to decode
+    for column, feature in found.features.items():      # media stay bytes, for lib/media.py to decode
         inner = getattr(feature, "feature", feature)
-        if isinstance(inner, datasets.Image):
-            plain = datasets.Image(decode=False)
+        if isinstance(inner, (datasets.Image, datasets.Audio, datasets.Video)):
+            plain = type(inner)(decode=False)
             found = found.cast_column(column, plain if inner is feature else datasets.List(plain))
     yield from found

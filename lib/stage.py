@@ -10,7 +10,9 @@ to do: it skips, runs, resumes or refuses.
 The parts: lib/ledger.py compares, lib/folder.py moves and locks, lib/program.py is the command line.
 """
 
+import itertools
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass, field
@@ -20,11 +22,11 @@ from types import SimpleNamespace
 from lib import folder, ledger, terminal
 from lib.folder import newest_checkpoint
 from lib.ledger import ROOT, STAGES, UPSTREAM, StageError
-from lib.program import arguments, command, remember_latest, resolve_run, run_script
+from lib.program import arguments, asked_to_stop, command, remember_latest, resolve_run, run_script
 
 __all__ = ["ROOT", "STAGES", "UPSTREAM", "Decision", "Knobs", "StageError", "Work"]
-__all__ += ["arguments", "begin", "command", "decide", "newest_checkpoint", "remember_latest", "resolve_run"]
-__all__ += ["run_script", "view"]
+__all__ += ["arguments", "asked_to_stop", "begin", "command", "decide", "newest_checkpoint"]
+__all__ += ["remember_latest", "resolve_run", "run_script", "view"]
 
 
 @dataclass
@@ -40,6 +42,7 @@ class Decision:
     reads: dict = field(default_factory=dict)
     forced: bool = False
     resumed_over: list[str] = field(default_factory=list)  # the changes that --resume disregards
+    checkpoint: str | None = None  # the path of the one to go on from: every rank takes the same
 
     def to_json(self) -> str:
         """A text for the other ranks."""
@@ -57,7 +60,7 @@ def decide(stem: str, run: Path, force=False, resume=False, knobs: dict | None =
 
     `knobs` is for 01_config, which reads no config.json: {"recipe": path, "overrides": ["knob=value", ...]}.
     """
-    run = Path(run)
+    run, path = Path(run), folder.partial(Path(run), stem)
     try:
         folder.heal(run, stem)
         warnings = _check_upstream(run, stem)
@@ -66,17 +69,30 @@ def decide(stem: str, run: Path, force=False, resume=False, knobs: dict | None =
             "upstream": {earlier: ledger.digest(run / earlier) for earlier in UPSTREAM[stem]},
             "source": ledger.source(stem),
         }
-        action, why = ("run", ["--force"]) if force else _choose(run, stem, reads, resume)
+        checkpoint = newest_checkpoint(path)
+        if force and not (checkpoint and _torchrun_restarts(path)):
+            action, why = "run", ["--force"]
+        else:
+            action, why = _choose(run, stem, reads, resume, checkpoint)
     except StageError as refusal:
         return Decision(stem, run, "refuse", refusal.what, refusal.fix)
-    over = why if action == "resume" else []
-    return Decision(stem, run, action, _count(why), "", warnings, reads, force, over)
+    if action != "resume":
+        return Decision(stem, run, action, _count(why), "", warnings, reads, force)
+    for damaged in itertools.takewhile(lambda found: found != checkpoint, folder.checkpoints(path)):
+        warnings.append(f"{damaged} is passed over, since it is damaged: {folder.damage(damaged)}")
+    return Decision(stem, run, action, _count(why), "", warnings, reads, force, why, str(checkpoint))
 
 
-def _choose(run: Path, stem: str, reads: dict, resume: bool) -> tuple[str, list[str]]:
+def _torchrun_restarts(path: Path) -> bool:
+    """Whether torchrun starts again what has obeyed its --force: --max-restarts repeats all words."""
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return restarted and ledger.read_json(path / "started.json")["forced"]
+
+
+def _choose(run: Path, stem: str, reads: dict, resume: bool, checkpoint: Path | None) -> tuple[str, list]:
     """The action and the changes behind it; a refusal is a StageError. Only 05_train has checkpoints."""
     path, final, again = folder.partial(run, stem), run / stem, command(stem, run)
-    checkpoint, since_start = newest_checkpoint(path), []
+    since_start = []
     if checkpoint:
         began = ledger.read_json(path / "started.json")
         since_start = ledger.changes(began["reads"], reads)
@@ -97,6 +113,11 @@ def _choose(run: Path, stem: str, reads: dict, resume: bool) -> tuple[str, list[
         raise StageError(
             f"{checkpoint} is there to go on from, but since its training began {_count(since_start)}",
             f"to go on all the same: {again} --resume; to start over and keep {stem}.old: {again} --force",
+        )
+    if damaged := folder.checkpoints(path):
+        raise StageError(
+            f"every checkpoint is damaged, such as {damaged[0]}: {folder.damage(damaged[0])}",
+            f"to start over and keep {stem}.old: {again} --force",
         )
     return "run", []
 
@@ -161,7 +182,7 @@ class Work:
         self.run, self.stem, self.leader = decision.run, decision.stem, leader
         self.path = folder.partial(self.run, self.stem)
         self.config = Knobs(**({} if self.stem == "01_config" else ledger.knobs(self.run, self.stem)[0]))
-        self.resuming = decision.action == "resume"
+        self.checkpoint = decision.checkpoint and Path(decision.checkpoint)  # to go on from
         self._began_seconds = time.monotonic()
         self._outside = {}
         self._started = {"stage": self.stem, "reads": decision.reads, "forced": decision.forced}
@@ -189,6 +210,7 @@ class Work:
         reads = self._started["reads"] | {"outside": self._outside}
         wrote = ledger.outputs(self.path, volatile)
         content = self._started | {"reads": reads, "wrote": wrote, "seconds": seconds}
+        folder.sync_tree(self.path)  # what stage.json vouches for has to be on the disk before it
         ledger.write_json(self.path / "stage.json", content)
         folder.put_in_place(self.run, self.stem)
         folder.unlock(self.path)
@@ -200,11 +222,11 @@ class Work:
         """The folder is locked, holds only what is gone on with, and says what this start read."""
         self.path.mkdir(parents=True, exist_ok=True)
         folder.lock(self.path)
-        if self.resuming:
+        if self.checkpoint:
             before = ledger.read_json(self.path / "started.json")
             self._started["forced"] = before["forced"]  # the finished training that it replaces is kept still
             self._started["resumed_over"] = before["resumed_over"] + self._started["resumed_over"]
-        elif self._started["forced"] and newest_checkpoint(self.path):
+        elif self._started["forced"] and folder.checkpoints(self.path):
             folder.set_aside(self.path, self.run / f"{self.stem}.old")
             self.path.mkdir()
             folder.lock(self.path)
@@ -232,10 +254,10 @@ def begin(decision: Decision, leader: bool = True) -> Work | None:
         return None
     work = Work(decision, leader)
     work._open()
-    if work.resuming:
-        terminal.say(f"{work.stem} goes on from {newest_checkpoint(work.path)}")
+    if work.checkpoint:
+        terminal.say(f"{work.stem} goes on from {work.checkpoint}")
     if decision.what:
-        terminal.say(f"{work.stem} {'goes on although' if work.resuming else 'runs'}: {decision.what}")
+        terminal.say(f"{work.stem} {'goes on although' if work.checkpoint else 'runs'}: {decision.what}")
     return work
 
 

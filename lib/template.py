@@ -9,16 +9,12 @@ Fork me to: train on other words (`conversations` says what a sample is, `_reply
 """
 import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from jinja2 import TemplateSyntaxError
-
-from lib.messages import RowError, count, has_media, text_parts, texts_of
+from lib.messages import NOUNS, RowError, count, has_media, text_parts, texts_of
 from lib.processor import placeholders, special_tokens, tokenizer_of
+from lib.render import MARK, Renderer
 from lib.stage import StageError
-
-MARK = "⟦mark⟧"                                         # stands in for a text whose place is looked for
-QUOTED_TYPE = re.compile(r"""(['"])type\1: """)         # typed parts that were printed as Python or JSON
 
 
 @dataclass(frozen=True)
@@ -26,11 +22,15 @@ class Conversation:
     """A sample's text, the (start, end) characters in it that are trained, and how many media it shows.
 
     `ends_added` counts the replies that the template left without an end of turn, which the kit put there.
+    `put_in` is what the template says by itself, such as a default system prompt; `tells_day`, whether it
+    says the day.
     """
     text: str
     spans: list[tuple[int, int]]
     media: int
     ends_added: int
+    put_in: tuple[str, ...] = ()
+    tells_day: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,22 +40,18 @@ class Reply:
     ended: bool
 
 
-class Template:
-    """A processor's chat template.
+class Template(Renderer):
+    """A processor's chat template, and what is trained in its renders.
 
     stops: the tokens at which the checkpoint's generation stops, beside the tokenizer's eos. They tell which
     of several tokens ends a turn, and whether a template that writes no end means the next header to be it.
     """
 
-    def __init__(self, processor, stops: tuple[str, ...] = ()):
-        if not processor.chat_template:
-            raise StageError(f"base_model: its {type(processor).__name__} has no chat template",
-                             "add chat_template: FILE.jinja to the recipe, or name an instruct model")
-        self.processor, self.stops = processor, {*stops, tokenizer_of(processor).eos_token}
+    def __init__(self, processor, stops: tuple[str, ...] = (), day: str | None = None):
+        super().__init__(processor, day)
+        self.stops = {*stops, tokenizer_of(processor).eos_token}
         self.special, self.placeholders = special_tokens(processor), placeholders(processor)
-        self.typed: dict[str, bool] = {}                # whether a role's typed parts come out as their text
-        for role in ("user", "system", "assistant", "tool"):
-            self.typed[role] = self._takes_parts(role)
+        self.not_words = re.compile(rf"{MARK}\d+\.|{self.special.pattern}")
 
     def conversations(self, messages: list[dict]) -> list[Conversation]:
         """The samples of a row: one with its replies, and one for each reply that later turns change.
@@ -68,7 +64,7 @@ class Template:
             raise RowError("nothing to learn: no assistant message has a text",
                            "write what the assistant should answer, or remove the row")
         full = self.render(messages)
-        self._check_other_texts(messages, full)
+        put_in, tells_day = self._own_words(messages, full), self.tells_day(messages, full)
         shared, apart = [], []
         for place in replies:
             head = messages[:place + 1]
@@ -78,40 +74,10 @@ class Template:
                 shared.append(reply)
             else:                                       # learnt as it was written, before they rewrote it
                 apart.append(self._ended(head, upto, [reply]))
-        return [self._ended(messages, full, shared), *apart] if shared else apart
+        found = [self._ended(messages, full, shared), *apart] if shared else apart
+        return [replace(conversation, put_in=put_in, tells_day=tells_day) for conversation in found]
 
-    # ---- messages to text ----
-
-    def render(self, messages: list[dict], prompt: bool = False) -> str:
-        """The conversation's text; `prompt` adds the header that asks for a reply. RowError if refused."""
-        return self._apply([self._shaped(message) for message in messages], prompt)
-
-    def _apply(self, messages: list[dict], prompt: bool = False) -> str:
-        try:
-            return self.processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        except TemplateSyntaxError as error:
-            raise StageError(f"chat_template: line {error.lineno}: {error.message}",
-                             "mend the template") from None
-        except Exception as error:  # templates raise what they like: one of the kit's three boundaries
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RowError(f"the chat template refuses this conversation: {reason}",
-                           "change the order of roles, or name a chat_template that takes it") from None
-
-    def _shaped(self, message: dict) -> dict:
-        """The message as this template takes it: typed parts, or their text alone."""
-        if self.typed.get(message["role"], True) or has_media(message):
-            return message
-        return {**message, "content": "".join(texts_of(message))}
-
-    def _takes_parts(self, role: str) -> bool:
-        """Whether a role's typed parts come out as their text, not as an error, as nothing or as a list."""
-        marked = {"role": role, "content": text_parts(MARK)}
-        asked = self._shaped({"role": "user", "content": text_parts("x")})
-        try:
-            text = self._apply({"user": [marked], "system": [marked, asked]}.get(role, [asked, marked]))
-        except RowError:
-            return False
-        return MARK in text and not QUOTED_TYPE.search(text)
+    # ---- what can go wrong with a text ----
 
     def _check_parts(self, messages: list[dict]) -> None:
         """RowError where a text spells a token that only the template may write, or a medium has no token."""
@@ -122,24 +88,29 @@ class Template:
                                'remove it; a picture is a part {"type": "image"}, not a token in a text')
             for kind in (part["type"] for part in message["content"] if part["type"] != "text"):
                 if kind not in self.placeholders:
-                    raise RowError(f"{who} has an {kind}, and base_model takes none",
-                                   f"name a base_model that takes {kind}s, or remove them from the row")
+                    raise RowError(f"{who} has a {NOUNS[kind]}, and base_model takes none",
+                                   f"name a base_model that takes {NOUNS[kind]}s, or remove the row")
 
-    def _check_other_texts(self, messages: list[dict], full: str) -> None:
-        """RowError where a text other than a reply's doesn't stand in the render; `_reply` sees to those."""
-        texts, marked = [], []
+    def _own_words(self, messages: list[dict], full: str) -> tuple[str, ...]:
+        """What the template writes between the texts, without single words such as the names of roles.
+
+        RowError where a text other than a reply's doesn't stand in the render; `_reply` sees to those.
+        """
+        texts, marked = {}, []
         for message in messages:
             parts = list(message["content"])
             for place, part in enumerate(parts):
-                if part["type"] == "text" and part["text"].strip() and message["role"] != "assistant":
-                    parts[place] = {"type": "text", "text": f"{MARK}{len(texts)}."}
-                    texts.append(part["text"].strip())
+                if part["type"] == "text" and part["text"].strip():
+                    mark = f"{MARK}{len(texts)}."
+                    parts[place] = {"type": "text", "text": mark}
+                    texts[mark] = part["text"].strip() if message["role"] != "assistant" else ""
             marked.append({**message, "content": parts})
         render = self.render(marked)
-        for number, text in enumerate(texts):
-            if text not in full or f"{MARK}{number}." not in render:
-                raise RowError(f"the chat template drops or changes this text: {text[:60]!r}",
-                               "name a chat_template that renders every message as it stands")
+        for mark, text in texts.items():
+            if text and (text not in full or mark not in render):
+                raise lost(text)
+        pieces = self.not_words.split(render)
+        return tuple(dict.fromkeys(piece.strip() for piece in pieces if len(piece.split()) > 1))
 
     # ---- text to spans ----
 
@@ -154,8 +125,14 @@ class Template:
         prompt = self.render(before, prompt=True) if before else head
         start = next((len(known) for known in (prompt, head) if upto.startswith(known)), None)
         stop = len(upto) - len(gaps[-1]) if len(gaps) == len(texts) and upto.endswith(gaps[-1]) else 0
-        if start is None or stop < start or not all(text.strip() in upto[start:stop] for text in texts):
+        first = begin_of(texts, upto[:stop])            # before `start` where the prompt opens its thought
+        if start is None or stop < start or first is None or first < start and not upto.startswith(prompt):
             raise unclear("the chat template's finished turn isn't its prompt, the reply's text and an end")
+        given = [text for message in before if message["role"] != "assistant" for text in texts_of(message)]
+        read = upto[:min(first, start)]
+        for text in map(str.strip, given):
+            if text not in read:                        # some templates keep it for the last question of all
+                raise lost(text)
         cuts = self._media_in(upto, start, texts, [head, *gaps]) if has_media(reply) else []
         end = self._end_of_turn(upto, stop)
         edges = [start, *(edge for cut in cuts for edge in cut), end]
@@ -225,6 +202,24 @@ class Template:
                 raise RowError(f"{count(kinds.count(kind), kind)} in the messages, {shown} in the render",
                                f"name a chat_template that shows every {kind}, or remove them from the row")
         return len(kinds)
+
+
+def begin_of(texts: list[str], render: str) -> int | None:
+    """Where the texts begin that a render ends with, in their order; None where it doesn't."""
+    place = len(render.rstrip() if texts[-1].strip() else render)
+    if not render[:place].endswith(texts[-1].strip()):
+        return None
+    for text in reversed(texts):
+        place = render.rfind(text.strip(), 0, place)
+        if place < 0:
+            return None
+    return place
+
+
+def lost(text: str) -> RowError:
+    """The reject of a row with a text that its render lacks where the model would read it."""
+    return RowError(f"the chat template drops or changes this text: {text[:60]!r}",
+                    "name a chat_template that renders every message as it stands")
 
 
 def unclear(reason: str) -> RowError:

@@ -102,7 +102,7 @@ TRAIN = '''
 """05_train: counts its steps."""
 import os
 import time
-from lib import stage
+from lib import folder, stage
 
 def main():
     parser = stage.arguments(__doc__)
@@ -112,15 +112,17 @@ def main():
     work = stage.begin(stage.decide("05_train", run, force=args.force, resume=args.resume))
     if work is None:
         return
-    first = int(stage.newest_checkpoint(work.path).name[5:]) if work.resuming else 0
+    first = int(work.checkpoint.name[5:]) if work.checkpoint else 0
     stop_at = int(os.environ.get("STOP_AT", "-1"))
     for step in range(first + 1, int(work.config.steps) + 1):
-        checkpoint = work.path / "checkpoints" / f"step-{step}"
-        checkpoint.mkdir(parents=True)
+        aside = work.path / "checkpoints" / f".step-{step}.partial"
+        aside.mkdir(parents=True, exist_ok=True)
         if step == stop_at:
             print("waiting", flush=True)
             time.sleep(60)
-        (checkpoint / "state.json").write_text("{}")
+        (aside / "state.json").write_text("{}")
+        folder.seal(aside)
+        aside.rename(aside.with_name(f"step-{step}"))
     (work.path / "adapter.txt").write_text(f"{first} to {work.config.steps}")
     work.finish(volatile=("checkpoints",))
 

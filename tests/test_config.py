@@ -130,6 +130,8 @@ def test_01_starts_fast_because_it_imports_no_torch():
     (r"lora_target_modules: 'layers.[\d]+.(q|v)_proj'", r"layers.[\d]+.(q|v)_proj"),
     ("lora_target_modules: [q_proj, v_proj]", ["q_proj", "v_proj"]),
     ("lora_target_modules:\n- q_proj\n- v_proj", ["q_proj", "v_proj"]),
+    ("chat_template: qwen2_vl", "qwen2_vl"), ("chat_template: tokenizer_default_fallback_chatml", None),
+    ("template_date: 2026-07-14", "2026-07-14"),
     ("chat_template: tokenizer_default", None), ("chat_template: '{{ messages }}'", "{{ messages }}"),
     ("chat_template: |\n  {% for m in messages %}\n  {% endfor %}", "{% for m in messages %}\n{% endfor %}"),
     ("processor_kwargs: {a: no, b: {c: 1e2}, d: '1', e: 010, f: true}",
@@ -182,6 +184,8 @@ datasets: [{path: rows.jsonl, type: chat_template, split: 'train[:1%]', field_me
 val_set_size: 0.0 | adapter: lora | adapter: qlora | lora_r: 32 | lora_alpha: 16 | lora_dropout: 0.05
 lora_target_modules: 'model.language_model.layers.[\\d]+.(_checkpoint_wrapped_module.)?mlp.(up|down)_proj'
 lora_target_modules: [q_proj, k_proj] | lora_target_linear: true | peft_use_dora: false
+lora_target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]
+lora_target_parameters: experts.down_proj | bnb_config_kwargs: {bnb_4bit_quant_type: fp4}
 peft_use_rslora: true | peft_init_lora_weights: true | micro_batch_size: 1 | gradient_accumulation_steps: 4
 num_epochs: 1 | max_steps: 10 | optimizer: adamw_torch_fused | lr_scheduler: cosine | learning_rate: 2e-4
 learning_rate: '0.0002' | bf16: true | bf16: auto | warmup_ratio: 0.1 | warmup_steps: 10 | weight_decay: 0.0
@@ -209,20 +213,20 @@ plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]
 plugins: [axolotl.integrations.liger.LigerPlugin, axolotl.integrations.kernels.KernelsPlugin]
 wandb_project: | wandb_entity: | wandb_watch: | wandb_name: | wandb_log_model: | wandb_mode: disabled
 image_size: | max_memory: | gpu_memory_limit: | image_resize_algorithm: | role_boundaries:
-lora_target_parameters: | quant_type: | lora_modules_to_save:
+quant_type: | lora_modules_to_save:
 """
 NOT_YET = """
 tokenizer_use_mistral_common: true | special_tokens: {pad_token: <pad>, eos_token: <end>} | quant_type: nf4
 gptq: true | quantize_moe_experts: true | llama4_linearized_experts: true | device_map: balanced
 max_memory: {0: 20GiB} | gpu_memory_limit: 20GiB | image_size: 512 | fp16: true
 image_resize_algorithm: bilinear | train_on_inputs: true | roles_to_train: [assistant, user]
-train_on_eos: all | role_boundaries: [{role: user}] | lora_target_parameters: [experts.gate_up_proj]
+train_on_eos: all | role_boundaries: [{role: user}]
 lora_model_dir: ./old | lora_modules_to_save: [lm_head, embed_tokens] | activation_offloading: true
 fsdp: [full_shard] | fsdp_version: 2 | fsdp_config: {fsdp_offload_params: true}
 fsdp_config: {reshard_after_forward: true} | plugins: [mine.Plugin] | resume_from_checkpoint: ./checkpoint-5
-wandb_project: mine | optimizer: adamw_bnb_8bit | optimizer: adamw_torch_8bit | optimizer: adamw_8bit
-optimizer: adamw_torch_4bit | lr_scheduler: rex | chat_template: gemma3 | deepspeed: ds.json | rl: dpo
-peft_init_lora_weights: pissa | gradient_checkpointing: offload | loraplus_lr_ratio: 16
+wandb_project: mine | optimizer: paged_adamw_32bit | optimizer: adamw_torch_8bit
+optimizer: adamw_torch_4bit | lr_scheduler: rex | chat_template: chatml | deepspeed: ds.json | rl: dpo
+peft_init_lora_weights: pissa | gradient_checkpointing: offload | loraplus_lr_embedding: 1e-6
 unfrozen_parameters: [lm_head] | float16: true | liger_use_token_scaling: true
 """
 
@@ -303,12 +307,8 @@ weight_decay: 0.0
 """
 
 
-def test_a_usual_axolotl_recipe_needs_only_two_overrides(folder):
-    assert [fix for _, fix in problems(USUAL)] == [
-        "write tokenizer_default for the checkpoint's own, or the path of a .jinja file",
-        "optimizer: adamw_torch_fused",
-    ]
-    k, _, notes = resolve(USUAL, "chat_template=tokenizer_default", "optimizer=adamw_torch_fused")
+def test_a_usual_axolotl_recipe_needs_no_override(folder):
+    k, _, notes = resolve(USUAL)
     assert (k.lora_alpha, k.learning_rate, k.output_dir) == (16, 2e-4, "./outputs/out")
     assert {name for name, _ in notes} == {"skip_prepare_dataset", "remove_unused_columns", "tf32",
                                            "pad_to_sequence_len", "flash_attention"}
@@ -365,11 +365,14 @@ CONTRADICTIONS = (
     ["freeze_mm_modules=true", "lora_target_roles=[language, vision]"],
     ["freeze_mm_modules=true", "train_roles=[projector]", "adapter=null"],
     ["lora_target_linear=true", "lora_target_modules=[q_proj]"],
+    ["load_best_model_at_end=true", "evals_per_epoch=0"],
     ["lora_target_linear=false"],
+    ["lora_target_parameters=[experts.down_proj]", "lora_dropout=0.1"],
     ["test_datasets=[{path: rows.jsonl}]"],
     ["val_set_size=1.0"],
     ["warmup_ratio=0.1", "warmup_steps=5"],
     ["sample_packing=true", "group_by_length=true"],
+    ["cosine_min_lr_ratio=0.1", "lr_scheduler=linear"],
 )
 
 
@@ -390,7 +393,8 @@ def test_every_rule_is_broken_by_one_of_these_contradictions(folder):
     (["max_steps=20"], "max_steps 20: fewer than 50 steps"),
     (["max_steps=100", "warmup_steps=100"], "ends before its warm-up does"),
     (["val_set_size=0"], "no evaluation"),
-    (["bnb_config_kwargs={a: 1}"], "nothing is quantised"),
+    (["bnb_config_kwargs={llm_int8_threshold: 4.0}"], "nothing is quantised"),
+    (["quantize_roles=[language, vision]"], "quantize_roles: without effect"),
     (["revision=main"], "./base is a folder"),
     (["adapter=null", "learning_rate=1e-5", "lora_r=8"], "lora_r: without effect"),
 ])
@@ -574,17 +578,22 @@ WRONG_VALUES = (
     line("a regex that is none", "lora_target_modules: '*_proj'",
          "lora_target_modules: '*_proj' is no regex: nothing to repeat at position 0",
          "mend it; a recipe holds a regex in single quotes"),
+    line("layers to skip by name", "bnb_config_kwargs: {llm_int8_skip_modules: [lm_head]}",
+         "bnb_config_kwargs: {llm_int8_skip_modules: [lm_head]} holds llm_int8_skip_modules, which is no …",
+         "quantize_roles says what is quantised; this may hold bnb_4bit_quant_type, …"),
+    line("a kind of 4 bits that is none", "bnb_config_kwargs: {bnb_4bit_quant_type: int4}",
+         "bnb_config_kwargs: {bnb_4bit_quant_type: int4} holds bnb_4bit_quant_type: int4", "write nf4 or fp4"),
     line("special tokens of one's own", "special_tokens: {pad_token: <p>, eos_token: <e>}",
          "special_tokens: {pad_token: <p>, eos_token: <e>} asks for special tokens of …: not built yet",
          "remove special_tokens"),
     line("every linear layer, the tower's too", "lora_target_modules: all-linear",
          "lora_target_modules: all-linear would reach into the vision tower", "lora_target_modules: null"),
-    line("an optimizer to come", "optimizer: adamw_bnb_8bit",
-         "optimizer: adamw_bnb_8bit is not built yet, and its steps are others",
+    line("an optimizer to come", "optimizer: adafactor",
+         "optimizer: adafactor is not built yet, and its steps are others",
          "optimizer: adamw_torch_fused"),
     line("an optimizer that is none", "optimizer: adamw",
-         "optimizer: adamw must be adamw_torch_fused or adamw_torch",
-         "for example optimizer: adamw_torch_fused (AdamW, in one kernel or in many)"),
+         "optimizer: adamw must be adamw_torch_fused, adamw_torch, adamw_bnb_8bit or paged_adamw_8bit",
+         "for example optimizer: adamw_torch_fused (AdamW: in one kernel, many, 8 bits)"),
     line("an initialisation that rewrites the base", "peft_init_lora_weights: pissa",
          "peft_init_lora_weights: pissa rewrites the base, so the adapter would not fit the published one",
          "peft_init_lora_weights: true"),
@@ -642,8 +651,13 @@ WRONG_PATHS = (
              " is for weight: not built yet", "remove weight"),
     override("a data set of another type", "datasets=[{path: rows.jsonl, type: alpaca}]",
              " must be chat_template", "give a list of mappings (the rows to train on)"),
-    override("a template's bare name", "chat_template=gemma3", " is a template's bare name: not built yet",
+    override("a template of no family", "chat_template=alpaca", " is a template that the kit doesn't hold",
              "write tokenizer_default for the checkpoint's own, or the path of a .jinja file"),
+    override("a template's name with a slip", "chat_template=qwen_2_vl",
+             " is a template that the kit doesn't hold", "did you mean qwen2_vl?"),
+    override("a day in words", "template_date=yesterday", " is no day", "write year, month and day: 2026-07-14"),
+    override("a day that no calendar has", "template_date=2026-02-30", " is no day",
+             "write year, month and day: 2026-07-14"),
     override("a missing template", "chat_template=chat.jinja", " is no file here",
              "a relative path starts from /…"),
 )

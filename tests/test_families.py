@@ -3,6 +3,8 @@
 One tiny checkpoint per family, built and loaded once. What is expected stands here by hand, per family; nothing is asked of the
 code that is tested.
 """
+import contextlib
+import dataclasses
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -16,14 +18,14 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors import safe_open
 
-from lib import chat, loss, model, processor, registry, roles
+from lib import adapter, chat, loss, model, processor, registry, roles
 from lib.sampler import Batcher
 from lib.stage import StageError
 from lib.template import Template
 from tests import zoo
 
-NAMES = [name for name in zoo.NAMES if name != "voxtral"]          # sounds are not read yet
-SEEING = [name for name in NAMES if name not in zoo.TEXT_ONLY]
+NAMES = list(zoo.NAMES)
+SEEING = [name for name in NAMES if name not in zoo.TEXT_ONLY]      # or hearing: voxtral takes sounds, no pictures
 
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 LLAMA = dict.fromkeys(ATTENTION + MLP, 2)
@@ -47,12 +49,22 @@ LORA = {
     "lfm2_vl": dict.fromkeys(("w1", "w2", "w3", "out_proj"), 4) | dict.fromkeys(("in_proj", "q_proj", "k_proj", "v_proj"), 2),
 }
 
+# The 3-D parameters of the experts: where they lie, and in which layers.
+EXPERTS = {
+    "llama4": ("language_model.model.layers.{}.feed_forward.experts", (0, 1, 2, 3)),
+    "gemma4_moe": ("model.language_model.layers.{}.experts", (0, 1)),
+    "qwen3_vl_moe": ("model.language_model.layers.{}.mlp.experts", (0, 1)),
+    "qwen3_5_moe": ("model.language_model.layers.{}.mlp.experts", (0, 1, 2, 3)),
+    "mistral4": ("model.language_model.layers.{}.mlp.experts", (0, 1)),
+    "glm4v_moe": ("model.language_model.layers.{}.mlp.experts", (1,)),
+}
+
 # What is trained of the replies "a red fox" and "no", to the last character.
 REPLIES = {
     "llama_text": "{}<|eot_id|>", "llava": " {}</s>", "mllama": "{}<|eot_id|>", "llama4": "{}<|eot|>",
     "gemma3_text": "{}<end_of_turn>", "gemma3": "{}<end_of_turn>", "gemma3n": "{}<end_of_turn>",
     "gemma4_e2b": "{}<turn|>", "gemma4_moe": "{}<turn|>", "smolvlm2": " {}<end_of_utterance>",
-    "pixtral": "{}</s>", "mistral3": "{}</s>", "mistral4": "{}</s>", "magistral": "{}</s>", "paddleocr_vl": "{}</s>",
+    "pixtral": "{}</s>", "mistral3": "{}</s>", "mistral4": "{}</s>", "magistral": "{}</s>", "voxtral": "{}</s>", "paddleocr_vl": "{}</s>",
     "qwen3_5": "\n</think>\n\n{}<|im_end|>", "qwen3_5_moe": "\n</think>\n\n{}<|im_end|>", "glm4v": "{}<|user|>",
     "glm46v": "\n<think></think>\n{}<|user|>", "glm4v_moe": "\n<think></think>\n{}<|user|>",
 }
@@ -70,17 +82,36 @@ def picture(seed):
     return image
 
 
+def sound(seed):
+    """A second of a tone in noise, other ones for other seeds."""
+    tone = 0.4 * torch.sin(torch.arange(16_000) * (0.1 + 0.05 * seed))
+    return (tone + 0.05 * torch.randn(16_000, generator=torch.Generator().manual_seed(seed))).numpy()
+
+
 @dataclass
 class Subject:
     """A family's tiny checkpoint, planned, loaded and with its encoder."""
     name: str
     folder: Path
 
+    @property
+    def kind(self):
+        """What its rows hold, of all kinds that it takes."""
+        return "audio" if self.name == "voxtral" else "image"
+
+    @property
+    def tower(self):
+        return {"audio": "audio", "image": "vision"}[self.kind]
+
+    def media(self, count):
+        return [{"audio": sound, "image": picture}[self.kind](n) for n in range(count)]
+
     def knobs(self, **changes):
         """The recipe's knobs that planning and LoRA read."""
         defaults = dict(base_model=str(self.folder), revision=None, trust_remote_code=False, model_type=None, bf16=False,
                         attn_implementation="sdpa", load_in_4bit=False, load_in_8bit=False, bnb_config_kwargs={},
                         lora_target_modules=None, lora_target_roles=["language"], lora_r=2, lora_alpha=4,
+                        lora_target_parameters=None, quantize_roles=["language"],
                         lora_dropout=0.0, peft_use_dora=False, peft_use_rslora=False, peft_init_lora_weights=True, seed=1)
         return SimpleNamespace(**defaults | changes)
 
@@ -113,20 +144,19 @@ class Subject:
         return Template(self.processor, processor.stop_tokens(self.folder, self.processor))
 
     def conversation(self, *turns):
-        """Messages from (number of pictures, question, answer) turns."""
+        """Messages from (number of media, question, answer) turns."""
         messages = []
         for pictures, question, answer in turns:
             count = pictures if self.name in SEEING else 0
-            messages.append({"role": "user", "content": [*({"type": "image"} for _ in range(count)), text(question)]})
+            messages.append({"role": "user", "content": [*({"type": self.kind} for _ in range(count)), text(question)]})
             messages.append({"role": "assistant", "content": [text(answer)]})
         return messages
 
     def rows(self, *turns):
         """The encoded samples of a conversation."""
         samples = self.template.conversations(self.conversation(*turns))
-        token = getattr(self.processor, "image_token", None)
-        return [self.encoder.encode(s.text, s.spans, [picture(n) for n in range(s.text.count(token) if token else 0)])
-                for s in samples]
+        token = getattr(self.processor, f"{self.kind}_token", None)
+        return [self.encoder.encode(s.text, s.spans, self.media(s.text.count(token) if token else 0)) for s in samples]
 
     def batch(self, rows):
         return Batcher(self.encoder.pad_id, self.encoder.collate)(rows)
@@ -148,6 +178,7 @@ class Subject:
         return model.attach(loaded, folder), folder
 
 
+NEEDS = {"gemma3n": "timm", "voxtral": "mistral_common", "smolvlm2": "num2words"}
 SUBJECTS: dict[str, Subject] = {}
 
 
@@ -162,8 +193,8 @@ def seeing(request, tmp_path_factory):
 
 
 def find(name, tmp_path_factory):
-    if name == "gemma3n":
-        pytest.importorskip("timm", reason="Gemma-3n's tower needs timm")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name], reason=f"{name} needs {NEEDS[name]}")
     if name not in SUBJECTS:
         SUBJECTS[name] = Subject(name, zoo.build(name, tmp_path_factory.mktemp(name) / name))
     return SUBJECTS[name]
@@ -182,7 +213,7 @@ def difference(a, b):
 def test_a_record_gives_every_parameter_a_role(subject):
     assert subject.plan["roles_guessed"] == (subject.name in zoo.TEXT_ONLY)
     assert all(subject.roles.of(name) in roles.ROLES for name, _ in subject.base.named_parameters())
-    expected = {"language", "embedding"} | ({"vision", "projector"} if subject.name in SEEING else set())
+    expected = {"language", "embedding"} | ({subject.tower, "projector"} if subject.name in SEEING else set())
     assert expected <= set(subject.plan["parameters"])
 
 
@@ -256,9 +287,55 @@ def test_lora_of_the_tower_is_on_the_tower(seeing):
         with pytest.raises(StageError, match="peft adapts other layers than asked"):
             model.new_adapter(seeing.plan, seeing.knobs(lora_target_roles=["vision", "projector"]))
         return
-    _, hits = model.new_adapter(seeing.plan, seeing.knobs(lora_target_roles=["vision", "projector"]))
+    _, hits = model.new_adapter(seeing.plan, seeing.knobs(lora_target_roles=[seeing.tower, "projector"]))
     # Gemma-3n's tower convolves, and Gemma-3's projector is a bare matrix: neither has a linear layer.
-    assert set(hits) == {"gemma3n": {"projector"}, "gemma3": {"vision"}}.get(seeing.name, {"vision", "projector"})
+    assert set(hits) == {"gemma3n": {"projector"}, "gemma3": {"vision"}}.get(seeing.name, {seeing.tower, "projector"})
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("asked", [{"lora_target_roles": ["language", "experts"]}, {"lora_target_roles": ["experts"]},
+                                   {"lora_target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}])
+def test_lora_of_the_experts_is_on_every_expert_and_nothing_else(name, asked, tmp_path_factory):
+    subject = find(name, tmp_path_factory)
+    path, layers = EXPERTS[name]
+    expected = [f"{path.format(n)}.{kind}_proj" for n in layers for kind in ("gate_up", "down")]
+    assert subject.family.expert_lora == ""
+    peft_model, hits = model.new_adapter(subject.plan, subject.knobs(**asked))
+    assert sorted(hits.pop("experts")) == sorted(expected)
+    linears = Counter(name.rsplit(".", 1)[-1] for names in hits.values() for name in names)
+    assert linears == (LORA[name] if asked.get("lora_target_roles") != ["experts"] else {})
+    assert adapter.adapted_experts(peft_model) == 4 * len(layers)
+    assert peft_model.peft_config["default"].target_parameters == ["experts.down_proj", "experts.gate_up_proj"]
+
+
+def test_one_of_the_experts_matrices_can_be_named(tmp_path_factory):
+    subject = find("qwen3_vl_moe", tmp_path_factory)
+    one = "model.language_model.layers.1.mlp.experts.down_proj"
+    _, hits = model.new_adapter(subject.plan, subject.knobs(lora_target_parameters=[one]))
+    assert hits["experts"] == [one]
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma4_e2b", "qwen_text"])
+@pytest.mark.parametrize("asked", [{"lora_target_roles": ["language", "experts"]}, {"lora_target_parameters": ["experts.down_proj"]}])
+def test_experts_that_arent_there_are_refused(name, asked, tmp_path_factory):
+    subject = find(name, tmp_path_factory)
+    with pytest.raises(StageError, match=f"{next(iter(asked))}: .*: this checkpoint has no experts"):
+        model.new_adapter(subject.plan, subject.knobs(**asked))
+
+
+def test_a_name_that_matches_no_expert_is_refused_with_the_names_there_are(tmp_path_factory):
+    subject = find("llama4", tmp_path_factory)
+    with pytest.raises(StageError, match="'mlp.experts.down_proj' matches no experts") as refusal:
+        model.new_adapter(subject.plan, subject.knobs(lora_target_parameters=["mlp.experts.down_proj"]))
+    assert refusal.value.fix == "write experts.down_proj, experts.gate_up_proj"
+
+
+def test_a_record_can_refuse_lora_on_experts(tmp_path_factory, monkeypatch):
+    subject = find("llama4", tmp_path_factory)
+    refusing = dataclasses.replace(subject.family, expert_lora="for a reason")
+    monkeypatch.setattr(registry, "FAMILIES", (refusing,))
+    with pytest.raises(StageError, match="Llama-4: for a reason"):
+        model.new_adapter(subject.plan, subject.knobs(lora_target_roles=["experts"]))
 
 
 # ------------------------------------------------------------------------------------- e. f. g. gradients and loss
@@ -299,49 +376,85 @@ def test_gradient_checkpointing_changes_nothing_and_leaves_the_frozen_tower_alon
     rows = seeing.rows((1, "What is it?", "a red fox"))
     plain_loss, plain = step(seeing, net.train(), rows)
     assert model.checkpoint_trained_layers(net, seeing.roles, {"language"}) > 0
-    with watched_tower(net, seeing.roles) as runs:
+    with torch.no_grad(), tower_calls(net, seeing.roles) as once:
+        net(**inputs(seeing.batch(rows)), use_cache=False)
+    with tower_calls(net, seeing.roles) as calls:
         again_loss, again = step(seeing, net, rows)
     assert again_loss == pytest.approx(plain_loss, rel=1e-5)
     assert plain.keys() == again.keys()
     assert all(difference(again[name], plain[name]) < 1e-3 for name in plain)
-    assert runs and max(Counter(name for name, _ in runs).values()) == 1, "a frozen tower ran more than once"
-    assert not any(has_graph for _, has_graph in runs), "a frozen tower built a graph"
+    assert len(once) >= 4 and Counter(name for name, _ in calls) == Counter(name for name, _ in once)
+    assert not any(has_graph for _, has_graph in calls), "a frozen tower built a graph"
 
 
-class watched_tower:
-    """Records (module, whether its output has a graph) for each forward of the tower's own layers."""
+def test_the_librarys_own_switch_would_run_a_frozen_tower_twice_with_a_graph(tmp_path, tmp_path_factory):
+    subject = find("llava", tmp_path_factory)      # so the test above can fail
+    net, _ = subject.adapter(tmp_path)
+    net.train().gradient_checkpointing_enable({"use_reentrant": False})
+    net.enable_input_require_grads()
+    with tower_calls(net, subject.roles) as calls:
+        step(subject, net, subject.rows((1, "What is it?", "a red fox")))
+    assert max(Counter(name for name, _ in calls).values()) == 2 and any(has_graph for _, has_graph in calls)
 
-    def __init__(self, net, roles):
-        self.layers = {name: module for name, module in net.named_modules()
-                       if roles.of(model.base_name(name)) == "vision" and name.rsplit(".", 1)[-1].isdigit()
-                       and name.rsplit(".", 2)[-2] in ("layers", "layer", "blocks")}
 
-    def __enter__(self):
-        runs = []
+@contextlib.contextmanager
+def tower_calls(net, roles):
+    """The list of (name, whether its output has a graph) of each call of a tower's linear or convolution.
 
-        def record(name):
-            def hook(module, given, result):
-                first = result[0] if isinstance(result, tuple) else result
-                runs.append((name, first.requires_grad))
-            return hook
-        self.handles = [module.register_forward_hook(record(name)) for name, module in self.layers.items()]
-        if not self.layers:
-            runs.append(("no layers to watch: a convolutional tower", False))
-        return runs
+    What is inside a layer is watched: recomputing in the backward pass goes around the hooks of the layer itself.
+    """
+    calls = []
+    inner = {name: module for name, module in net.named_modules() if roles.of(model.base_name(name)) in ("vision", "audio")
+             and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d))}
+    handles = [module.register_forward_hook(lambda module, given, result, name=name:
+                                            calls.append((name, result.requires_grad)))
+               for name, module in inner.items()]
+    yield calls
+    for handle in handles:
+        handle.remove()
 
-    def __exit__(self, *error):
-        for handle in self.handles:
-            handle.remove()
+
+def test_how_samples_are_cut_into_micro_batches_changes_no_gradient(subject, tmp_path):
+    net, _ = subject.adapter(tmp_path)
+    pictures = int(subject.name != "gemma3n")      # whose tower of convolutions takes a second
+    turns = {"What is it?": "a red fox", "And here, what is it?": "no", "Hi": "two of them", "Which colour?": "blue"}
+    rows = [row for question, answer in turns.items() for row in subject.rows((pictures, question, answer))]
+    assert len(rows) == 4
+    found = {}
+    for size in (4, 2, 1):
+        net.zero_grad(set_to_none=True)
+        for start in range(0, 4, size):
+            loss.forward_loss(net, subject.batch(rows[start:start + size]))[0].backward()
+        found[size] = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    for size in (2, 1):
+        assert found[size].keys() == found[4].keys()
+        assert all(difference(found[size][name], found[4][name]) < 1e-3 for name in found[4])
 
 
 # ------------------------------------------------------------------------------------------------ j. export
 
 def test_plain_peft_reads_the_adapter_and_merging_keeps_names_and_logits(subject, tmp_path):
+    check_export(subject, tmp_path)
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_plain_peft_reads_and_merges_trained_experts_too(name, tmp_path_factory, tmp_path):
+    subject = find(name, tmp_path_factory)
+    net = check_export(subject, tmp_path, lora_target_roles=["language", "experts"])
+    model.checkpoint_trained_layers(net, subject.roles, {"language", "experts"})
+    _, gradients = step(subject, net.train(), subject.rows((1, "What is it?", "a red fox")))
+    assert set(gradients) == set(model.trained_parameters(net))
+    assert all(bool(gradient.any()) for gradient in gradients.values())
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+
+
+def check_export(subject, tmp_path, **changes):
+    """The model with an adapter, after plain peft's logits and those of the merged model were equal to its own."""
     import transformers
     from peft import PeftModel
 
     from lib import merge
-    net, folder = subject.adapter(tmp_path)
+    net, folder = subject.adapter(tmp_path, **changes)
     batch = inputs(subject.batch(subject.rows((1, "What is it?", "a red fox"))))
     with torch.no_grad():
         ours = net.eval()(**batch, use_cache=False).logits
@@ -354,6 +467,7 @@ def test_plain_peft_reads_the_adapter_and_merging_keeps_names_and_logits(subject
         merged = cls.from_pretrained(tmp_path / "merged", dtype=torch.float32, attn_implementation=attention).eval()
         assert difference(merged(**batch, use_cache=False).logits, ours) < 1e-4
     assert tensor_names(tmp_path / "merged") == tensor_names(subject.folder)
+    return net
 
 
 def tensor_names(folder):
@@ -369,8 +483,8 @@ def test_the_saved_processor_makes_identical_tensors(subject, tmp_path):
     again = chat.Encoder.load(tmp_path)
     messages = subject.conversation((1, "What is it?", "a red fox"))
     (sample,) = subject.template.conversations(messages)
-    pictures = [picture(0)] if subject.name in SEEING else []
-    ours, theirs = (e.encode(sample.text, sample.spans, pictures) for e in (subject.encoder, again))
+    media = subject.media(subject.name in SEEING)
+    ours, theirs = (e.encode(sample.text, sample.spans, media) for e in (subject.encoder, again))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
@@ -397,8 +511,8 @@ def test_what_the_model_answers_it_predicts_again_in_training(subject):
     messages = subject.conversation((1, "What is it?", "reply"))
     (sample,) = subject.template.conversations(messages)
     reply = sample.text.index("reply", sample.spans[0][0])
-    prompt, pictures = sample.text[:reply], [picture(0)] if subject.name in SEEING else []
-    asked = subject.encoder.encode(prompt, [(sample.spans[0][0], reply)], pictures)
+    prompt, media = sample.text[:reply], subject.media(subject.name in SEEING)
+    asked = subject.encoder.encode(prompt, [(sample.spans[0][0], reply)], media)
     asked.pop("labels")
     with torch.no_grad():
         output = subject.base.generate(**asked, max_new_tokens=6, min_new_tokens=6, do_sample=False,

@@ -394,9 +394,37 @@ def test_a_system_text_that_moves_to_the_last_question_gives_each_reply_a_sample
         "user: Be brief. one<|im_end|>assistant: «two<|im_end|>»"]
 
 
+def test_a_system_text_that_only_a_last_question_shows_is_a_reject(with_template):
+    jinja = LOOP.replace("messages", "messages[1:]") + "{{ m.role }}: " \
+        "{{ messages[0].content + ' ' if loop.last and m.role == 'user' }}{{ m.content }}<|im_end|>" \
+        + PROMPT + "assistant: {% endif %}"
+    for texts in (MULTI[:3], MULTI):  # a question left open shows it, yet behind the reply that it is about
+        with pytest.raises(RowError, match="the chat template drops or changes this text: 'Be brief.'"):
+            with_template(jinja)[0].conversations(chat(*texts, system="Be brief."))
+
+
+def test_a_thought_that_the_prompt_opens_is_trained_from_where_the_model_goes_on(with_template):
+    jinja = STRINGS.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+    (conversation,) = with_template(jinja)[0].conversations(chat("one", "<think>\nhm\n</think>two"))
+    assert marked(conversation) == "<|im_start|>user\none<|im_end|>\n" \
+        "<|im_start|>assistant\n<think>\n«hm\n</think>two<|im_end|>»\n"
+
+
 def test_a_template_that_is_no_jinja_stops_with_its_line(with_template):
     with pytest.raises(StageError, match="chat_template: line 2: "):
         with_template("{{ messages }}\n{% for %}")
+    tokenizer = with_template(STRINGS)[0].processor
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}\n{% for %}"
+    with pytest.raises(StageError, match="chat_template: line 2: "):
+        Template(tokenizer, day="2026-07-14").render(chat("one"))
+
+
+def test_a_stopped_clock_changes_nothing_else_in_a_render(with_template):
+    block = "{% if strftime_now is defined %}x{% endif %}"
+    for start in ("", " ", "\n", f"  {block}\n", "{#- x -#}\n", f"\n\n  {block}", " {%- set x = 1 %}"):
+        tokenizer = with_template(start + block + STRINGS)[0].processor
+        texts = [Template(tokenizer, day=day).render(chat("one", "two")) for day in (None, "2026-07-14")]
+        assert texts[0] == texts[1] and texts[0].endswith("<|im_end|>\n")
 
 
 @pytest.fixture
@@ -426,7 +454,7 @@ def test_a_template_that_shows_fewer_pictures_than_the_row_has_is_a_reject(chang
 
 
 def test_a_picture_for_a_model_without_pictures_is_a_reject(family):
-    with pytest.raises(RowError, match=r"message 0 \(user\) has an image, and base_model takes none"):
+    with pytest.raises(RowError, match=r"message 0 \(user\) has a picture, and base_model takes none"):
         family("llama_text")[0].conversations(chat("▣one", "two"))
 
 
@@ -502,6 +530,6 @@ def test_the_prompt_for_an_answer_ends_where_the_last_reply_starts(family, tmp_p
     picture().save(tmp_path / "a.png")
     (conversation,) = template.conversations(chat("▣one", "two", "▣three", " four \n"))
     spans = [{"start": start, "end": end} for start, end in conversation.spans]
-    media = [{"path": str(tmp_path / "a.png"), "bytes": None}] * 2
+    media = [{"kind": "image", "path": str(tmp_path / "a.png"), "bytes": None}] * 2
     text, images, reply = encoder.prompt({"text": conversation.text, "spans": spans, "media": media})
     assert text.endswith("three ASSISTANT:") and len(images) == 2 and reply == "four"

@@ -9,7 +9,6 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lib import adapter, model
-from lib.loss import forward_loss
 from lib.roles import Roles
 from lib.stage import StageError
 from tests import harness
@@ -250,47 +249,3 @@ def test_a_head_that_is_the_embedding_cant_train_alone(make):
         make("gemma3", adapter=None, train_roles=["head"])
     run = make("gemma3", adapter=None, train_roles=["head", "embedding"])
     assert set(run.json("04_lora/adapter.json")["modules"]) == {"embedding"}
-
-
-# ---- quantisation ----
-
-QUANTISED = {4: {"adapter": "qlora"}, 8: {"load_in_8bit": True}}
-
-
-@pytest.mark.parametrize("bits", QUANTISED)
-def test_only_the_language_models_linear_layers_are_quantised(bits, make, zoo):
-    import bitsandbytes
-    kind = {4: bitsandbytes.nn.Linear4bit, 8: bitsandbytes.nn.Linear8bitLt}[bits]
-    run = make(upto="03_load_model", bf16=True, **QUANTISED[bits])
-    loaded = model.load(run.json("03_load_model/model.json"), CPU)
-    found = sorted(name for name, module in loaded.named_modules() if isinstance(module, kind))
-    assert found == sorted(f"model.language_model.layers.{n}.{linear}" for n in (0, 1) for linear in LINEARS)
-
-
-@pytest.mark.parametrize("bits", QUANTISED)
-def test_gradients_survive_an_evaluation_forward(bits, make):
-    from datasets import load_from_disk
-
-    from lib.chat import Encoder
-    from lib.sampler import Batcher
-    run = make(bf16=True, **QUANTISED[bits])
-    net = model.attach(model.load(run.json("03_load_model/model.json"), CPU), run.path / "04_lora/adapter")
-    encoder = Encoder.load(run.path / "02_data/processor")
-    batch = Batcher(encoder.pad_id, encoder.collate)([encoder(load_from_disk(run.path / "02_data/train")[0])])
-
-    def gradient():
-        net.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16):
-            forward_loss(net.train(), batch)[0].backward()
-        return sum(float(p.grad.abs().sum()) for p in net.parameters() if p.grad is not None)
-    before = gradient()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        forward_loss(net.eval(), batch)
-    assert before > 0 and gradient() == pytest.approx(before, rel=1e-2)
-
-
-def test_layers_that_are_quantised_otherwise_than_planned_stop_the_load(make):
-    planned = make(upto="03_load_model", bf16=True, adapter="qlora").json("03_load_model/model.json")
-    planned["quantisation"]["kept_linears"].remove("lm_head")  # the trap: an own list drops the default one
-    with pytest.raises(StageError, match="1 layers are not as planned, such as lm_head"):
-        model.load(planned, CPU)

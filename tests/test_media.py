@@ -1,8 +1,10 @@
-"""Every picture comes out as the upright RGB image that a person sees, or as an error that names it."""
+"""Every picture comes out as the upright RGB image that a person sees, every sound as samples at the right rate, every clip
+as frames with their times, or as an error that names it."""
 
 import base64
 import hashlib
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -12,7 +14,8 @@ import pytest
 from PIL import Image
 
 from lib import media
-from lib.media import MediaError, open_image, read_medium
+from lib.clips import Clip
+from lib.media import MediaError, Sampling, open_medium, poster, read_medium
 
 RED, GREEN, WHITE, BLACK, GREY = (255, 0, 0), (0, 255, 0), (255, 255, 255), (0, 0, 0), (128, 128, 128)
 
@@ -121,7 +124,7 @@ def test_a_picture_by_path_is_found_beside_the_data_file_and_stays_a_path(source
     record, image = read_medium(source, tmp_path)
     assert record == {"kind": "image", "path": str(tmp_path / "a.png"), "bytes": None,
                       "sha256": hashlib.sha256(PNG).hexdigest(), "width": 1, "height": 1, "seconds": None}
-    assert pixels(image) == pixels(open_image(record)) == [RED]
+    assert pixels(image) == pixels(open_medium(record, Sampling())) == [RED]
 
 
 @pytest.mark.parametrize("source", [
@@ -132,7 +135,7 @@ def test_a_picture_by_path_is_found_beside_the_data_file_and_stays_a_path(source
 def test_a_picture_in_the_row_is_kept_as_bytes(source, tmp_path):
     record, image = read_medium(source, tmp_path)
     assert record["path"] is None and record["sha256"] == hashlib.sha256(record["bytes"]).hexdigest()
-    assert pixels(image) == pixels(open_image(record)) == [RED]
+    assert pixels(image) == pixels(open_medium(record, Sampling())) == [RED]
 
 
 BAD = {  # what a row gives: what is said
@@ -189,3 +192,182 @@ def test_a_bomb_is_refused_before_a_pixel_is_decoded(monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
     with pytest.raises(MediaError, match="over the limit"):
         media.decode(png_header(media.MAX_PIXELS + 1, 1), "bomb.png")
+
+
+# ---- sounds ----
+
+def tone(hertz: float, rate: int, seconds: float = 1.0) -> np.ndarray:
+    return (0.5 * np.sin(np.arange(int(rate * seconds)) * hertz * 2 * np.pi / rate)).astype(np.float32)
+
+
+def sound_file(samples: np.ndarray, rate: int, kind: str = "WAV", **options) -> bytes:
+    """The bytes of a sound file."""
+    soundfile = pytest.importorskip("soundfile")
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=kind, **options)
+    return buffer.getvalue()
+
+
+def heard(source, root=Path(), rate=16_000) -> np.ndarray:
+    """The samples that a source gives, the same through its record."""
+    record, samples = read_medium(source, root, "audio", Sampling(rate))
+    assert np.array_equal(samples, open_medium(record, Sampling(rate))) and samples.dtype == np.float32
+    assert record["seconds"] == len(samples) / rate and record["kind"] == "audio" and record["width"] is None
+    return samples
+
+
+@pytest.mark.parametrize("kind, options, off", [("WAV", {}, 4e-5), ("WAV", {"subtype": "FLOAT"}, 0), ("FLAC", {}, 4e-5),
+                                                ("WAV", {"subtype": "PCM_U8"}, 0.01), ("MP3", {}, 0.1), ("OGG", {}, 0.1)])
+def test_a_sound_of_any_kind_comes_out_as_its_samples(kind, options, off):
+    found = heard(sound_file(tone(440, 16_000), 16_000, kind, **options))
+    assert len(found) == 16_000 and np.abs(found - tone(440, 16_000))[1000:-1000].max() <= off
+
+
+@pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000])
+def test_a_tone_at_another_rate_is_the_same_tone(rate):
+    found = heard(sound_file(tone(440, rate), rate, subtype="FLOAT"))
+    assert abs(len(found) - 16_000) <= 1
+    assert np.abs(found - tone(440, 16_000)[:len(found)])[300:-300].max() < 1e-4
+
+
+def test_what_a_lower_rate_cannot_hold_is_gone_and_not_folded_back():
+    found = heard(sound_file(tone(11_000, 48_000), 48_000, subtype="FLOAT"))        # would come back as 5,000 Hz
+    assert np.abs(found)[300:-300].max() < 1e-4
+
+
+def test_channels_are_averaged_along_either_axis():
+    left, right = tone(440, 16_000), tone(300, 16_000)
+    both = (left + right) / 2
+    assert np.abs(heard(sound_file(np.stack([left, right], axis=1), 16_000, subtype="FLOAT")) - both).max() < 1e-7
+    for array in (np.stack([left, right]), np.stack([left, right], axis=1)):
+        assert np.abs(heard({"array": array, "sampling_rate": 16_000}) - both).max() < 1e-7
+
+
+@pytest.mark.parametrize("give", [list, np.array, lambda samples: np.round(samples * 2**15).astype(np.int16)],
+                         ids=["a list", "float64", "int16"])
+def test_an_array_is_a_sound_at_its_rate(give):
+    found = heard({"array": give(tone(440, 8_000).astype(float)), "sampling_rate": 8_000})
+    assert np.abs(found - tone(440, 16_000)[:len(found)])[300:-300].max() < 1e-4
+
+
+def test_a_sound_by_path_or_data_uri_or_bytes_is_the_same_sound(tmp_path):
+    data = sound_file(tone(440, 16_000), 16_000)
+    (tmp_path / "a.wav").write_bytes(data)
+    uri = "data:audio/wav;base64," + base64.b64encode(data).decode()
+    for source in ("a.wav", {"path": "a.wav"}, {"audio": "a.wav"}, data, {"bytes": data, "path": None}, uri):
+        assert np.array_equal(heard(source, tmp_path), heard(data))
+    assert read_medium("a.wav", tmp_path, "audio")[0]["path"] == str(tmp_path / "a.wav")
+
+
+BAD_SOUNDS = [
+    (b"hello", "sound in the row: not a readable sound ("),
+    (b"", "sound in the row: empty file (0 bytes)"),
+    ("none.wav", "none.wav: no such file"),
+    (7, "sound: must be a path, bytes or an array with its sampling_rate, not 7"),
+    ({"array": [0.1, 0.2]}, "sound in the row: an array without sampling_rate"),
+    ({"array": [], "sampling_rate": 16_000}, "sound in the row: not a readable sound (it holds no samples)"),
+    ({"array": [0.1, float("nan")], "sampling_rate": 16_000}, "sound in the row: not a readable sound (a sample is no f"),
+    ({"array": "abc", "sampling_rate": 16_000}, "sound in the row: could not convert string to float"),
+    ("https://a.b/c.wav", "https://a.b/c.wav: sounds behind urls are not fetched; download it and give the path"),
+]
+
+
+@pytest.mark.parametrize("source, said", BAD_SOUNDS, ids=[said for _, said in BAD_SOUNDS])
+def test_a_bad_sound_is_named_with_what_is_wrong(source, said):
+    with pytest.raises(MediaError) as caught:
+        read_medium(source, Path(), "audio")
+    assert str(caught.value).startswith(said)
+
+
+# ---- clips ----
+
+def ramp(frames: int, width: int = 48, height: int = 32) -> np.ndarray:
+    """Frames of one grey each, lighter by 8 from one to the next."""
+    return np.repeat(np.arange(frames, dtype=np.uint8) * 8, width * height * 3).reshape(frames, height, width, 3)
+
+
+def clip_file(frames: np.ndarray, rate: int = 8, container: str = "mp4", codec: str = "mpeg4", rotation: int = 0) -> bytes:
+    """The bytes of a video file."""
+    av = pytest.importorskip("av")
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format=container) as file:
+        stream = file.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        stream.bit_rate = 4_000_000
+        for frame in frames:
+            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        file.mux(stream.encode())
+    return buffer.getvalue()
+
+
+def seen(source, root=Path(), fps=None, at_most=None) -> Clip:
+    """The clip that a source gives, the same through its record."""
+    sampling = Sampling(video_fps=fps, video_max_frames=at_most)
+    record, clip = read_medium(source, root, "video", sampling)
+    again = open_medium(record, sampling)
+    assert np.array_equal(clip.frames, again.frames) and clip.indices == again.indices
+    assert (record["height"], record["width"]) == clip.frames.shape[1:3] and record["seconds"] == clip.seconds
+    return clip
+
+
+@pytest.mark.parametrize("container, codec", [("mp4", "mpeg4"), ("matroska", "mpeg4"), ("avi", "mpeg4")])
+def test_every_frame_of_a_file_comes_out_in_its_place(container, codec):
+    clip = seen(clip_file(ramp(20), 8, container, codec))
+    assert clip.indices == tuple(range(20)) and clip.total == 20 and clip.fps == 8 and clip.seconds == 2.5
+    assert np.abs(clip.frames.astype(int) - ramp(20)).max() <= 6
+
+
+@pytest.mark.parametrize("fps, at_most, indices", [
+    (2, None, (0, 4, 8, 12, 16)), (2, 3, (0, 6, 13)), (0.1, None, (0,)), (100, None, tuple(range(20))), (None, 1, (0,)),
+])
+def test_a_clip_is_sampled_evenly_by_rate_and_number(fps, at_most, indices):
+    clip = seen(clip_file(ramp(20), 8), fps=fps, at_most=at_most)
+    assert clip.indices == indices and clip.total == 20
+    assert np.abs(clip.frames[:, 0, 0, 0].astype(int) - 8 * np.array(indices)).max() <= 6
+    assert clip.metadata == {"total_num_frames": 20, "fps": 8.0, "duration": 2.5, "frames_indices": list(indices)}
+
+
+def test_frames_in_a_row_are_a_clip_without_loss(tmp_path):
+    frames = ramp(3)
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(tmp_path / f"{number}.png")
+    paths = [f"{number}.png" for number in range(3)]
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for source in (paths, pictures, [paths[0], *pictures[1:]], frames, {"array": frames.tolist()}):
+        clip = seen(source, tmp_path, fps=2.0, at_most=2)               # as given: the knobs sample files
+        assert np.array_equal(clip.frames, frames) and clip.indices == (0, 1, 2) and clip.fps == 2.0
+    record, _ = read_medium(paths, tmp_path, "video")
+    assert json.loads(record["bytes"]) == [str(path) for path in media.files_of(record)] == [str(tmp_path / p) for p in paths]
+
+
+BAD_CLIPS = [
+    (b"hello", "clip in the row: not a readable clip ("),
+    ([], "clip: an empty list of frames"),
+    (["none.png"], "none.png: no such file"),
+    (7, "clip: must be a path, bytes or frames, not 7"),
+    (np.zeros((2, 4, 4), np.uint8), "clip in the row: an array of shape [2, 4, 4], not [frames, height, width, 3]"),
+    (np.full((1, 4, 4, 3), 0.5), "clip in the row: its values aren't whole numbers from 0 to 255"),
+    ([Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))], "clip in the row: not a readable clip (frames of several sizes)"),
+]
+
+
+@pytest.mark.parametrize("source, said", BAD_CLIPS, ids=[said for _, said in BAD_CLIPS])
+def test_a_bad_clip_is_named_with_what_is_wrong(source, said):
+    with pytest.raises(MediaError) as caught:
+        read_medium(source, Path(), "video")
+    assert str(caught.value).startswith(said)
+
+
+def test_a_clip_that_was_cut_off_or_has_only_sound_is_refused():
+    for data in (clip_file(ramp(20))[:900], sound_file(tone(440, 16_000), 16_000)):
+        with pytest.raises(MediaError, match="not a readable clip"):
+            read_medium(data, Path(), "video")
+
+
+def test_every_medium_has_a_picture_for_people(tmp_path):
+    (tmp_path / "speech.wav").write_bytes(sound_file(tone(440, 16_000), 16_000))
+    sound = poster(read_medium("speech.wav", tmp_path, "audio")[0])
+    assert sound.size[0] > 200 and sound.getextrema() != ((255, 255),) * 3
+    clip = poster(read_medium(ramp(5)[2:], tmp_path, "video")[0])
+    assert pixels(clip)[:1] == [(16, 16, 16)] and clip.size == (48, 32)
+    assert pixels(poster(read_medium(PNG, tmp_path)[0])) == [RED]

@@ -1,4 +1,4 @@
-"""A row of any shape becomes messages with their pictures, or a RowError that says what is wrong with it."""
+"""A row of any shape becomes messages with their media, or a RowError that says what is wrong with it."""
 
 import json
 import random
@@ -64,6 +64,37 @@ def test_a_part_names_its_picture_in_any_usual_way(part, source):
     assert normalise(row)[1] == [source]
 
 
+SOUND = {"array": [0.0, 0.5], "sampling_rate": 16_000}
+
+
+@pytest.mark.parametrize("part, source", [
+    ({"type": "audio", "audio": "a.wav"}, "a.wav"), ({"type": "audio", "path": "a.wav"}, "a.wav"),
+    ({"type": "audio", **SOUND}, SOUND), ({"type": "audio", "audio": SOUND}, SOUND),
+    ({"type": "audio", "base64": "aGk="}, "data:;base64,aGk="), ({"type": "video", "video": ["a.png", "b.png"]}, ["a.png", "b.png"]),
+    ({"type": "video", "url": "a.mp4"}, "a.mp4"), ({"type": "video", "array": [[1]]}, {"array": [[1]]}),
+])
+def test_a_part_names_its_sound_or_clip_in_any_usual_way(part, source):
+    messages, found = normalise({"messages": [{"role": "user", "content": [part]}, ANSWER]})
+    assert found == [source] and messages[0]["content"] == [{"type": part["type"]}]
+
+
+@pytest.mark.parametrize("row, media", [
+    ({"audio": "a.wav"}, ["a.wav"]), ({"audios": ["a.wav", "b.wav"]}, ["a.wav", "b.wav"]), ({"audio": SOUND}, [SOUND]),
+    ({"video": "a.mp4"}, ["a.mp4"]), ({"videos": [["1.png", "2.png"], "b.mp4"]}, [["1.png", "2.png"], "b.mp4"]),
+    ({"video": None, "audios": [], "images": "a.png"}, ["a.png"]),
+    ({"videos": "a.mp4", "audio": "a.wav", "image": "a.png"}, ["a.png", "a.wav", "a.mp4"]),
+])
+def test_a_column_of_sounds_or_clips_holds_one_several_none_or_null(row, media):
+    messages, found = normalise({"messages": CHAT} | row)
+    assert found == media and kinds(messages)[0][-1] == "text" and len(kinds(messages)[0]) == len(media) + 1
+
+
+def test_each_kind_fills_its_own_placeholders_and_all_media_come_in_the_order_of_their_parts():
+    content = [{"type": "video"}, {"type": "image"}, {"type": "audio"}, {"type": "text", "text": "a"}, {"type": "image"}]
+    row = {"messages": [{"role": "user", "content": content}, ANSWER], "audio": "a.wav", "videos": ["v.mp4"], "images": [1, 2]}
+    assert normalise(row)[1] == ["v.mp4", 1, "a.wav", 2]
+
+
 def test_another_column_may_hold_the_conversation():
     assert normalise({"chat": CHAT}, "chat") == normalise({"messages": CHAT})
 
@@ -87,7 +118,12 @@ def one(role: str = "user", **keys) -> dict:
     (one("bot", content="hi"), "message 0 has the role 'bot'"),
     (one(), "message 0 (user) has no content"),
     (one(content=[{"type": "text"}]), "message 0 has a text part without a text"),
-    (one(content=[{"type": "video"}]), "message 0 has a part of type 'video'"),
+    (one(content=[{"type": "smell"}]), "message 0 has a part of type 'smell'"),
+    (one(content=[{"type": "video"}]), "1 video placeholder, but 0 listed clips"),
+    ({"messages": CHAT + one(content=[{"type": "audio"}] * 2)["messages"], "audio": "a.wav"},
+     "2 audio placeholders, but 1 listed sound"),
+    ({"messages": one(content=[{"type": "text", "text": "<audio> hi"}, {"type": "audio"}])["messages"], "audio": "a.wav"},
+     "message 0 has <audio> in its text, which is only characters here"),
     (one(content=["hi"]), "message 0 has a part of type 'a text'"),
     (one(content="\ud83d hi"), "message 0 (user) holds half a surrogate pair, which is no character"),
     (one(content="a", tool_calls=[{}]), "message 0 (user) has 'tool_calls', which isn't rendered yet"),
@@ -105,8 +141,10 @@ def test_a_row_that_is_no_conversation_is_rejected_with_the_reason(row, reason):
 
 # ---- any JSON value ----
 
+MEDIA = ("image", "audio", "video")
 PLAIN = [None, True, 0, -1.5, "", "hi", "\ud800", "a.png", "user", "assistant", "image", "text", "<image>"]
-KEYS = ["messages", "role", "content", "type", "text", "image", "images", "path", "bytes", "base64", "tools"]
+KEYS = ["messages", "role", "content", "type", "text", "image", "images", "audio", "videos", "path", "bytes",
+        "array", "base64", "tools"]
 KEYS += ["", "\udfff"]
 
 
@@ -125,15 +163,16 @@ def conversation(choose: random.Random) -> dict:
         return [make() for _ in range(choose.randrange(4))]
 
     def part():
-        picture = {"type": "image"} | choose.choice([{}, {"path": "a.png"}])
-        return choose.choice([picture, {"type": "text", "text": "hi"}, anything(choose, 3)])
+        medium = {"type": choose.choice(MEDIA)} | choose.choice([{}, {"path": "a.png"}])
+        return choose.choice([medium, {"type": "text", "text": "hi"}, anything(choose, 3)])
 
     def message():
         content = choose.choice(["hi", some(part), anything(choose, 3)])
         typical = {"role": choose.choice(["user", "assistant", "system"]), "content": content}
         return choose.choice([typical, typical, anything(choose, 2)])
 
-    return {"messages": some(message), "images": choose.choice([[], ["a.png"], anything(choose, 3)])}
+    column = choose.choice([f"{kind}{plural}" for kind in MEDIA for plural in ("", "s")])
+    return {"messages": some(message), column: choose.choice([[], ["a.png"], anything(choose, 3)])}
 
 
 def test_any_json_value_is_a_row_or_a_row_error():
@@ -141,13 +180,13 @@ def test_any_json_value_is_a_row_or_a_row_error():
     for number in range(20_000):
         row = conversation(choose) if number % 2 else anything(choose)
         try:
-            messages, pictures = normalise(json.loads(json.dumps(row)))
+            messages, media = normalise(json.loads(json.dumps(row)))
         except RowError as error:
             said = error.reason + error.fix
             assert "\n" not in said and said.encode("utf-8")
             continue
         kept += 1
         parts = [part for message in messages for part in message["content"]]
-        assert len(pictures) == sum(part == {"type": "image"} for part in parts)
-        assert all(part == {"type": "image"} or part.keys() == {"type", "text"} for part in parts)
+        assert len(media) == sum(part in [{"type": kind} for kind in MEDIA] for part in parts)
+        assert all(part.keys() == ({"type"} if part["type"] in MEDIA else {"type", "text"}) for part in parts)
     assert kept > 500  # it isn't all garbage

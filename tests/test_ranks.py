@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
-from lib import checkpoint, metrics, parallel, stage
+from lib import checkpoint, parallel, stage
 from lib.parallel import World, buckets
 from tests import harness
 from tests.runner import Run, colour_rows, fork, ranks, row, text_rows
-from tests.test_resume import stop_at
+from tests.test_resume import after_two, stop_at
 
 TWO = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}    # on two ranks: 4 samples a step
 ONE = {"micro_batch_size": 2, "gradient_accumulation_steps": 2}    # on one rank: 4 samples a step
@@ -137,7 +137,7 @@ def test_a_full_disk_on_the_first_rank_ends_both(make):
         raise OSError(28, "No space left on device")
     first, second = train_on_two(run, before=stop_at(checkpoint, "save_file", 1, how=full))
     assert first.code == 1 and "no space left" in first.said
-    assert second.code == -signal.SIGTERM                          # it waited for the first, and was ended
+    assert second.code in (1, -signal.SIGTERM) and "Traceback" not in second.said
 
 
 def test_a_rank_whose_samples_are_odd_says_so_and_ends_both(make):
@@ -154,7 +154,7 @@ def test_a_rank_whose_samples_are_odd_says_so_and_ends_both(make):
         Samples.__post_init__ = shifted
     first, second = train_on_two(run, before=odd)
     assert second.code == 1 and "02 measured" in second.said
-    assert first.code == -signal.SIGTERM
+    assert first.code in (1, -signal.SIGTERM) and "Traceback" not in first.said
 
 
 # ---- resuming ----
@@ -164,7 +164,7 @@ def test_a_training_killed_on_two_ranks_goes_on_on_any_number(number, make):
     knobs = {"num_epochs": 2, "save_steps": 1}
     whole, killed = make(MIXED, **TWO, **knobs), make(MIXED, **TWO, **knobs)
     assert_trained(train_on_two(whole))
-    train_on_two(killed, before=stop_at(metrics.Log, "step", 3))
+    train_on_two(killed, before=after_two())
     partial = killed.path / "05_train.partial"
     assert stage.newest_checkpoint(partial).name == "step-2"
     assert checkpoint.read_state(partial / "checkpoints/step-2") == {

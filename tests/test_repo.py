@@ -48,7 +48,7 @@ def test_nothing_is_pickled(path):
 def test_exceptions_are_swallowed_only_at_the_three_boundaries(path):
     text = path.read_text(encoding="utf-8")
     broad = len(re.findall(r"except Exception|except:", text))
-    assert broad == {"media.py": 1, "template.py": 1}.get(path.name, 0)
+    assert broad == {"media.py": 1, "render.py": 1}.get(path.name, 0)
 
 
 @pytest.mark.parametrize("path", sources(CODE))
@@ -111,6 +111,7 @@ def test_requirements_are_pinned():
     assert lines and all(re.fullmatch(r"[\w.\-\[\]]+==[\w.]+", line) for line in lines)
 
 
-def test_the_table_of_families_is_the_registrys():
+def test_the_table_of_families_is_what_registry_zoo_recipes_and_suite_make_it(zoo):
+    pytest.importorskip("mistral_common", reason="Voxtral's checkpoint can't be built without it")
     from tests.family_table import table
-    assert table() in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert table(zoo) in (ROOT / "README.md").read_text(encoding="utf-8"), "python -m tests.family_table --write"

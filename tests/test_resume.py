@@ -2,11 +2,17 @@
 
 import importlib
 import os
+import resource
 import signal
+import subprocess
+import threading
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from lib import checkpoint, golden, metrics, stage
+from lib import checkpoint, folder, golden, metrics, stage
+from lib.golden import fingerprint
 from lib.metrics import cut_back
 from lib.stage import StageError
 from tests.runner import Run, fork
@@ -47,10 +53,16 @@ def stop_at(place, name, call, how=die, after=False):
     return prepare
 
 
+def after_two(how=die):
+    """`how` happens once the second checkpoint is whole and the third one is about to be written."""
+    return stop_at(checkpoint, "moments", 3, how)
+
+
 MOMENTS = {
     "in the middle of a step": lambda: stop_at(importlib.import_module("05_train"), "forward_loss", 6),
     "between a step and its checkpoint": lambda: stop_at(metrics.Log, "step", 3, after=True),
-    "in the middle of writing a checkpoint": lambda: stop_at(checkpoint, "moments", 3),
+    "in the middle of writing a checkpoint": lambda: stop_at(checkpoint, "save_file", 6),
+    "before a checkpoint is sealed": lambda: stop_at(folder, "seal", 3),
     "before a checkpoint gets its name": lambda: stop_at(checkpoint.os, "replace", 3),
     "while an old checkpoint is removed": lambda: stop_at(checkpoint, "prune", 4),
     "after the last step": lambda: stop_at(golden, "fingerprint", 1),
@@ -107,7 +119,7 @@ def test_ctrl_c_says_what_is_kept_and_how_to_go_on(make, finished):
     interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
     child = fork("05_train", "run", before=stop_at(metrics.Log, "step", 3, how=interrupt)).wait()
     assert child.code == 130
-    assert "05_train interrupted: step-2 is kept" in child.said
+    assert "05_train interrupted: step-3 is kept" in child.said
     assert "go on from it: python 05_train.py run" in child.said and "Traceback" not in child.said
     run("05_train")
     assert left_by(run) == finished
@@ -131,7 +143,7 @@ def test_a_full_disk_loses_no_checkpoint(make, finished):
 def killed(make):
     """A run whose training was killed after its second checkpoint."""
     run = make()
-    fork("05_train", "run", before=stop_at(metrics.Log, "step", 3)).wait()
+    fork("05_train", "run", before=after_two()).wait()
     return run
 
 
@@ -193,9 +205,9 @@ def test_only_the_newest_checkpoints_are_kept(limit, kept, make):
 
 def test_ten_is_newer_than_nine(tmp_path):
     for step in (9, 10, 8):
-        (tmp_path / f"step-{step}").mkdir()
-    checkpoint.prune(tmp_path, keep=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-10"]
+        (tmp_path / f"checkpoints/step-{step}").mkdir(parents=True)
+    checkpoint.prune(tmp_path, step=10, keep=1)
+    assert [path.name for path in folder.checkpoints(tmp_path)] == ["step-10"]
 
 
 def test_a_checkpoint_of_other_tensors_is_refused(make):
@@ -217,3 +229,158 @@ def test_lines_after_a_checkpoint_are_cut_off_and_so_is_half_a_line(tmp_path):
     path.write_text(kept + '{"step": 2}\n{"st', encoding="utf-8")
     cut_back(path, last_step=1)
     assert path.read_text(encoding="utf-8") == kept
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_word_for_the_one_before(make, finished, capsys):
+    run = make()
+    fork("05_train", "run", before=stop_at(checkpoint, "moments", 4)).wait()
+    weights = run.path / "05_train.partial/checkpoints/step-3/weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1                                               # a single bit
+    weights.write_bytes(content)
+    capsys.readouterr()
+    run("05_train")
+    said = capsys.readouterr().out
+    assert "step-3 is passed over, since it is damaged: weights.safetensors is not as it was written" in said
+    assert "goes on from run/05_train.partial/checkpoints/step-2" in said
+    assert left_by(run) == finished
+
+
+def test_when_every_checkpoint_is_damaged_only_force_starts_over(killed):
+    for path in killed.path.glob("05_train.partial/checkpoints/step-*"):
+        (path / "state.json").unlink()
+    with pytest.raises(StageError, match="every checkpoint is damaged, such as .*step-2: state.json is gone") as caught:
+        killed("05_train")
+    assert caught.value.fix.endswith("--force")
+
+
+@pytest.mark.parametrize("harm, words", [
+    (lambda path: (path / "state.json").unlink(), "state.json is gone"),
+    (lambda path: (path / "SHA256SUMS").unlink(), "SHA256SUMS is gone"),
+    (lambda path: (path / "SHA256SUMS").write_text("", encoding="utf-8"), "state.json is not as it was written"),
+    (lambda path: (path / "more.json").write_text("{}", encoding="utf-8"), "more.json is not as it was written"),
+    (lambda path: (path / "SHA256SUMS").write_bytes(b"\xff\xfe"), "'utf-8' codec can't decode"),
+])
+def test_every_harm_to_a_sealed_folder_is_seen(harm, words, tmp_path):
+    (tmp_path / "state.json").write_text("{}", encoding="utf-8")
+    folder.seal(tmp_path)
+    assert folder.damage(tmp_path) == ""
+    assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=tmp_path).returncode == 0
+    harm(tmp_path)
+    assert folder.damage(tmp_path).startswith(words)
+
+
+# ---- stopping ----
+
+@pytest.mark.parametrize("sign, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_comes_after_the_step_with_a_checkpoint_and_its_exit_code(sign, code, make, finished):
+    run = make(save_steps=None, saves_per_epoch=0)                 # no other checkpoint than that of the stop
+    ask = lambda: os.kill(os.getpid(), sign)  # noqa: E731
+    before = stop_at(importlib.import_module("05_train"), "forward_loss", 6, ask)
+    child = fork("05_train", "run", before=before).wait()
+    assert child.code == code and "05_train interrupted: step-3 is kept" in child.said
+    run("05_train")
+    assert left_by(run) == finished
+
+
+def test_a_second_ctrl_c_stops_at_once_but_not_under_torchrun(make):
+    run = make()
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)
+    before = stop_at(importlib.import_module("05_train"), "forward_loss", 6, twice)
+    child = fork("05_train", "run", before=before).wait()
+    assert child.code == 130 and "step-2 is kept" in child.said
+    child = fork("05_train", "run", before=stop_at(importlib.import_module("05_train"), "forward_loss", 1, twice),
+                 TORCHELASTIC_RUN_ID="demo").wait()
+    assert child.code == 130 and "step-3 is kept" in child.said
+
+
+def test_what_torchrun_restarts_goes_on_although_it_was_started_with_force(make, finished):
+    run = make()
+    run("05_train")
+    fork("05_train", "run", "--force", before=after_two()).wait()
+    child = fork("05_train", "run", "--force", TORCHELASTIC_RESTART_COUNT="1").wait()
+    assert child.code == 0 and "goes on from run/05_train.partial/checkpoints/step-2" in child.said
+    assert left_by(run) == finished
+    assert (run.path / "05_train.old/stage.json").exists()         # what --force replaced
+    child = fork("05_train", "run", "--force", TORCHELASTIC_RESTART_COUNT="1").wait()
+    assert child.code == 0 and "runs: --force" in child.said       # without a checkpoint of its own
+
+
+# ---- no room ----
+
+def test_a_file_size_limit_loses_no_checkpoint(make, finished):
+    run = make()
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    child = fork("05_train", "run", before=after_two(limit)).wait()
+    assert child.code == 1 and "a file of this size is not allowed" in child.said
+    assert "goes on from step-2" in child.said and "Traceback" not in child.said
+    run("05_train")
+    assert left_by(run) == finished
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    p, writing, go_on = torch.nn.Parameter(torch.ones(3)), threading.Event(), threading.Event()
+    original = checkpoint.save_file
+
+    def slow(*given):
+        writing.set()
+        assert go_on.wait(30)
+        original(*given)
+    monkeypatch.setattr(checkpoint, "save_file", slow)
+    (tmp_path / "metrics.jsonl").touch()
+    with checkpoint.Writer(tmp_path, keep=1) as saves:
+        saves.save(1, {"p": p}, torch.optim.AdamW([p]), {})
+        assert writing.wait(30) and folder.newest_checkpoint(tmp_path) is None
+        p.data.zero_()                                             # the next step, meanwhile
+        go_on.set()
+    checkpoint.load_weights(tmp_path / "checkpoints/step-1", {"p": p})
+    assert p.tolist() == [1, 1, 1]
+
+
+# ---- the best step ----
+
+# The loss falls, so that the highest one, which shall be the best here, comes early for certain.
+EVALUATED = {"evals_per_epoch": 2, "num_epochs": 4, "greater_is_better": True}
+
+
+def evaluations(run):
+    """{step: eval_loss}, without the one before training."""
+    return {line["step"]: line["eval_loss"] for line in run.metrics() if line["step"] and "eval_loss" in line}
+
+
+def test_the_best_evaluations_weights_are_saved_and_its_checkpoint_is_kept(make):
+    run = make(**EVALUATED, load_best_model_at_end=True, save_total_limit=1)
+    run("05_train")
+    losses = evaluations(run)
+    best = max(losses, key=losses.get)
+    assert len(losses) == 8 and best < 8                           # or the test shows nothing
+    origin = run.json("05_train/trained.json")
+    assert (origin["step"], origin["trained_steps"], origin["best"]["eval_loss"]) == (best, 8, losses[best])
+    kept = load_file(run.path / f"05_train/checkpoints/step-{best}/weights.safetensors")
+    saved = load_file(run.path / "05_train/adapter/adapter_model.safetensors")
+    assert sorted(map(fingerprint, kept.values())) == sorted(map(fingerprint, saved.values()))
+    assert len(list((run.path / "05_train/checkpoints").iterdir())) == 2
+
+
+def test_early_stopping_counts_evaluations_since_the_best_and_survives_a_kill(make):
+    stopped, killed = (make(**EVALUATED, early_stopping_patience=2) for _ in range(2))
+    stopped("05_train")
+    losses = evaluations(stopped)
+    last = stopped.metrics()[-1]["step"]
+    assert last == max(losses, key=losses.get) + 2 < 8
+    assert stopped.json("05_train/trained.json")["step"] == last   # without load_best_model_at_end
+    killed.chdir(killed.folder)
+    fork("05_train", "run", before=stop_at(golden, "fingerprint", 1)).wait()
+    killed("05_train")                                             # nothing is left to train
+    assert left_by(killed) == left_by(stopped)
+
+
+def test_a_metric_that_no_evaluation_has_is_refused_at_the_first_one(make):
+    run = make(metric_for_best_model="rouge")
+    with pytest.raises(StageError, match="metric_for_best_model: rouge is no evaluation's figure") as caught:
+        run("05_train")
+    assert "eval_loss" in caught.value.fix

@@ -234,7 +234,8 @@ def test_an_export_that_plain_transformers_cant_load_says_so(make, monkeypatch):
 def test_the_fresh_process_imports_nothing_of_the_kit():
     text = Path(proof.__file__).read_text(encoding="utf-8")
     assert set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)) == {
-        "hashlib", "json", "sys", "pathlib", "torch", "transformers", "PIL", "safetensors", "peft"}
+        "base64", "hashlib", "json", "sys", "pathlib", "numpy", "torch", "transformers", "PIL", "safetensors", "peft",
+        "soundfile"}
 
 
 @pytest.mark.parametrize("knobs", [{"adapter": "qlora"}, {"load_in_8bit": True}, {"peft_use_dora": True}])
@@ -301,9 +302,9 @@ def test_ask_shows_both_answers_and_writes_nothing(adapter, make, capsys):
 
 ASKED = (
     Bad("a picture that isn't there", ["run", "--ask", "nope.png", "What?"], "--ask: nope.png: no such file",
-        "pictures come first, then one question in quotes"),
+        "files come first, then one question in quotes"),
     Bad("a file that is no picture", ["run", "--ask", "rows.jsonl", "What?"], "--ask: rows.jsonl: …",
-        "pictures come first, then one question in quotes"),
+        "files come first, then one question in quotes"),
     Bad("a question with a special token", ["run", "--ask", "red.png", "What is <image>?"],
         "--ask: the question spells the special token '<image>'", "ask without it"),
     Bad("a question before any training", ["run2", "--ask", "red.png", "What?"],

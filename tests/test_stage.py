@@ -518,7 +518,6 @@ def test_the_same_inputs_resume_from_the_newest_whole_checkpoint(kit):
     shutil.rmtree(RUN / "05_train")
     interrupt_training(3)
     assert stage.newest_checkpoint(RUN / "05_train.partial").name == "step-2"
-    (RUN / "05_train.partial/checkpoints/step-3").rmdir()
     done = start("05_train.py runs/demo")
     assert "goes on from runs/demo/05_train.partial/checkpoints/step-2" in done.stdout
     assert (RUN / "05_train/adapter.txt").read_text() == "2 to 3"
@@ -538,7 +537,6 @@ def test_a_training_without_a_whole_checkpoint_starts_over(kit):
 def test_an_unfinished_training_with_other_inputs_is_refused_and_resume_goes_on(kit):
     shutil.rmtree(RUN / "05_train")
     interrupt_training(3)
-    (RUN / "05_train.partial/checkpoints/step-3").rmdir()
     reconfigure("steps=5")
     refusal = stage.decide("05_train", RUN)
     assert refusal.action == "refuse"
@@ -562,7 +560,6 @@ def test_force_keeps_an_unfinished_training_too(kit):
 
 def test_a_forced_training_that_was_interrupted_goes_on_without_force_and_keeps_the_old_one(kit):
     interrupt_training(3, "--force")
-    (RUN / "05_train.partial/checkpoints/step-3").rmdir()
     assert (RUN / "05_train/adapter.txt").read_text() == "0 to 3"
     assert stage.decide("05_train", RUN).action == "resume"
     assert start("05_train.py runs/demo").returncode == 0

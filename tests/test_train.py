@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 
-from lib import model, optim
+from lib import checkpoint, model, optim
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.golden import fingerprint, read_header
 from lib.parallel import World
@@ -151,28 +151,45 @@ class Tensors:
         self.roles, self.watch = roles, None
         self.parameters = {name: torch.nn.Parameter(torch.zeros(2)) for name in roles}
 
-    def step(self, watch, with_gradient, has_media=True):
+    def step(self, watch, with_gradient, kinds=frozenset({"image"})):
         for name, parameter in self.parameters.items():
             parameter.grad = torch.full((2,), float(name in with_gradient))
-        watch.look(self.parameters, World(0, 1, CPU), has_media)
+        watch.look(self.parameters, World(0, 1, CPU), kinds)
 
 
 def test_a_tensor_has_two_steps_to_get_a_gradient():
     tensors = Tensors(a="language", b="language")
-    watch = optim.GradientWatch(tensors.roles, data_have_media=False)
+    watch = optim.GradientWatch(tensors.roles, kinds_in_data=set())
     tensors.step(watch, ["b"])
     tensors.step(watch, ["a"])
     tensors.step(watch, [])                                        # later on, it isn't looked at any more
     with pytest.raises(StageError, match="1 of 2 trained tensors got no gradient in two steps, such as a"):
-        late = optim.GradientWatch(tensors.roles, data_have_media=False)
+        late = optim.GradientWatch(tensors.roles, kinds_in_data=set())
         tensors.step(late, ["b"]), tensors.step(late, ["b"])
 
 
 def test_experts_without_a_gradient_are_only_reported(capsys):
     tensors = Tensors(a="language", b="experts")
-    watch = optim.GradientWatch(tensors.roles, data_have_media=False)
+    watch = optim.GradientWatch(tensors.roles, kinds_in_data=set())
     tensors.step(watch, ["a"]), tensors.step(watch, ["a"]), tensors.step(watch, ["a"])
     assert capsys.readouterr().out.count("1 tensors of experts have had no gradient") == 1
+
+
+def test_a_tower_waits_for_its_own_medium_only():
+    tensors = Tensors(a="language", b="audio", c="vision")
+    watch = optim.GradientWatch(tensors.roles, kinds_in_data={"image", "audio"})
+    for _ in range(3):
+        tensors.step(watch, ["a", "c"], {"image"})                 # no sound yet: what learns from sounds may wait
+    tensors.step(watch, ["a", "c"], {"audio"})
+    with pytest.raises(StageError, match="such as b"):
+        tensors.step(watch, ["a", "c"], {"audio"})
+
+
+def test_a_projector_of_another_medium_is_only_reported(capsys):
+    tensors = Tensors(a="projector", b="projector")
+    watch = optim.GradientWatch(tensors.roles, kinds_in_data={"image"})
+    tensors.step(watch, ["a"], {"image"}), tensors.step(watch, ["a"], {"image"})
+    assert "1 tensors of projector have had no gradient" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["qwen2_5_vl", "gemma3", "smolvlm2", "qwen3_vl_moe"])
@@ -201,7 +218,8 @@ def test_a_loss_that_is_not_finite_stops_and_names_its_samples(make, zoo, tmp_pa
 def knobs(**changes):
     given = dict(learning_rate=1.0, warmup_steps=None, warmup_ratio=0.0, lr_scheduler="constant",
                  weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8,
-                 optimizer="adamw_torch")
+                 optimizer="adamw_torch", cosine_min_lr_ratio=0.0, loraplus_lr_ratio=1.0,
+                 learning_rate_vision=None, learning_rate_audio=None, learning_rate_projector=None)
     return SimpleNamespace(**given | changes)
 
 
@@ -222,12 +240,50 @@ def test_the_warm_up_starts_above_zero_and_the_schedule_below_it():
 
 def test_weight_decay_is_on_matrices_alone():
     matrix, vector = torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))
-    optimizer = optim.make_optimizer([vector, matrix], knobs())
+    optimizer = optim.make_optimizer({"v": vector, "m": matrix}, {"v": "language", "m": "language"}, knobs())
     assert {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]} == {
         matrix: 0.1, vector: 0.0}
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused"])
+def test_roles_and_b_matrices_learn_at_their_own_rates():
+    roles = {"layers.0.lora_A.default.weight": "language", "layers.0.lora_B.default.weight": "language",
+             "tower.0.lora_B.default.weight": "vision", "projector.weight": "projector"}
+    parameters = {name: torch.nn.Parameter(torch.ones(2, 2)) for name in roles}
+    given = knobs(learning_rate=1e-3, learning_rate_vision=1e-4, loraplus_lr_ratio=16.0)
+    optimizer = optim.make_optimizer(parameters, roles, given)
+    shares = {p: group["share"] for group in optimizer.param_groups for p in group["params"]}
+    assert [shares[p] for p in parameters.values()] == pytest.approx([1.0, 16.0, 1.6, 1.0])
+
+
+def test_cosine_may_end_above_zero():
+    rates = [optim.learning_rate(knobs(lr_scheduler="cosine", cosine_min_lr_ratio=0.1), step, 4) for step in (0, 2)]
+    assert rates == pytest.approx([1.0, 0.1 + 0.9 / 2])
+
+
+def test_moments_of_8_bits_survive_a_checkpoint(tmp_path):
+    torch.manual_seed(0)
+    start, slopes = torch.randn(64, 128), torch.randn(4, 64, 128)
+
+    def begun(at):
+        parameters = {"a": torch.nn.Parameter(at.clone())}
+        return parameters, optim.make_optimizer(parameters, {"a": "language"}, knobs(optimizer="adamw_bnb_8bit"))
+
+    def step(parameters, optimizer, number):
+        parameters["a"].grad = slopes[number]
+        optimizer.step()
+
+    whole = begun(start)
+    for number in range(3):
+        step(*whole, number)
+    weights = {name: p.detach().clone() for name, p in whole[0].items()}
+    path = checkpoint.write(tmp_path / "checkpoints", 3, weights, checkpoint.moments(*whole), {})
+    resumed = begun(torch.zeros_like(start))
+    checkpoint.load(path, *resumed)
+    step(*whole, 3), step(*resumed, 3)
+    assert torch.equal(whole[0]["a"], resumed[0]["a"])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit"])
 def test_a_step_is_adamws_own(optimizer, make):
     run = make(optimizer=optimizer, max_steps=1, weight_decay=0.1, lr_scheduler="constant", warmup_steps=0)
     run("05_train")

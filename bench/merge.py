@@ -1,0 +1,114 @@
+"""merge: how fast an adapter is merged into a base on disk, beside a plain copy of the same files.
+
+    python -m bench.merge [--gib 1] [--shards 4]      # prints GiB/s of both, their ratio, and the peak memory
+
+The base is a random Llama in bfloat16, the adapter LoRA on every linear layer of it. Copy and merge run in
+processes of their own, on files that the system holds in its cache, and end when all is synced to the disk.
+"""
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+ROOT = Path(__file__).resolve().parent.parent
+HIDDEN = 1536
+LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None, "seed": 0,
+        "lora_target_roles": ["language"], "lora_target_parameters": None, "peft_use_dora": False,
+        "peft_use_rslora": False, "peft_init_lora_weights": False}
+MODEL = {"revision": None, "trust_remote_code": False, "model_type": None, "bf16": True, "load_in_4bit": False,
+         "attn_implementation": "sdpa", "load_in_8bit": False, "bnb_config_kwargs": None,
+         "quantize_roles": ["language"], "adapter": "lora"}
+
+
+def prepare(folder: Path, gib: float, shards: int) -> int:
+    """The bytes of the weights of a random base in `folder`/base, beside plan.json and an adapter for it."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lib import model
+    from lib.plan import make_plan
+    from lib.shards import INDEX, Place, cut, write_index
+    layer_bytes = 2 * HIDDEN * HIDDEN * (4 + 3 * 4)
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_attention_heads=12, vocab_size=4096,
+                         num_hidden_layers=round(gib * 2**30 / layer_bytes), architectures=["LlamaForCausalLM"])
+    base = folder / "base"
+    config.save_pretrained(base)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in LlamaForCausalLM(config).state_dict().items()}
+    places = {name: Place(base, 0, 2 * shape.numel(), "BF16", list(shape)) for name, shape in shapes.items()}
+    total = sum(place.bytes for place in places.values())
+    files = cut(places, total // shards + layer_bytes // 4)
+    for name, held in files.items():
+        tensors = {each: torch.randn(shapes[each]).bfloat16() / 50 for each in held}
+        save_file(tensors, base / name, metadata={"format": "pt"})
+    write_index(base / INDEX, files)
+    knobs = SimpleNamespace(base_model=str(base), **MODEL, **LORA)
+    plan = make_plan(knobs)
+    model.save_adapter(model.new_adapter(plan, knobs)[0], folder / "adapter")
+    (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
+    return total
+
+
+def measure(what: str, folder: Path) -> dict:
+    """{seconds, peak_bytes} of a copy or a merge of the prepared base, in this process; peak above what imports take."""
+    from lib import merge
+    plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    before, began, out = peak_bytes(), time.monotonic(), folder / what
+    if what == "copy":
+        out.mkdir()
+        for path in (folder / "base").iterdir():
+            shutil.copyfile(path, out / path.name)
+    else:
+        merge.write_merged(plan, folder / "adapter", out)
+    for path in out.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    return {"seconds": time.monotonic() - began, "peak_bytes": peak_bytes() - before}
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def in_a_process(what: str, folder: Path) -> dict:
+    """What `measure` returns, in a process of its own."""
+    shutil.rmtree(folder / what, ignore_errors=True)
+    done = subprocess.run([sys.executable, "-m", "bench.merge", "--measure", what, folder], cwd=ROOT, check=True,
+                          stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """Print the bench, or, in a process of its own, one measurement as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, default=1)
+    parser.add_argument("--shards", type=int, default=4)
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--measure", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        print(json.dumps(measure(args.measure[0], Path(args.measure[1]))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        total = prepare(Path(folder), args.gib, args.shards)
+        largest = max(path.stat().st_size for path in Path(folder, "base").iterdir())
+        print(f"{total / 2**30:.2f} GiB, the largest of {args.shards} files {largest / 2**30:.2f} GiB")
+        found = {what: [in_a_process(what, Path(folder)) for _ in range(args.times)] for what in ("copy", "merge")}
+    best = {what: min(each["seconds"] for each in runs) for what, runs in found.items()}
+    for what, seconds in best.items():
+        peak = max(each["peak_bytes"] for each in found[what])
+        print(f"{what}: {total / 2**30 / seconds:.2f} GiB/s, best of {args.times}; peak memory {peak / 2**30:.2f} GiB")
+    print(f"merge / copy: {best['copy'] / best['merge']:.2f}")
+
+
+if __name__ == "__main__":
+    main()

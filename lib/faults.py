@@ -1,0 +1,100 @@
+"""faults: what may go wrong in a training step, said in two lines that name the rows.
+
+A run is 05_train's Run: its `now` is (step, the micro-batch's rows of samples), as far as the loop has come.
+"""
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lib.stage import StageError
+
+NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
+LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "NCCL", "Gloo")
+NAMED = 8                                 # samples at most in a message
+
+
+def not_finite(run, step: int, shares: list, found: list, norm: float) -> list[str]:
+    """The ids of the samples behind a loss or gradient that is no finite number, so that the step is skipped.
+
+    [] is the rule. Stops all ranks, and names the samples, once more than skip_nonfinite steps are such.
+    """
+    bad = [index for share, losses in zip(shares, found)
+           for batch, (loss, _) in zip(share, losses) if not math.isfinite(loss)
+           for row in batch for index in row]
+    if not bad and math.isfinite(norm):
+        return []
+    what = f"a loss that is not finite, on {len(bad)} samples" if bad else f"gradient norm {norm}"
+    every = [index for share in shares for batch in share for row in batch for index in row]
+    ids = [run.samples.ids[index] for index in (bad or every)]
+    run.skipped += 1
+    if run.skipped > (limit := run.work.config.skip_nonfinite):
+        before = f" ({limit} such steps were skipped before)" if limit else ""
+        run.world.stop(f"step {step + 1}: {what}: {', '.join(ids[:NAMED])}{before}",
+                       "look at these rows; else lower learning_rate, or let skip_nonfinite steps go by")
+    return ids
+
+
+@contextmanager
+def told(run) -> Iterator[None]:
+    """Nothing. Where memory runs out, a DataLoader worker dies or another rank is lost, a StageError says so.
+
+    What is on the disk stays as it is: a checkpoint that is being written is finished first.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:                   # torch.OutOfMemoryError is a RuntimeError
+        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+            raise out_of_memory(run) from None
+        # torch raises it wherever the loop is when it hears of the death.
+        if "DataLoader worker" in str(error):
+            raise dead_worker(run, str(error)) from None
+        if run.world.world_size > 1 and any(words in str(error) for words in LOST):
+            raise lost_rank(run) from None
+        raise
+
+
+def out_of_memory(run) -> StageError:
+    """Which samples were too much, how long they are, and the three knobs that help most."""
+    step, rows = run.now
+    lengths = {index: run.samples.input_tokens[index] for row in rows for index in row}
+    named = ", ".join(f"{run.samples.ids[index]} ({tokens:,} tokens)" for index, tokens in
+                      sorted(lengths.items(), key=lambda pair: -pair[1])[:NAMED])
+    has_media = any(run.samples.media_tokens[index] for index in lengths)
+    helps = "; ".join(relief(run.work.config, max(lengths.values(), default=0), has_media))
+    where = f"{run.world.device} in step {step + 1}, on {named or 'no sample yet'}"
+    return StageError(f"out of memory on {where}",
+                      f"in 01_config.py, what helps most: {helps}; then 05_train.py --resume")
+
+
+def relief(knobs, longest_tokens: int, has_media: bool) -> list[str]:
+    """The three knobs that save most memory here; first come those that leave the training as it is."""
+    accumulated = knobs.micro_batch_size * knobs.gradient_accumulation_steps
+    ways = (
+        (not knobs.gradient_checkpointing, "gradient_checkpointing=true"),
+        (knobs.micro_batch_size > 1, f"micro_batch_size=1 gradient_accumulation_steps={accumulated}"),
+        (knobs.adapter is None, "adapter=lora"),
+        (knobs.adapter == "lora", "adapter=qlora"),
+        (has_media, "fewer pixels by processor_kwargs"),
+        (True, f"sequence_len below {longest_tokens}, without the rows that are longer"),
+        (True, "fewer roles that train"),
+    )
+    return [words for applies, words in ways if applies][:3]
+
+
+def dead_worker(run, said: str) -> StageError:
+    """Which samples were waited for when a worker died, and what to do."""
+    step, rows = run.now
+    named = ", ".join(run.samples.ids[index] for row in rows for index in row)
+    how = said.splitlines()[0].rstrip(" .")
+    return StageError(f"{how}, at or soon after {named or 'the first sample'} in step {step + 1}",
+                      "host memory is the usual cause: run again with fewer dataloader_num_workers "
+                      "(with 0, this process encodes, and shows what a row does)")
+
+
+def lost_rank(run) -> StageError:
+    """Which rank speaks, and that another one has ended."""
+    who = f"rank {run.world.rank} of {run.world.world_size}"
+    return StageError(f"{who} has lost another rank in step {run.now[0] + 1}",
+                      "that rank says why; the same command goes on from the newest checkpoint")

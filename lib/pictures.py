@@ -1,0 +1,22 @@
+"""pictures: a decoded picture of any mode as the RGB that a person sees."""
+from PIL import Image
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode: deep greys are scaled (a plain convert clips them), transparency lies on white."""
+    if image.mode.startswith(("I", "F")):
+        grey = image.convert("F")
+        scale = 255 / white_of(image.mode, grey.getextrema()[1])
+        return grey.point(lambda value: value * scale + 0).convert("L").convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def white_of(mode: str, brightest: float) -> float:
+    """The value that means white in a grey picture of over 8 bits: its type's, or the usual one that fits."""
+    if mode.startswith("I;16"):
+        return 65535
+    usual = (1, 255, 65535) if mode == "F" else (255, 65535)
+    return next((white for white in usual if brightest <= white), brightest)

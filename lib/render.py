@@ -1,0 +1,84 @@
+"""render: conversations as text, by the checkpoint's own chat template, on a day that doesn't move.
+
+Jinja runs in transformers' sandbox, as at inference. Templates differ in what they take (typed parts or
+strings), and some print the day on which they run: transformers hands them the clock as `strftime_now`.
+Samples have to be the same on any day, so a macro of that name, put before the template, tells the day that
+config.json holds. The template that is saved and exported stays as it was.
+"""
+import functools
+import re
+from datetime import date, timedelta
+
+from jinja2 import TemplateSyntaxError
+
+from lib.messages import RowError, has_media, text_parts, texts_of
+from lib.stage import StageError
+
+MARK = "⟦mark⟧"                                         # stands in for a text whose place is looked for
+QUOTED_TYPE = re.compile(r"""(['"])type\1: """)         # typed parts that were printed as Python or JSON
+CLOCK = "strftime_now"
+ANOTHER_DAY = timedelta(days=400)                       # another year, month, day of month and day of week
+
+
+class Renderer:
+    """A processor's chat template, with its clock at `day` (an ISO date; None: it tells the real time)."""
+
+    def __init__(self, processor, day: str | None = None):
+        if not processor.chat_template:
+            raise StageError(f"base_model: its {type(processor).__name__} has no chat template",
+                             "add chat_template: FILE.jinja to the recipe, or name an instruct model")
+        reads_clock = day is not None and CLOCK in processor.chat_template
+        self.processor, self.day = processor, date.fromisoformat(day) if reads_clock else None
+        self.typed: dict[str, bool] = {}                # whether a role's typed parts come out as their text
+        for role in ("user", "system", "assistant", "tool"):
+            self.typed[role] = self._takes_parts(role)
+
+    def render(self, messages: list[dict], prompt: bool = False) -> str:
+        """The conversation's text; `prompt` adds the header that asks for a reply. RowError if refused."""
+        return self._apply([self._shaped(message) for message in messages], prompt, self.day)
+
+    def tells_day(self, messages: list[dict], text: str) -> bool:
+        """Whether the day stands in a conversation's text: on another day it would be another."""
+        if self.day is None:
+            return False
+        shaped = [self._shaped(message) for message in messages]
+        return text != self._apply(shaped, day=self.day + ANOTHER_DAY)
+
+    def _apply(self, messages: list[dict], prompt: bool = False, day: date | None = None) -> str:
+        options = {"tokenize": False, "add_generation_prompt": prompt}
+        if day:
+            options["chat_template"] = stopped_clock(day) + self.processor.chat_template
+        try:
+            return self.processor.apply_chat_template(messages, **options)
+        except TemplateSyntaxError as error:
+            raise StageError(f"chat_template: line {error.lineno - bool(day)}: {error.message}",
+                             "mend the template") from None
+        except Exception as error:  # templates raise what they like: one of the kit's three boundaries
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise RowError(f"the chat template refuses this conversation: {reason}",
+                           "change the order of roles, or name a chat_template that takes it") from None
+
+    def _shaped(self, message: dict) -> dict:
+        """The message as this template takes it: typed parts, or their text alone."""
+        if self.typed.get(message["role"], True) or has_media(message):
+            return message
+        return {**message, "content": "".join(texts_of(message))}
+
+    def _takes_parts(self, role: str) -> bool:
+        """Whether a role's typed parts come out as their text, not as an error, as nothing or as a list."""
+        marked = {"role": role, "content": text_parts(MARK)}
+        asked = self._shaped({"role": "user", "content": text_parts("x")})
+        try:
+            text = self._apply({"user": [marked], "system": [marked, asked]}.get(role, [asked, marked]))
+        except RowError:
+            return False
+        return MARK in text and not QUOTED_TYPE.search(text)
+
+
+@functools.cache
+def stopped_clock(day: date) -> str:
+    """A line of Jinja after which `strftime_now(format)` tells this day, at midnight."""
+    told = {"%-d": str(day.day), "%-m": str(day.month)}      # without a zero: strftime can't everywhere
+    told |= {f"%{code}": day.strftime(f"%{code}") for code in "aAbBcdDeFHIjmMpSuUVwWxXyY"} | {"%%": "%"}
+    said = "".join(f" | replace({code!r}, {words!r})" for code, words in told.items())
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{said} }}}}{{% endmacro %}}\n"

@@ -1,0 +1,75 @@
+"""tekken: a processor that reads conversations only, made to take a rendered text and to place its tokens.
+
+Mistral's own library turns messages straight into ids: there is no text whose characters labels could follow.
+Here its tekken.json becomes a tokenizer with offsets, and a sound's placeholder is spelled out by the same
+library's encoder, so that the ids are the ones that it would give itself.
+"""
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+
+class TekkenProcessor:
+    """What the kit asks of a processor: call, render, save. Saved is the one that was published."""
+
+    def __init__(self, published, chat_template: str | None):
+        from transformers.integrations.mistral import convert_tekken_tokenizer
+        self.published, self.feature_extractor = published, published.feature_extractor
+        file = str(published.tokenizer._tokenizer_path)
+        self.tokenizer = convert_tekken_tokenizer(file, chat_template=" ")      # without one it makes one up
+        self.audio_token, self.chat_template = published.audio_token, chat_template
+        self.tokenizer.chat_template = chat_template
+        encoder = published.tokenizer.tokenizer.instruct_tokenizer.audio_encoder
+        self.audio_token_ids = sorted({encoder.audio_token, encoder.begin_audio_token})
+
+    def apply_chat_template(self, messages: list[dict], **options) -> str:
+        """The text of a conversation, by our template: the published processor has none."""
+        return self.tokenizer.apply_chat_template(messages, **{"chat_template": self.chat_template} | options)
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The published processor's files and the template, and which class reads tekken.json.
+
+        The checkpoint's config.json says that, but no adapter brings one: then AutoProcessor takes another.
+        """
+        self.published.chat_template = self.chat_template
+        self.published.save_pretrained(folder)
+        named = json.dumps({"tokenizer_class": type(self.published.tokenizer).__name__})
+        Path(folder, "tokenizer_config.json").write_text(named + "\n", encoding="utf-8")
+
+    def __call__(self, text: list[str], audio: list | None = None, **options) -> dict:
+        """The tensors of one text and its sounds, as other processors give them."""
+        options = {key: value for key, value in options.items() if key != "return_text_replacement_offsets"}
+        spelled, arrays = [], []
+        for samples in audio or []:
+            ids, padded = self._encode(samples)
+            spelled.append("".join(self.tokenizer.convert_ids_to_tokens(ids)))
+            arrays.append(padded)
+        expanded, replaced = expand(text[0], self.audio_token, spelled)
+        batch = dict(self.tokenizer([expanded], **options), text_replacement_offsets=[replaced])
+        if arrays:
+            features = self.published._retrieve_input_features(arrays, **self.published.audio_kwargs)
+            batch["input_features"] = features             # [chunks of 30 s, mel, frames]
+        return batch
+
+    def _encode(self, samples: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """(ids that stand for a sound, its samples padded to whole chunks), by Mistral's own encoder."""
+        from mistral_common.tokens.tokenizers.audio import Audio
+        sound = Audio(samples, self.feature_extractor.sampling_rate, "wav")
+        found = self.published.tokenizer.tokenizer.instruct_tokenizer.audio_encoder.encode_audio(sound)
+        return found.tokens, found.audio.audio_array
+
+
+def expand(text: str, placeholder: str, spelled: list[str]) -> tuple[str, list[dict]]:
+    """(the text with what is spelled for each placeholder, where, as lib/spans.py reads it)."""
+    places = [match.span() for match in re.finditer(re.escape(placeholder), text)]
+    if len(places) != len(spelled):
+        raise ValueError(f"{len(places)} {placeholder} in the text, but {len(spelled)} sounds")
+    pieces, replaced, last, shift = [], [], 0, 0
+    for (start, end), new in zip(places, spelled):
+        pieces += [text[last:start], new]
+        replaced.append({"span": (start, end), "new_span": (start + shift, start + shift + len(new)),
+                         "replacement": new})
+        last, shift = end, shift + len(new) - (end - start)
+    return "".join([*pieces, text[last:]]), replaced

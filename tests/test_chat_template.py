@@ -1,0 +1,140 @@
+"""The knobs chat_template and template_date through the scripts: whose template it is, which day it tells."""
+
+import importlib
+
+import pytest
+from transformers.utils import chat_template_utils
+
+from lib import checks, ledger, registry
+from lib.card import model_card
+from lib.stage import StageError
+from tests.runner import Run, text_rows
+
+CLOCK = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.' }}"
+CHATML = CLOCK + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '' + m.content }}<|im_end|>\n" \
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+@pytest.fixture
+def on_day(monkeypatch):
+    """A function: an ISO date -> from now on it is this day, for 01 and for chat templates."""
+    config = importlib.import_module("01_config")
+
+    def on_day(day: str):
+        class Today(config.date):
+            @classmethod
+            def today(cls):
+                return cls.fromisoformat(day)
+
+        class Clock(chat_template_utils.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return cls.fromisoformat(day)
+
+        monkeypatch.setattr(config, "date", Today)
+        monkeypatch.setattr(chat_template_utils, "datetime", Clock)
+    return on_day
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, zoo):
+    """A function: knobs -> a run on a text-only checkpoint whose template tells the day."""
+    def run(base: str = "qwen_text", **knobs) -> Run:
+        return Run(tmp_path, monkeypatch, zoo(base), text_rows(), **{"chat_template": CHATML} | knobs)
+    return run
+
+
+def texts_of(run: Run) -> list[str]:
+    """The texts of all samples to train on."""
+    import datasets
+    return datasets.load_from_disk(str(run.path / "02_data" / "train"))["text"]
+
+
+def saved_template(run: Run) -> str:
+    """The chat template that later stages and users of an export get."""
+    return (run.path / "02_data" / "processor" / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def test_02_writes_the_same_samples_on_any_day(run, on_day, capsys):
+    on_day("2026-07-14")
+    first = run().upto("02_data")
+    wrote = ledger.digest(first.path / "02_data")
+    on_day("2027-08-15")
+    capsys.readouterr()
+    first.upto("02_data")
+    assert "02_data is up to date" in capsys.readouterr().out
+    first("02_data", "--force")
+    assert ledger.digest(first.path / "02_data") == wrote
+    assert all(text.startswith("Today is 14 Jul 2026.<|im_start|>") for text in texts_of(first))
+
+
+def test_a_run_keeps_its_first_day_when_01_runs_again(run, on_day):
+    on_day("2026-07-14")
+    first = run().upto("01_config")
+    assert first.json("01_config/config.json")["template_date"] == "2026-07-14"
+    on_day("2026-07-15")
+    first("01_config", "save_total_limit=9")
+    assert first.json("01_config/config.json")["template_date"] == "2026-07-14"
+    first("01_config", "template_date=2020-02-29")
+    assert first.json("01_config/config.json")["template_date"] == "2020-02-29"
+
+
+def test_02_reports_what_the_template_says_by_itself_and_in_how_many_rows(run, capsys):
+    first = run(template_date="2026-07-14").upto("02_data")
+    report = first.json("02_data/report.json")
+    assert report["counts"]["rows_that_tell_the_day"] == 9
+    assert report["template_says"] == [{"words": "Today is 14 Jul 2026.", "rows": 9}]
+    printed = capsys.readouterr().out
+    assert "what the chat template says by itself" in printed and "Today is 14 Jul 2026." in printed
+
+
+def test_a_template_without_a_clock_tells_no_day(run):
+    first = run(chat_template=CHATML.removeprefix(CLOCK)).upto("02_data")
+    report = first.json("02_data/report.json")
+    assert report["counts"]["rows_that_tell_the_day"] == 0 and report["template_says"] == []
+
+
+def test_the_saved_template_keeps_its_clock(run):
+    first = run(template_date="2026-07-14").upto("02_data")
+    assert saved_template(first) == CHATML
+
+
+@pytest.mark.parametrize("day", ["2026-07-14", None])
+def test_the_model_card_says_which_day_the_template_told_in_training(day):
+    plan = {"base_model": "owner/name", "revision": None, "class": "C", "dtype": "float32", "parameters": {}}
+    counts = {"train_samples": 9, "held_out_samples": 0, "rejected_rows": 0}
+    logits = {"max_logit_difference": 0, "max_logit": 1}
+    check = {"rows": 0, "exact_match": None, "exports": {"model": logits}}
+    text = model_card("model", plan, counts, {"method": "full"}, check, day)
+    assert ("today's date" in text) == (f"in training that was {day}." in text) == (day is not None)
+
+
+# ---- a template by its name ----
+
+
+def test_a_familys_name_means_the_checkpoints_own_template(run, zoo, capsys):
+    first = run("qwen2_5_vl", chat_template="qwen2_vl").upto("02_data")
+    assert saved_template(first) == (zoo("qwen2_5_vl") / "chat_template.jinja").read_text(encoding="utf-8")
+    assert "chat_template: qwen2_vl means the checkpoint's own" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("base, name, owners, family", [
+    ("llava", "qwen2_vl", "Qwen2-VL and Qwen2.5-VL and Qwen3-VL", "LLaVA-1.5 and Pixtral"),
+    ("qwen_text", "gemma3", "Gemma-3", "generic (qwen3)"),
+])
+def test_another_familys_name_is_refused_with_a_fix(base, name, owners, family, run):
+    with pytest.raises(StageError) as caught:
+        run(base, chat_template=name).upto("02_data")
+    assert caught.value.what == f"chat_template: {name} is the template of {owners}; base_model is {family}"
+    assert caught.value.fix == "remove chat_template (the checkpoint's own serves), or name a .jinja file"
+
+
+@pytest.mark.parametrize("name", ["tokenizer_default", "tokenizer_default_fallback_chatml"])
+def test_the_tokenizers_default_is_the_checkpoints_own_template(name, run, zoo):
+    first = run(chat_template=name).upto("02_data")
+    assert saved_template(first) == (zoo("qwen_text") / "chat_template.jinja").read_text(encoding="utf-8")
+
+
+def test_every_familys_template_name_is_one_that_01_takes():
+    assert {name: checks.chat_template(name) for name in registry.template_names()} == {
+        name: name for name in registry.template_names()}
