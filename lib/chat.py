@@ -139,8 +139,9 @@ class Encoder:
         """StageError where the processor tokenized another text than it says: labels would shift."""
         first = adds_first_token(self.processor, text)
         if tokenizer_of(self.processor)(text, add_special_tokens=first)["input_ids"] != ids:
-            raise StageError(f"base_model: its {type(self.processor).__name__} writes more into the text than it "
-                             "says, or elsewhere", "choose another base_model: labels would be misplaced")
+            name = type(self.processor).__name__
+            raise StageError(f"base_model: its {name} writes more into the text than it says, or elsewhere",
+                             "choose another base_model: labels would be misplaced")
 
     def _refuse(self, given: dict[str, list]) -> None:
         """RowError for media that the model would not see whole, or not at all."""

@@ -148,7 +148,7 @@ def check(model, plan: dict) -> int:
     found = found_linears(model)
     if wrong := found ^ set(plan["quantisation"]["linears"]):
         raise StageError(f"quantisation: {len(wrong)} layers are not as planned, such as {sorted(wrong)[0]}",
-                         "run 03_load_model.py again; else the roles in lib/registry.py are wrong")
+                         "run 03_load_model.py again; else the roles in lib/families.py are wrong")
     keep_gradients(model)
     return len(found)
 

@@ -1,6 +1,6 @@
 """roles: which part each module of a model plays (language, vision, projector …), and what follows from it.
 
-Freezing, LoRA, quantisation, checkpointing and the tables speak in roles; only the registry's records know
+Freezing, LoRA, quantisation, checkpointing and the tables speak in roles; only a family's record knows
 module names. A family without a record gets its roles guessed from the module tree, and 03 says so.
 
 Fork me to: adapt other layers by default (`lora_linears`).
@@ -71,7 +71,7 @@ def roles_of(model, family: Family) -> Roles:
     homeless = sorted({name for name, _ in model.named_parameters() if roles.of(name) is None})
     if homeless:
         raise StageError(f"{type(model).__name__}: {len(homeless)} parameters have no role: {homeless[0]}, …",
-                         f"add a record for {family.model_types[0]!r} to FAMILIES in lib/registry.py")
+                         f"add a record for {family.model_types[0]!r} to FAMILIES in lib/families.py")
     return roles
 
 
@@ -102,7 +102,7 @@ def guess_roles(model) -> dict[str, str]:
     if decoder in ("", base):
         if model.config.sub_configs:                    # of a tower, which is somewhere inside
             raise StageError(f"{type(model).__name__}: its towers can't be told from its language model",
-                             f"add a record for {model.config.model_type!r} to FAMILIES in lib/registry.py")
+                             f"add a record for {model.config.model_type!r} to FAMILIES in lib/families.py")
         return {base: "language"}
     paths = {decoder: "language"}
     for name, module in model.named_modules():

@@ -50,8 +50,9 @@ def test_the_pip_line_names_the_versions_that_are_tested(family, monkeypatch):
 
 
 @pytest.fixture
-def cuda_kernels(tmp_path, monkeypatch):
+def cuda_kernels(zoo, tmp_path, monkeypatch):
     """A package causal_conv1d that can be imported, as on a machine whose GPU is away."""
+    zoo("lfm2_vl"), zoo("qwen3_5")      # before, or transformers would import it, and keep it for other tests
     (tmp_path / "causal_conv1d").mkdir()
     (tmp_path / "causal_conv1d" / "__init__.py").touch()
     monkeypatch.syspath_prepend(tmp_path)

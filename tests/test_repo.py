@@ -33,7 +33,7 @@ def test_no_file_of_lib_imports_a_numbered_script(path):
 
 
 @pytest.mark.parametrize("path", sources(CODE))
-def test_a_familys_name_is_only_in_the_registry(path):
+def test_a_family_is_only_asked_for_in_the_registry(path):
     if path.name == "registry.py":
         return
     assert not re.search(r"model_type *(==|in) ", path.read_text(encoding="utf-8"))
