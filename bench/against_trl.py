@@ -179,7 +179,8 @@ def summary(case: Case, runs: list[dict]) -> dict[str, float]:
         seconds = statistics.median(step["seconds"] for step in steps)
         tokens = statistics.mean(step["tokens"] for step in steps)
     else:
-        seconds = statistics.median(sum(step["seconds"] for step in run["steps"]) for run in runs)
+        seconds = statistics.median(sum(step["seconds"] for step in run["steps"])
+                                    + run.get("before_seconds", 0.0) for run in runs)
         tokens = sum(step["tokens"] for step in runs[0]["steps"])
     return {"seconds": seconds, "tokens_per_second": tokens / seconds,
             "peak": statistics.median(run["peak_bytes"] for run in runs)}

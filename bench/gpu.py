@@ -187,7 +187,7 @@ class Made:
         self.ids = [str(number) for number in range(len(samples))]
         self.input_tokens = [sample["input_ids"].shape[1] for sample in samples]
         self.supervised_tokens = [int((sample["labels"][:, 1:] != -100).sum()) for sample in samples]
-        self.media_tokens = [int("pixel_values" in sample) for sample in samples]
+        self.media = [{"image"} if "pixel_values" in sample else set() for sample in samples]
         plain = Batcher(0, family.collate)
         self.alone = [plain([sample]) for sample in samples]
         size, batcher = len(lengths), plain
@@ -230,8 +230,8 @@ def with_ours(net, roles, made: Made, knobs, world) -> dict:
     every_step = SimpleNamespace(of_step=lambda step: made.rows)
     run = train.Run(
         work=SimpleNamespace(config=knobs), world=world, model=net, roles=roles, parameters=parameters,
-        watch=optim.GradientWatch(role_of, data_have_media=True),
-        optimizer=optim.make_optimizer([*parameters.values()], knobs),
+        watch=optim.GradientWatch(role_of, {"image"}),
+        optimizer=optim.make_optimizer(parameters, role_of, knobs),
         autocast=partial(torch.autocast, world.device.type, torch.bfloat16), samples=made, held_out=made,
         order=every_step, first_step=0, total_steps=STEPS)
     with fast.paths(net, roles):

@@ -8,7 +8,7 @@ processes of their own, on files that the system holds in its cache, and end whe
 import argparse
 import json
 import os
-import resource
+import re
 import shutil
 import subprocess
 import sys
@@ -22,8 +22,8 @@ HIDDEN = 1536
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None, "seed": 0,
         "lora_target_roles": ["language"], "lora_target_parameters": None, "peft_use_dora": False,
         "peft_use_rslora": False, "peft_init_lora_weights": False}
-MODEL = {"revision": None, "trust_remote_code": False, "model_type": None, "bf16": True, "load_in_4bit": False,
-         "attn_implementation": "sdpa", "load_in_8bit": False, "bnb_config_kwargs": None,
+MODEL = {"revision": None, "trust_remote_code": False, "model_type": None, "bf16": True, "load_in_8bit": False,
+         "attn_implementation": "sdpa", "load_in_4bit": False, "bnb_config_kwargs": None,
          "quantize_roles": ["language"], "adapter": "lora"}
 
 
@@ -37,8 +37,9 @@ def prepare(folder: Path, gib: float, shards: int) -> int:
     from lib.plan import make_plan
     from lib.shards import INDEX, Place, cut, write_index
     layer_bytes = 2 * HIDDEN * HIDDEN * (4 + 3 * 4)
-    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_attention_heads=12, vocab_size=4096,
-                         num_hidden_layers=round(gib * 2**30 / layer_bytes), architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_attention_heads=12,
+                         num_hidden_layers=round(gib * 2**30 / layer_bytes), vocab_size=4096,
+                         architectures=["LlamaForCausalLM"])
     base = folder / "base"
     config.save_pretrained(base)
     with torch.device("meta"):
@@ -58,9 +59,12 @@ def prepare(folder: Path, gib: float, shards: int) -> int:
 
 
 def measure(what: str, folder: Path) -> dict:
-    """{seconds, peak_bytes} of a copy or a merge of the prepared base, in this process; peak above what imports take."""
+    """{seconds, peak_bytes} of a copy or a merge of the prepared base; the peak is above what imports take."""
+    import peft                                                     # noqa: F401
+
     from lib import merge
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
+    merge.hollow(plan)                                              # imports the model's class
     before, began, out = peak_bytes(), time.monotonic(), folder / what
     if what == "copy":
         out.mkdir()
@@ -76,20 +80,22 @@ def measure(what: str, folder: Path) -> dict:
 
 def peak_bytes() -> int:
     """The most memory that this process has had so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    status = Path("/proc/self/status").read_text(encoding="utf-8")      # getrusage would count the parent's, too
+    return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.M)[1])
 
 
 def in_a_process(what: str, folder: Path) -> dict:
     """What `measure` returns, in a process of its own."""
     shutil.rmtree(folder / what, ignore_errors=True)
-    done = subprocess.run([sys.executable, "-m", "bench.merge", "--measure", what, folder], cwd=ROOT, check=True,
-                          stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    command = [sys.executable, "-m", "bench.merge", "--measure", what, folder]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8")
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     """Print the bench, or, in a process of its own, one measurement as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--gib", type=float, default=1)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--times", type=int, default=3)
@@ -102,11 +108,13 @@ def main() -> None:
         total = prepare(Path(folder), args.gib, args.shards)
         largest = max(path.stat().st_size for path in Path(folder, "base").iterdir())
         print(f"{total / 2**30:.2f} GiB, the largest of {args.shards} files {largest / 2**30:.2f} GiB")
-        found = {what: [in_a_process(what, Path(folder)) for _ in range(args.times)] for what in ("copy", "merge")}
+        found = {what: [in_a_process(what, Path(folder)) for _ in range(args.times)]
+                 for what in ("copy", "merge")}
     best = {what: min(each["seconds"] for each in runs) for what, runs in found.items()}
     for what, seconds in best.items():
         peak = max(each["peak_bytes"] for each in found[what])
-        print(f"{what}: {total / 2**30 / seconds:.2f} GiB/s, best of {args.times}; peak memory {peak / 2**30:.2f} GiB")
+        print(f"{what}: {total / 2**30 / seconds:.2f} GiB/s, best of {args.times}; "
+              f"peak memory {peak / 2**20:.0f} MiB")
     print(f"merge / copy: {best['copy'] / best['merge']:.2f}")
 
 

@@ -3,24 +3,31 @@
     python -m bench.ours RUN OUT.json [STEPS]
 
 A step's time goes from its first forward to the end of its update, without the wait for encoded batches: the
-other side is handed its batches as files, and its reading of them is left out, too.
+other side is handed its batches as files, and its reading of them is left out, too. Keeping the features of
+all pictures is time: "before_seconds", which counts with the epochs' steps.
 """
 import json
+import shutil
 import sys
 from pathlib import Path
 
 from bench.machine import Meter, now
 from bench.prepare import loaded
-from lib import fast
+from lib import fast, features
 
 
 def main(run_path: str, out: str, steps: str | None = None) -> None:
     """Train so many steps, all by default, and write what they took."""
+    shutil.rmtree(Path(run_path) / "features", ignore_errors=True)     # what an earlier round kept
     train, run = loaded(Path(run_path))
-    wanted = min(int(steps or run.total_steps), run.total_steps)
-    with fast.paths(run.model, run.roles):
+    wanted, began = min(int(steps or run.total_steps), run.total_steps), now(run.world.device)
+    if run.work.config.cache_vision_features:
+        train.keep_features(run)
+    before_seconds = now(run.world.device) - began
+    with fast.paths(run.model, run.roles), features.replayed(run.model):
         meter = take(train, run, wanted, train.micro_batches(run))
-    Path(out).write_text(json.dumps(meter.result()) + "\n", encoding="utf-8")
+    result = meter.result() | {"before_seconds": before_seconds}
+    Path(out).write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
 def take(train, run, steps: int, batches) -> Meter:

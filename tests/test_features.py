@@ -44,7 +44,7 @@ def test_losses_and_gradients_are_those_of_the_pixels(subject, tmp_path):
     net, _ = subject.adapter(tmp_path)
     net.eval()
     rows = rows_of(subject)
-    if subject.name == "mllama":
+    if subject.name in ("mllama", "voxtral"):                          # no pictures on that way, or none at all
         with pytest.raises(StageError, match="asks no get_image_features"):
             kept_rows(net, rows)
         return
