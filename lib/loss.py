@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import fast, features
 from lib.chat import IGNORE_INDEX
+from lib.stage import StageError
 
 NOT_INPUTS = ("labels", "positions", "targets", "packed_rows", "features")
 CHUNK = 256                               # rows of logits at once: 256 x 262k x 4 bytes = 256 MiB
@@ -59,6 +60,9 @@ def in_place_of_logits(model, batch: dict, compute):
     head, result = model.get_output_embeddings(), []
 
     def instead(hidden):                  # [B, T, D]
+        if hidden.shape[:2] != batch["input_ids"].shape:
+            raise StageError(f"{type(model).__name__}: its output head sees {hidden.shape[1]} positions of "
+                             f"{batch['input_ids'].shape[1]}", "choose another base_model")
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["positions"])  # [N, D]
         result.append(compute(rows))
         return hidden[..., :0]

@@ -96,8 +96,8 @@ def join(rows: list[dict[str, torch.Tensor]], positions: Positions, style: str) 
             zeros = (torch.zeros_like(row["input_ids"]) for row in rows)
             joined[key] = torch.cat([row.get(key, zero) for row, zero in zip(rows, zeros)], dim=1)  # [1, T]
         elif style == "stack":
-            tiles = [row[key].transpose(0, 1) for row in rows if key in row]     # [tiles, 1, …]
-            joined[key] = cat_padded(tiles).transpose(0, 1)
+            tiles = [row[key].flatten(0, 1) for row in rows if key in row]       # several clips: [2, tiles, …]
+            joined[key] = cat_padded(tiles)[None]                                # [1, tiles, …]
         else:
             joined[key] = cat_padded([row[key] for row in rows if key in row])
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)

@@ -27,8 +27,8 @@ def refuse_other_losses(model) -> None:
     name, forward = type(model).__name__, type(model).forward
     if "labels" not in inspect.signature(forward).parameters or model.get_output_embeddings() is None:
         raise StageError(f"base_model: {name} predicts no next token", OTHER)
-    changes = re.findall(r"^ *logits(?:\[.*\])? = (.+)$", inspect.getsource(forward), re.M)
-    for change in (change.strip() for change in changes if not KNOWN.fullmatch(change.strip())):
+    changes = re.findall(r"^ *logits(?:\[.*\])? = (.+?)(?: *#.*)?$", inspect.getsource(forward), re.M)
+    for change in (change for change in changes if not KNOWN.fullmatch(change)):
         factor = FACTOR.fullmatch(change)
         value = getattr(model.config.get_text_config(), factor[1], None) if factor else None
         if value != 1:

@@ -45,7 +45,7 @@ def test_what_passes_held_every_check_and_what_doesnt_has_a_reason():
 
 def test_the_types_of_the_zoo_are_its_variants():
     named = [entry["reason"].split()[4:] for entry in TYPES.values() if entry["checks"] == ZOO]
-    assert sorted(sum(named, [])) == sorted(SEEING)
+    assert sorted(sum(named, [])) == sorted(set(SEEING) - {"voxtral"})   # it hears: another table
 
 
 @same_version
@@ -57,8 +57,6 @@ def test_a_type_tried_again_gets_the_same_entry(model_type, tmp_path):
 
 def test_the_readme_counts_what_the_file_holds():
     readme = " ".join((classify.FILE.parent.parent / "README.md").read_text(encoding="utf-8").split())
-    if "classified.json" not in readme:
-        pytest.skip("the README says nothing of tests/classified.json")
     assert classify.sentence(FILED) in readme
 
 

@@ -21,7 +21,7 @@ import soundfile
 import torch
 from PIL import Image
 
-from lib import chat, loss, media, model, processor, registry, roles
+from lib import chat, loss, media, model, packing, processor, registry, roles
 from lib.clips import Clip
 from lib.messages import RowError
 from lib.sampler import Batcher, SHARING, media_kinds
@@ -170,6 +170,18 @@ def test_a_batch_of_all_kinds_of_rows_has_the_logits_that_they_have_alone(name, 
         for place, n in enumerate(order):
             found = together[place, :len(alone[n])]
             assert (found - alone[n]).abs().max() < 1e-4 * alone[n].abs().max(), f"row {n}"
+
+
+@pytest.mark.parametrize("name", [name for name in EVERY if name not in ALIKE and not name.startswith("qwen3_5")])
+def test_packed_sounds_and_clips_are_heard_and_seen_as_alone(name, subject_of):
+    subject = subject_of(name)
+    rows = [subject.row(), *(subject.row(kind) for kind in TAKES[name]), subject.row(*subject.twice(TAKES[name][-1]))]
+    if subject.takes_pictures and subject.family.batch == "any":
+        rows.append(subject.row("image"))
+    needs = packing.needs(subject.net, subject.family)
+    joined = packing.join(rows, needs["positions"], subject.encoder.collate)
+    packed = Batcher(subject.encoder.pad_id, subject.encoder.collate, needs["masks"])([joined])
+    assert packing.leak(subject.net, [subject.batch([row]) for row in rows], packed)[0] < 1e-4
 
 
 @pytest.mark.parametrize("name, kind", DIFFERENT)
