@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Literal
 
 from lib import stage, terminal
-from lib.checks import bnb_arguments, chat_template, data_path, day, filled, model_path, name_ends, regex, size
+from lib.checks import (
+    bnb_arguments, chat_template, data_path, day, filled, model_path, name_ends, properties, regex,
+    role_words, side, size, template_arguments)
 from lib.knobs import REQUIRED, in_words, knob, knobs_of
 from lib.ledger import read_json, write_json
 from lib.reading import read_knobs
@@ -31,8 +33,14 @@ from lib.stage import STAGES, StageError
 
 Adapter = Literal["lora", "qlora"] | None
 BadRow = Literal["error", "skip"]
+Ends = Literal["turn", "all", "last", "none"]
+Excess = Literal["drop", "error", "truncate"]
+FileType = Literal["json", "jsonl", "parquet", "arrow"] | None
+Hosts = list[str]
+ImageSize = int | list[int] | None
 Init = Literal[True, "gaussian"]
 Kernel = Literal["sdpa", "eager"]
+Key = str | None
 Modules = str | list[str] | None
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"]
 Rate = float | None
@@ -41,9 +49,12 @@ Role = Literal["language", "vision", "audio", "projector", "cross_attention", "h
 Roles = list[Role]
 QuantisedRoles = list[Literal["language", "vision", "audio"]]
 RolesOrAll = list[Role | Literal["all"]]
+Resize = Literal["bilinear", "bicubic", "lanczos"]
+RowType = Literal["chat_template", "sharegpt"]
 Schedule = Literal["cosine", "linear", "constant"]
 Steps = int | None
 Switch = bool | Literal["auto"]
+Turns = list[Literal["system", "user", "assistant", "tool"]]
 MODEL = "02 03 04 05 06"
 
 
@@ -51,10 +62,26 @@ MODEL = "02 03 04 05 06"
 class Dataset:
     """One entry of `datasets` or `test_datasets`."""
 
-    path: str                        = knob(REQUIRED, "02", "a data file or saved data set", check=data_path)
-    split: str | None                = knob(None, "02", "which split of a saved data set")
-    type: Literal["chat_template"]   = knob("chat_template", "02", "rows are conversations")
+    path: str                        = knob(REQUIRED, "02", "a file, a folder or a hub id", check=data_path)
+    name: str | None                 = knob(None, "02", "which configuration of a hub's data set")
+    revision: str | None             = knob(None, "02", "branch, tag or commit on the hub; null: main")
+    data_files: Modules              = knob(None, "02", "which of a folder's or hub id's files", check=filled)
+    ds_type: FileType                = knob(None, "02", "the kind of a file; null: by its name")
+    split: str | None                = knob(None, "02", "which part of it: train, train[:1%], train[500:]")
+    weight: float                    = knob(1.0, "02", "shows of a sample in an epoch; 0.5: of half", above=0)
+    media_root: str | None           = knob(None, "02", "where its media are; null: beside the data file")
+    type: RowType                    = knob("chat_template", "02", "rows are conversations")
     field_messages: str | None       = knob(None, "02", "the column that holds the conversation")
+    field_tools: str                 = knob("tools", "02", "the column that holds the tools on offer")
+    message_property_mappings: dict  = knob({}, "02", "{property of a message: its key}", check=properties)
+    message_field_role: str | None   = knob(None, "02", "an older way to say message_property_mappings.role")
+    message_field_content: Key       = knob(None, "02", "and message_property_mappings.content")
+    message_field_training: str      = knob("train", "02", "the key of a message that says if it is trained")
+    roles: dict                      = knob({}, "02", "{role: the words that mean it}", check=role_words)
+    system_prompt: str | None        = knob(None, "02", "a system message for rows that have none")
+    train_on_inputs: bool | None     = knob(None, "02", "null: as for all data sets")
+    roles_to_train: Turns | None     = knob(None, "02", "null: as for all data sets", check=filled)
+    train_on_eos: Ends | None        = knob(None, "02", "null: as for all data sets")
 
 
 Datasets = list[Dataset]
@@ -72,6 +99,7 @@ class Recipe:
     processor_type: str | None       = knob(None, "02", "a processor class; null: by the checkpoint")
     processor_kwargs: dict           = knob({}, "02", "arguments for the processor, saved with it")
     chat_template: str | None        = knob(None, "02", "null: the checkpoint's own", check=chat_template)
+    chat_template_kwargs: dict       = knob({}, "02", "arguments of the template", check=template_arguments)
     template_date: str | None        = knob(None, "02 06", "the day it tells; null: the first one", check=day)
     load_in_4bit: bool | None        = knob(None, "03", "a frozen base in 4 bits; null: where qlora is")
     load_in_8bit: bool               = knob(False, "03", "a frozen base in 8 bits")
@@ -84,9 +112,22 @@ class Recipe:
     datasets: Datasets               = knob(REQUIRED, "02", "the rows to train on", check=filled)
     test_datasets: Datasets | None   = knob(None, "02", "the rows to evaluate on", check=filled)
     val_set_size: int | float        = knob(0, "02", "or rows held out: how many, or a share", low=0)
+    train_on_inputs: bool            = knob(False, "02", "train on all turns, not on the assistant's alone")
+    roles_to_train: Turns            = knob(["assistant"], "02", "whose turns are trained", check=filled)
+    train_on_eos: Ends               = knob("turn", "02", "ends of turns: of trained ones, of all …")
     sequence_len: int                = knob(2048, "02 05", "longest sample with its media", "tokens", low=1)
+    excess_length_strategy: Excess   = knob("drop", "02", "what longer ones are; media are never cut")
+    max_images: int | None           = knob(None, "02", "pictures in a row; one with more is rejected", low=0)
+    image_max_pixels: int | None     = knob(None, "02", "pictures are no larger; null: as ever", low=1)
+    image_min_pixels: int | None     = knob(None, "02", "nor smaller", low=1)
+    image_size: ImageSize            = knob(None, "02", "or fit all into N or [width, height]", check=side)
+    image_resize_algorithm: Resize   = knob("bilinear", "02", "how image_size resizes")
     video_fps: float                 = knob(2.0, "02", "frames taken of a clip", "per second", above=0)
     video_max_frames: int            = knob(32, "02", "and at most so many, evenly spread", "frames", low=1)
+    url_timeout_seconds: float       = knob(30.0, "02", "how long one answer may take", "seconds", above=0)
+    url_max_mib: float               = knob(64.0, "02", "the largest medium behind a url", "MiB", above=0)
+    url_retries: int                 = knob(3, "02", "more tries where a server fails", low=0)
+    url_hosts: Hosts                 = knob([], "02", "private hosts that may be asked, too")
     on_bad_row: BadRow               = knob("error", "02", "once all rows are seen: stop, or go without")
 
     # What trains
@@ -125,6 +166,7 @@ class Recipe:
     adam_beta2: float                = knob(0.999, "05", "memory of their squares' mean", low=0, below=1)
     adam_epsilon: float              = knob(1e-8, "05", "keeps AdamW's division finite", above=0)
     max_grad_norm: float             = knob(1.0, "05", "a longer gradient is scaled down to it", above=0)
+    fsdp_version: int | None         = knob(None, "05", "2: shard the base", low=2, high=2, identity=False)
     sample_packing: bool             = knob(False, "05", "fill rows of sequence_len with samples")
     cache_vision_features: bool      = knob(False, "05", "run a frozen tower once for each picture")
     group_by_length: bool            = knob(False, "05", "samples of a step are of similar length")
@@ -141,6 +183,10 @@ class Recipe:
     saves_per_epoch: int             = knob(1, "05", "checkpoints in an epoch", low=0, identity=False)
     save_steps: int | None           = knob(None, "05", "or steps between them", low=1, identity=False)
     save_total_limit: int            = knob(3, "05", "checkpoints kept", low=1, identity=False)
+    use_tensorboard: bool            = knob(False, "05", "figures to RUN/tensorboard", identity=False)
+    wandb_project: str | None        = knob(None, "05", "figures to Weights & Biases", identity=False)
+    wandb_entity: str | None         = knob(None, "05", "whose project it is", identity=False)
+    wandb_name: str | None           = knob(None, "05", "null: the run folder's name", identity=False)
     dataloader_num_workers: int      = knob(0, "05", "processes that encode", low=0, identity=False)
 
     # What comes out
@@ -195,10 +241,22 @@ RULES = (  # the knobs it is about; when they contradict each other; why; how to
      "peft's LoRA on experts has no dropout and no DoRA", "lora_dropout: 0 and peft_use_dora: false"),
     ("val_set_size test_datasets", lambda k: k.val_set_size and k.test_datasets,
      "the rows to evaluate on come from one of them", "remove one of them"),
+    ("image_size image_max_pixels image_min_pixels",
+     lambda k: k.image_size and (k.image_max_pixels or k.image_min_pixels),
+     "image_size fixes what the others bound", "remove image_size, or the bounds"),
+    ("image_min_pixels image_max_pixels",
+     lambda k: k.image_min_pixels and k.image_max_pixels and k.image_min_pixels > k.image_max_pixels,
+     "a picture can't be larger than the one and smaller than the other", "give the smaller number first"),
+    ("test_datasets", lambda k: any(spec["weight"] != 1 for spec in k.test_datasets or ()),
+     "a weight shares out an epoch, and held-out rows are in none", "remove weight from test_datasets"),
     ("val_set_size", lambda k: isinstance(k.val_set_size, float) and k.val_set_size >= 1,
      "this is neither a share below 1 nor a whole number of rows", "for example val_set_size: 0.05 or 500"),
     ("cosine_min_lr_ratio lr_scheduler", lambda k: k.cosine_min_lr_ratio and k.lr_scheduler != "cosine",
      "only cosine ends above zero", "lr_scheduler: cosine, or remove cosine_min_lr_ratio"),
+    ("fsdp_version adapter", lambda k: k.fsdp_version and not k.adapter,
+     "what is sharded is the frozen base below an adapter", "adapter: lora, or remove fsdp_version"),
+    ("fsdp_version cache_vision_features", lambda k: k.fsdp_version and k.cache_vision_features,
+     "features are kept rank by rank, and a sharded model runs on all ranks at once", "remove one of them"),
     ("sample_packing group_by_length", lambda k: k.sample_packing and k.group_by_length,
      "packed rows are full, whatever their samples' lengths", "remove group_by_length"),
     ("early_stopping_patience load_best_model_at_end evals_per_epoch val_set_size test_datasets",

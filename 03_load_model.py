@@ -2,12 +2,13 @@
 
     python 03_load_model.py runs/demo [--force]
     python 03_load_model.py runs/demo --plan-only       # what it is, by role; loads and writes nothing
+    python 03_load_model.py runs/demo --forecast --gpus 8 --gib 80   # will training fit? needs no weights
 
 Reads:  01_config/config.json; 02_data (one sample); the base model's config and weights.
-Writes: 03_load_model/model.json (class, dtype, quantisation, roles: true on every machine) and load.json
-        (seconds, GiB, first loss).
+Writes: 03_load_model/model.json (class, dtype, quantisation, roles: true on every machine), load.json
+        (seconds, GiB, first loss) and forecast.json (GiB that training takes on a GPU).
 Source: the auto classes of transformers; QLoRA (arXiv 2305.14314) where the recipe quantises.
-Fork me to: teach it a family (lib/registry.py:FAMILIES), or load in another way (lib/model.py:load).
+Fork me to: teach it a family (lib/families.py:FAMILIES), or load in another way (lib/model.py:load).
 """
 import json
 import math
@@ -17,7 +18,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import model, parallel, plan, quant, registry, stage, terminal
+from lib import fit, model, parallel, plan, quant, registry, stage, terminal
 from lib.chat import Encoder
 from lib.loss import forward_loss
 from lib.sampler import Batcher, to_device
@@ -27,10 +28,15 @@ def main(argv=None):
     """Plan on meta tensors, print it by role, then load and compare."""
     parser = stage.arguments(__doc__)
     parser.add_argument("--plan-only", action="store_true", help="only print the plan")
+    parser.add_argument("--forecast", action="store_true", help="only print the memory that training takes")
+    parser.add_argument("--gpus", type=int, default=1, help="--forecast: how many GPUs (1)")
+    parser.add_argument("--gib", type=float, default=80, help="--forecast: memory of each, GiB (80)")
     args = parser.parse_args(argv)
     run = stage.resolve_run(args.run)
-    if args.plan_only:
-        return print_plan(plan.make_plan(stage.view("03_load_model", run).config))
+    if args.plan_only or args.forecast:
+        planned = plan.make_plan(stage.view("03_load_model", run).config)
+        print_plan(planned)
+        return fit.print_fit(fit.Case.of(run, planned), args.gpus, args.gib) if args.forecast else None
 
     # 1. Start the stage, unless its outputs are still true.
     work = stage.begin(stage.decide("03_load_model", run, force=args.force))
@@ -42,11 +48,15 @@ def main(argv=None):
     planned = plan.make_plan(work.config)
     write_json(work.path / "model.json", planned)
     print_plan(planned)
-    # 3. Load it for real, by the plan.
+    # 3. Forecast what training will take on a GPU.
+    if forecast := fit.of_run(run, planned):
+        write_json(work.path / "forecast.json", forecast)
+        fit.print_facts(forecast)
+    # 4. Load it for real, by the plan.
     device, began = parallel.pick_device(), time.monotonic()
     loaded = model.load(planned, device, mode="inference")
     seconds = time.monotonic() - began
-    # 4. Run one sample through it: the first loss tells a broken model or template at once.
+    # 5. Run one sample through it: the first loss tells a broken model or template at once.
     loss, sample_id = first_forward(loaded, work, device)
     random_loss = math.log(loaded.get_output_embeddings().weight.shape[0])
     peak_gib = parallel.peak_memory_gib(device)
@@ -56,7 +66,7 @@ def main(argv=None):
     terminal.say(f"loaded on {device} in {terminal.duration(seconds)}, peak memory {peak_gib:.2f} GiB; "
                  f"loss of {sample_id}: {loss:.3f} (random answers: {random_loss:.2f})")
     explain_high_loss(loss, random_loss, registry.family_of(planned["model_type"]))
-    work.finish(volatile=("load.json",))
+    work.finish(volatile=("load.json", "forecast.json"))
 
 
 def print_plan(planned: dict) -> None:

@@ -25,16 +25,17 @@ import datasets
 import torch
 
 from lib import checkpoint, fast, faults, features, folder, model, optim, packing, parallel, rehearsal
-from lib import stage, terminal
+from lib import sharding, stage, terminal
 from lib.chat import Encoder
 from lib.evaluate import held_out_loss
-from lib.golden import write_golden
+from lib.golden import golden_answers, write_golden
 from lib.ledger import write_json
 from lib.loss import forward_loss
 from lib.metrics import Log
 from lib.registry import family_of
 from lib.roles import Roles
 from lib.sampler import Order, Row, Samples, in_turn, loader, to_device
+from lib.trackers import trackers_of
 
 
 def main(argv=None):
@@ -65,6 +66,7 @@ def main(argv=None):
         with faults.told(run):
             with fast.paths(run.model, run.roles), features.replayed(run.model):
                 log = train(run)
+            log.say_peak(work.config)
             # 4. Save what was trained, and what a fresh process has to reproduce.
             save(run, log)
 
@@ -95,7 +97,9 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     plan = json.loads((work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))
     planned = json.loads((work.input("04_lora") / "adapter.json").read_text(encoding="utf-8"))
     # The model, and what of it trains.
-    net, roles = model.load(plan, world.device), Roles.of_plan(plan)
+    shards = config.fsdp_version is not None and world.world_size > 1
+    at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
+    net, roles = model.load(plan, at), Roles.of_plan(plan)
     if config.adapter is None:
         model.train_roles(net, roles, config.train_roles)
     else:
@@ -105,12 +109,14 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     role_of = {name: roles.of(model.base_name(name)) for name in parameters}
     if config.gradient_checkpointing:
         model.checkpoint_trained_layers(net, roles, set(role_of.values()))
+    if shards:
+        sharding.shard(net, roles, world)
     bf16 = plan["dtype"] == "bfloat16"
     autocast = partial(torch.autocast, world.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext
     # The samples.
     encoder = Encoder.load(data / "processor", config.trust_remote_code)
     packed = packing.needs(net, family_of(plan["model_type"])) if config.sample_packing else {}
-    samples, held_out = (Samples(datasets.load_from_disk(data / part), encoder, **packed)
+    samples, held_out = (Samples(datasets.load_from_disk(data / part), encoder, **packed, even=shards)
                          for part in ("train", "eval"))
     watch = optim.GradientWatch(role_of, kinds_in_data=set().union(*samples.media))
     # The optimizer, the checkpoint to go on from, and the order of the samples, which it fixes.
@@ -153,7 +159,8 @@ def go_on(state: dict, per_rank: int, world: parallel.World) -> tuple[int, int]:
 def train(run: Run) -> Log:
     """The log of all optimizer steps from the first one to do, with evaluation and checkpoints on the way."""
     config, per_epoch, total = run.work.config, run.order.steps_per_epoch, run.total_steps
-    log = Log(run.work.path, run.world, per_epoch, run.first_step)
+    tell = trackers_of(config, run.work.run) if run.world.is_leader else []
+    log = Log(run.work.path, run.world, per_epoch, run.first_step, tell)
     run.skipped = log.skipped_steps()
     batches, held_out = micro_batches(run), held_out_batches(run)
     progress = terminal.Progress("training", total, done=run.first_step)
@@ -282,24 +289,25 @@ def save(run: Run, log: Log) -> None:
 
     trained.json says which step it is; the golden file, what the saved weights answer in a plain forward.
     """
+    net, config, path = run.model.eval(), run.work.config, run.work.path
+    origin = {"step": log.steps, "trained_steps": log.steps, "planned_steps": run.total_steps}
+    run.world.barrier()                   # the checkpoint may still be in writing
+    for step in to_keep(run, log) - {log.steps}:
+        best, origin["step"] = path / "checkpoints" / f"step-{step}", step
+        if words := folder.damage(best):
+            run.world.stop(f"{best}, the best one, is damaged: {words}", "to save the last step's weights: "
+                           "01_config.py with load_best_model_at_end=false, then 05_train.py --resume")
+        checkpoint.load_weights(best, run.parameters)
+    rows = run.held_out if len(run.held_out) else run.samples
+    answers = golden_answers(net, rows, config.golden_rows)       # on every rank: each may hold a part of it
     run.world.barrier()                   # some rank may still be reading the checkpoint that is moved here
     if run.world.is_leader:
-        net, config, path = run.model.eval(), run.work.config, run.work.path
-        origin = {"step": log.steps, "trained_steps": log.steps, "planned_steps": run.total_steps}
-        for step in to_keep(run, log) - {log.steps}:
-            best, origin["step"] = path / "checkpoints" / f"step-{step}", step
-            if words := folder.damage(best):
-                raise stage.StageError(f"{best}, the best one, is damaged: {words}",
-                                       "to save the last step's weights: 01_config.py with "
-                                       "load_best_model_at_end=false, then 05_train.py --resume")
-            checkpoint.load_weights(best, run.parameters)
         if config.adapter is None:
             weights = model.save_full(net, path / "model")
         else:
             weights = model.save_adapter(net, path / "adapter")
         write_json(path / "trained.json", origin | {"best": log.best(config)})
-        rows = run.held_out if len(run.held_out) else run.samples
-        write_golden(net, weights, rows, config.golden_rows, path / "golden.safetensors")
+        write_golden(answers, weights, rows.ids[:config.golden_rows], path / "golden.safetensors")
         run.work.finish(volatile=("checkpoints", "timings.jsonl"))
     run.world.barrier()
 

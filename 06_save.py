@@ -2,6 +2,8 @@
 
     python 06_save.py runs/demo [--force]
     python 06_save.py runs/demo --ask photo.jpg "What is this?"     # or speech.wav, clip.mp4; writes nothing
+    python 06_save.py runs/demo --evaluate rows.jsonl --out predictions.jsonl
+    python 06_save.py runs/a runs/b --compare
 
 Reads:  05_train (adapter or model, golden.safetensors, metrics.jsonl), 02_data, 03_load_model/model.json,
         04_lora/adapter.json.
@@ -12,6 +14,7 @@ Fork me to: change the model card (lib/card.py), the page (`write_report`), or w
         (lib/evaluate.py).
 """
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -20,11 +23,13 @@ import datasets
 from lib import fresh, media, merge, model, parallel, report, stage, terminal
 from lib.card import model_card
 from lib.chat import Encoder
+from lib.compare import compare
 from lib.evaluate import exact_match, generate
 from lib.media import MediaError
 from lib.messages import RowError
 from lib.metrics import loss_series
 from lib.plan import public_name, quiet
+from lib.predict import evaluate_file
 from lib.stage import StageError
 from lib.template import Template
 
@@ -34,8 +39,20 @@ def main(argv=None):
     parser = stage.arguments(__doc__)
     parser.add_argument("--ask", nargs="+", metavar="FILE",
                         help="pictures, sounds, clips, then a question: only answer, before and after")
-    args = parser.parse_args(argv)
+    parser.add_argument("--evaluate", metavar="FILE", help="only answer and score the rows of a data file")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where --evaluate writes its answers")
+    parser.add_argument("--compare", action="store_true", help="only print these runs side by side")
+    parser.add_argument("more", nargs="*", help="for --compare, more run folders")
+    args = parser.parse_intermixed_args(argv)
     run = stage.resolve_run(args.run)
+    if args.compare:
+        return compare([run, *map(stage.resolve_run, args.more)])
+    if args.more:
+        raise StageError(f"{args.more[0]}: 06_save works on one run", "leave it out, or add --compare")
+    if bool(args.evaluate) != bool(args.out):
+        raise StageError("--evaluate and --out need one another", "--evaluate FILE --out predictions.jsonl")
+    if args.evaluate:
+        return evaluate_file(run, args.evaluate, args.out)
     if args.ask:
         return ask(stage.view("06_save", run), args.ask[:-1], args.ask[-1])
 
@@ -123,7 +140,7 @@ def write_report(work, plan: dict, check: dict, cards: list[dict]) -> None:
     score = f"{scores['base']:.0%} -> {scores['tuned']:.0%}" if cards else "no held-out rows"
     losses = loss_series(work.input("05_train") / "metrics.jsonl")
     data = [[what.replace("_", " "), count] for what, count in counts.items()]
-    knobs = [[knob, None if value is None else json.dumps(value)] for knob, value in config.items()]
+    knobs = [[knob, None if value is None else without_folders(value)] for knob, value in config.items()]
     roles = [[role, trained["modules"].get(role, 0), n] for role, n in trained["trained_parameters"].items()]
     page = report.page(f"{public_name(plan)}, fine-tuned", [
         ("Result", report.tiles([(score, f"exact match on {check['rows']} held-out rows"),
@@ -146,6 +163,11 @@ def write_report(work, plan: dict, check: dict, cards: list[dict]) -> None:
         caption = f"exact match on {check['rows']} rows: {score}"
         figure = report.figure(best, "Held-out rows, before and after", caption)
         (work.path / "figure.svg").write_text(figure, encoding="utf-8")
+
+
+def without_folders(value) -> str:
+    """A knob's value as JSON, of paths of this machine only the last part: the page is for others, too."""
+    return re.sub(r'"/(?:[^"/]+/)*', '"', json.dumps(value))
 
 
 PROOF_COLUMNS = ["export", "largest logit difference", "largest logit", "same argmax"]

@@ -1,11 +1,11 @@
 """forecast: 03's forecast against what really lives in memory, on real CPU tensors, family by family.
 
-    python -m bench.forecast                       # six families, LoRA and QLoRA, with and without checkpointing
+    python -m bench.forecast                        # six families, three kinds of base weights
     python -m bench.forecast --families llava
 
 The same counter (lib/hollow.py) counts one training step twice: on hollow tensors, from the configuration
-alone, and on the loaded model. So its own rules, not an allocator's, are what is compared. Sizes are between
-the zoo's and real ones: 256 wide, 4 layers, 512 tokens; the families' classes and processors are their own.
+alone, and on the loaded model. So an allocator's gaps are in neither. Sizes are between the zoo's and real
+ones: 256 wide, 4 layers, 512 tokens; the families' classes and processors are their own.
 """
 import argparse
 import gc
@@ -107,9 +107,10 @@ def measure(planned: dict, knobs, batch: dict, checkpointing: bool) -> tuple[int
     roles = Roles.of_plan(planned)
     net, _ = adapter.put_on(model.load(planned, torch.device("cpu")), planned, knobs)
     trained = model.trained_parameters(net.train())
+    role_of = {name: roles.of(model.base_name(name)) for name in trained}
     if checkpointing:
-        model.checkpoint_trained_layers(net, roles, {roles.of(model.base_name(name)) for name in trained})
-    optimizer, count = make_optimizer([*trained.values()], knobs), hollow.Count()
+        model.checkpoint_trained_layers(net, roles, set(role_of.values()))
+    optimizer, count = make_optimizer(trained, role_of, knobs), hollow.Count()
     with fast.paths(net, roles):
         for step in range(2):
             counted = count if step else hollow.Count()
@@ -136,7 +137,8 @@ def state_of(net) -> list[torch.Tensor]:
                     state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
     for module in net.modules():
         state = getattr(module, "state", None)
-        tensors += [value for value in vars(state).values() if isinstance(value, torch.Tensor)] if hasattr(state, "SCB") else []
+        held = vars(state).values() if hasattr(state, "SCB") else ()
+        tensors += [value for value in held if isinstance(value, torch.Tensor)]
     return tensors
 
 

@@ -22,9 +22,9 @@ HIDDEN = 1536
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None, "seed": 0,
         "lora_target_roles": ["language"], "lora_target_parameters": None, "peft_use_dora": False,
         "peft_use_rslora": False, "peft_init_lora_weights": False}
-MODEL = {"revision": None, "trust_remote_code": False, "model_type": None, "bf16": True, "load_in_8bit": False,
-         "attn_implementation": "sdpa", "load_in_4bit": False, "bnb_config_kwargs": None,
-         "quantize_roles": ["language"], "adapter": "lora"}
+MODEL = {"revision": None, "trust_remote_code": False, "model_type": None, "bf16": True, "quantize_roles": [],
+         "load_in_8bit": False, "load_in_4bit": False, "bnb_config_kwargs": None, "adapter": "lora",
+         "attn_implementation": "sdpa"}
 
 
 def prepare(folder: Path, gib: float, shards: int) -> int:
@@ -59,12 +59,10 @@ def prepare(folder: Path, gib: float, shards: int) -> int:
 
 
 def measure(what: str, folder: Path) -> dict:
-    """{seconds, peak_bytes} of a copy or a merge of the prepared base; the peak is above what imports take."""
-    import peft                                                     # noqa: F401
-
-    from lib import merge
+    """{seconds, peak_bytes} of a copy or a merge of the prepared base; imports don't count."""
+    from lib import merge, model
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    merge.hollow(plan)                                              # imports the model's class
+    model.attach(merge.hollow(plan), folder / "adapter")            # imports what a first adapter needs
     before, began, out = peak_bytes(), time.monotonic(), folder / what
     if what == "copy":
         out.mkdir()
@@ -80,7 +78,7 @@ def measure(what: str, folder: Path) -> dict:
 
 def peak_bytes() -> int:
     """The most memory that this process has had so far."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")      # getrusage would count the parent's, too
+    status = Path("/proc/self/status").read_text(encoding="utf-8")      # getrusage has the parent's, too
     return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.M)[1])
 
 

@@ -13,10 +13,11 @@ from lib.roles import Roles, lora_linears
 from lib.stage import StageError
 
 
-def put_on(model, plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
+def put_on(model, plan: dict, knobs, real: bool = True) -> tuple[object, dict[str, list[str]]]:
     """(PEFT model whose adapter tensors are real, float32 and seeded, role -> names of what is adapted).
 
-    The base may be on meta and then stays there, but for DoRA, whose magnitudes are norms of its weights.
+    The base may be on meta and then stays there, but for DoRA, whose magnitudes are norms of its weights; if
+    not `real`, the adapter stays there, too.
     """
     from peft import get_peft_model
     roles, hollow = Roles.of_plan(plan), model.device.type == "meta"
@@ -31,7 +32,7 @@ def put_on(model, plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
         except ValueError as error:
             fix = f"name other layers in lora_target_modules, such as {default_names(model, roles)[0]}"
             raise StageError(f"adapter: peft refuses: {first_line(error)}", fix) from None
-        if hollow:
+        if hollow and real:
             materialise(peft_model, config)
     # peft would write the folder the base was loaded from, which is of no use to others and may say too much,
     # and for some families sets in place of regex and list, which have another order in every process.

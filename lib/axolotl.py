@@ -24,6 +24,7 @@ REPLACED = {  # a knob: its values, what they become, why that is the same
     "attn_implementation": ("flash flash_attention_2 flash_attention_3 flex_attention xformers", "sdpa",
                             "another kernel with the same result"),
     "optimizer": ("adamw_8bit", "adamw_bnb_8bit", "the same one under another name"),
+    "excess_length_strategy": ("raise", "error", "the same under another name"),
     "lr_scheduler": ("constant_with_warmup", "constant", "every schedule here begins with the warm-up"),
 }
 
@@ -55,21 +56,15 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "lora_model_dir": ("training an adapter further",),
     "loraplus_lr_embedding": ("another rate for embeddings",),
     "unfrozen_parameters": ("training by parameter name; train_roles chooses by part",),
-    "image_size": ("another resolution; processor_kwargs can set what the processor knows",),
-    "image_resize_algorithm": ("another way to resize",),
-    "roles_to_train": ("training on other turns", "assistant"),
-    "train_on_inputs": ("training on the user's turns", False),
-    "train_on_eos": ("training on other ends of turns", "turn"),
     "role_boundaries": ("finding turns by their tokens; the template's render shows where they are",),
     "chat_template_jinja": ("a second key for the template; write its text into chat_template",),
-    "chat_template_kwargs": ("arguments for the chat template",),
     "fp16": ("float16", False),
     "float16": ("float16", False),
     "activation_offloading": ("activations in host memory", False),
     "device_map": ("one model over several devices", "auto"),
     "max_memory": ("one model over several devices",),
     "gpu_memory_limit": ("a limit to a GPU's memory",),
-    "fsdp*": ("sharding over ranks",),
+    "fsdp": ("sharding by FSDP 1; fsdp_version: 2 shards the frozen base",),
     "deepspeed": ("sharding over ranks",),
     "resume_from_checkpoint": ("going on from another run's checkpoint", False, True),
     "eval_steps": ("evaluating by steps; evals_per_epoch does it by epochs",),
@@ -81,10 +76,11 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
                 "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
                 "axolotl.integrations.liger.LigerPlugin", "axolotl.integrations.kernels.KernelsPlugin"),
     "liger_use_token_scaling": ("another weight for each token", False),
-    "wandb_*": ("Weights & Biases; 05_train/metrics.jsonl holds every figure", False, "disabled"),
+    "wandb_watch": ("gradients sent to Weights & Biases", False, "false"),
+    "wandb_log_model": ("weights sent to Weights & Biases", False, "false"),
+    "wandb_*": ("another setting of Weights & Biases; its own environment variables work", False, "disabled"),
     "mlflow_*": ("MLflow; 05_train/metrics.jsonl holds every figure",),
     "comet_*": ("Comet; 05_train/metrics.jsonl holds every figure",),
-    "use_tensorboard": ("TensorBoard; 05_train/metrics.jsonl holds every figure", False),
     "hub_model_id": ("uploading to the hub",),
     "rl": ("reinforcement learning",),
 }
@@ -112,16 +108,15 @@ NO_MEANING = {  # a key or pattern: why it changes nothing here
     "dataloader_pin_memory": "05_train chooses",
     "dataloader_prefetch_factor": "05_train chooses",
     "eval_sample_packing": "held-out samples are packed where the others are; their loss is the same",
+    "fsdp_config": "fsdp_version: 2 shards the language model's layers, and what trains is on every rank",
     "strict": "an unknown key, a missing weight and an unexpected one are always errors",
     "dataset_processes": "02_data chooses",
     "dataset_num_proc": "02_data chooses",
 }
 
 NOT_YET_IN_DATASETS = """
-    name revision data_files ds_type weight trust_remote_code shards shards_idx preprocess_shards media_root
-    message_property_mappings message_field_role message_field_content message_field_training conversation
-    message_field_training_detail roles roles_to_train train_on_inputs train_on_eos chat_template field_tools
-    field_thinking field_human field_model system_prompt drop_system_message
+    trust_remote_code shards shards_idx preprocess_shards conversation message_field_training_detail
+    chat_template field_thinking field_human field_model drop_system_message
 """.split()
 
 KEYS = [key for key in (*SPELLINGS, *NOT_YET, *NO_MEANING) if "*" not in key]

@@ -15,6 +15,12 @@ BNB_ARGUMENTS = {
     "bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_use_double_quant": (True, False),
     "bnb_4bit_compute_dtype": ("bfloat16", "float16", "float32"),
     "bnb_4bit_quant_storage": ("bfloat16", "uint8", "float16", "float32"), "llm_int8_threshold": float}
+MESSAGE_ROLES = ("system", "user", "assistant", "tool")
+MESSAGE_PROPERTIES = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
+RENDERING = {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
+             "tokenize", "continue_final_message", "return_dict", "return_tensors"}
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".txt")
+BUILDERS = ("json", "parquet", "arrow", "csv", "imagefolder", "audiofolder", "videofolder")     # of datasets
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -95,14 +101,53 @@ def model_path(text: str) -> str:
 
 
 def data_path(text: str) -> str:
-    """A file or folder that is there."""
+    """A file or folder that is there, a hub id, or a kind of file whose data_files say where it is."""
     path = Path(text)
-    if text and os.path.exists(path):
+    if text and os.path.exists(path) or text in BUILDERS or is_data_id(text):
         return text
-    if HUB_ID.fullmatch(text) and not path.suffix and not os.path.isdir(path.parent):
-        raise Wrong("is no file or folder here, and data sets of the hub are not built yet",
-                    f"save it once, datasets.load_dataset('{text}').save_to_disk('FOLDER'), and name FOLDER")
-    raise Wrong("is no file or folder here", similar(path) or f"a relative path starts from {Path.cwd()}")
+    raise Wrong("is no file or folder here, and no hub id",
+                similar(path) or f"a relative path starts from {Path.cwd()}")
+
+
+def is_data_id(text: str) -> bool:
+    """Whether a path that isn't there is a hub's id for a data set, and no missing file."""
+    path = Path(text)
+    is_id = HUB_ID.fullmatch(text) is not None
+    return is_id and path.suffix not in DATA_SUFFIXES and not os.path.isdir(path.parent)
+
+
+def side(given: int | list[int]) -> int | list[int]:
+    """A side of a square, or [width, height]; in pixels."""
+    sides = given if isinstance(given, list) else [given, given]
+    if len(sides) != 2 or not all(1 <= each <= 16_384 for each in sides):
+        raise Wrong("is no size of a picture", "for example 512, or [640, 480] for width and height")
+    return given
+
+
+def role_words(given: dict) -> dict:
+    """{role: the word or words that mean it}."""
+    for role, words in given.items():
+        if role not in MESSAGE_ROLES:
+            raise Wrong(f"holds {role}, which is no role", f"its keys are {', '.join(MESSAGE_ROLES)}")
+        if not all(isinstance(word, str) for word in (words if isinstance(words, list) else [words])):
+            raise Wrong(f"holds {role}: {words}", f"for example {role}: [human, person]")
+    return given
+
+
+def properties(given: dict) -> dict:
+    """{property of a message: the key under which the rows have it}."""
+    for name, key in given.items():
+        if name not in MESSAGE_PROPERTIES or not isinstance(key, str):
+            raise Wrong(f"holds {name}: {key}, which is no property of a message with its key",
+                        f"the properties are {', '.join(MESSAGE_PROPERTIES)}")
+    return given
+
+
+def template_arguments(given: dict) -> dict:
+    """Arguments of a chat template that are a recipe's to give."""
+    if taken := sorted(given.keys() & RENDERING):
+        raise Wrong(f"holds {taken[0]}, which 02_data gives itself", f"remove {taken[0]}")
+    return given
 
 
 def day(text: str) -> str:

@@ -27,6 +27,7 @@ class Family:
     one_kind: a row can't have pictures and clips: processor or model takes one for the other.
     packing: why samples can't share a row; empty where they can, which 05 shows on the loaded model.
     block_masks: kinds of layers in which a picture's tokens see all of it; packed rows then need own masks.
+    pixels: how its processor bounds a picture's pixels, by the name of a strategy in lib/resolution.py.
     template: a file in lib/templates that serves where the published checkpoint has no chat template.
     template_names: what Axolotl's recipes call its chat template; here they mean the checkpoint's own.
     special_tokens: {name: token} of the tokenizer, where the published one has none.
@@ -52,6 +53,7 @@ class Family:
     one_kind: bool = False
     packing: str = ""
     block_masks: tuple[str, ...] = ()
+    pixels: str = ""
     template: str = ""
     template_names: tuple[str, ...] = ()
     special_tokens: dict[str, str] = field(default_factory=dict)
@@ -72,14 +74,15 @@ GEMMA_WRAPPERS = ("<start_of_image>", "<end_of_image>", "<start_of_audio>", "<en
 GLM_WRAPPERS = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
 
 FAMILIES = (
-    Family("LLaVA-1.5 and Pixtral", ("llava",), TOWER, idle="after_feature_layer",
+    Family("LLaVA-1.5 and Pixtral", ("llava",), TOWER, pixels="edge", idle="after_feature_layer",
            template_names=("llava", "pixtral"),
            use_instead={"mistralai/Pixtral-12B-2409": "mistral-community/pixtral-12b"}
            | {f"liuhaotian/llava-v1.5-{size}": f"llava-hf/llava-1.5-{size}-hf" for size in ("7b", "13b")}
            | {f"liuhaotian/llava-v1.6-{size}": f"llava-hf/llava-v1.6-{size}-hf"
               for size in ("vicuna-7b", "vicuna-13b", "mistral-7b", "34b")},
            note="Pixtral is this model type around a Mistral and its own tower"),
-    Family("Mistral-Small 3.1 and 4, Magistral", ("mistral3",), TOWER, template="mistral.jinja",
+    Family("Mistral-Small 3.1 and 4, Magistral", ("mistral3",), TOWER, pixels="edge",
+           template="mistral.jinja",
            template_names=("mistral_v7_tekken",),
            no_quant=("kv_b_proj",),                                 # mistral4's, whose input has 4 dimensions
            special_tokens={"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"},
@@ -97,7 +100,7 @@ FAMILIES = (
     Family("Llama-4", ("llama4",),
            {"vision_model": "vision", "vision_model.vision_adapter": "projector",
             "multi_modal_projector": "projector", "language_model": "language"},
-           template_names=("llama4",), uncast="vision_model",
+           pixels="tiles", template_names=("llama4",), uncast="vision_model",
            no_quant=("patch_embedding",),                           # would keep the pixels' type for its norm
            use_instead={f"meta-llama/Llama-4-{name}-Original": f"meta-llama/Llama-4-{name}" for name in
                         ("Scout-17B-16E", "Scout-17B-16E-Instruct", "Maverick-17B-128E",
@@ -117,37 +120,41 @@ FAMILIES = (
     Family("Gemma-4", ("gemma4",),
            {"model.vision_tower": "vision", "model.audio_tower": "audio", "model.embed_vision": "projector",
             "model.embed_audio": "projector", "model.language_model": "language"},
+           pixels="levels",
            wrappers=("<|image>", "<image|>", "<|audio>", "<audio|>"), longest_sound_seconds=30,
            block_masks=("sliding_attention",), eager=("audio_config",),
            template_names=("gemma4", "gemma4_unified")),
-    Family("Qwen2-VL", ("qwen2_vl",), VISUAL, QWEN_WRAPPERS, template_names=("qwen2_vl",)),
-    Family("Qwen2.5-VL", ("qwen2_5_vl",), VISUAL, QWEN_WRAPPERS, template_names=("qwen2_vl",),
+    Family("Qwen2-VL", ("qwen2_vl",), VISUAL, QWEN_WRAPPERS, pixels="area", template_names=("qwen2_vl",)),
+    Family("Qwen2.5-VL", ("qwen2_5_vl",), VISUAL, QWEN_WRAPPERS, pixels="area", template_names=("qwen2_vl",),
            note="native resolution; 3-D rope from mm_token_type_ids and image_grid_thw"),
     Family("Qwen3-VL", ("qwen3_vl", "qwen3_vl_moe"),
            VISUAL | {"model.visual.deepstack_merger_list": "projector"}, QWEN_WRAPPERS,
-           template_names=("qwen2_vl",)),
-    Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), VISUAL, QWEN_WRAPPERS, packing=STATE,
+           pixels="area", template_names=("qwen2_vl",)),
+    Family("Qwen3.5", ("qwen3_5", "qwen3_5_moe"), VISUAL, QWEN_WRAPPERS, pixels="area", packing=STATE,
            template_names=("qwen3_5",),
            absent=CONVOLUTION | {"fla": "flash-linear-attention"},
            note="linear attention; earlier turns lose their thoughts, so each reply is a sample of its own"),
-    Family("GLM-4.1V and 4.6V", ("glm4v", "glm46v"), VISUAL, GLM_WRAPPERS, batch="clips_apart", one_kind=True,
+    Family("GLM-4.1V and 4.6V", ("glm4v", "glm46v"), VISUAL, GLM_WRAPPERS, pixels="area_of_two",
+           batch="clips_apart", one_kind=True,
            note="a clip's frames are pictures to it, so that clips share no row and no batch with pictures"),
-    Family("GLM-4.5V and 4.6V, experts", ("glm4v_moe",), VISUAL, GLM_WRAPPERS, batch="clips_apart",
+    Family("GLM-4.5V and 4.6V, experts", ("glm4v_moe",), VISUAL, GLM_WRAPPERS, pixels="area_of_two",
+           batch="clips_apart",
            one_kind=True, no_lora=("gate_proj", "up_proj", "down_proj"),
            note="LoRA on attention only: peft moves adapters on gate, up and down to the experts by itself"),
     Family("SmolVLM2", ("smolvlm",),
            {"model.vision_model": "vision", "model.connector": "projector", "model.text_model": "language"},
+           pixels="edge_of_tiles",
            collate="stack", one_kind=True, packages={"num2words": "num2words==0.5.14"},
            note="tiles with row and column tokens; padding tiles are all zero"),
-    Family("LFM2-VL", ("lfm2_vl",), TOWER, packing=STATE, absent=CONVOLUTION),
-    Family("InternVL", ("internvl",), TOWER, one_kind=True,
+    Family("LFM2-VL", ("lfm2_vl",), TOWER, pixels="tiles_or_tokens", packing=STATE, absent=CONVOLUTION),
+    Family("InternVL", ("internvl",), TOWER, pixels="tiles", one_kind=True,
            use_instead={f"OpenGVLab/InternVL3-{size}": f"OpenGVLab/InternVL3-{size}-hf"
                         for size in ("1B", "2B", "8B", "9B", "14B", "38B", "78B")}
            | {f"OpenGVLab/InternVL3_5-{size}": f"OpenGVLab/InternVL3_5-{size}-HF"
               for size in ("1B", "2B", "4B", "8B", "14B", "38B", "30B-A3B", "241B-A28B")}),
     Family("PaddleOCR-VL", ("paddleocr_vl",),
            {"model.visual": "vision", "model.projector": "projector", "model.language_model": "language"},
-           wrappers=("<|IMAGE_START|>", "<|IMAGE_END|>")),
+           pixels="area", wrappers=("<|IMAGE_START|>", "<|IMAGE_END|>")),
     Family("Voxtral", ("voxtral",),
            {"model.audio_tower": "audio", "model.multi_modal_projector": "projector",
             "model.language_model": "language"},

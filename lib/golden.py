@@ -17,15 +17,13 @@ POSITIONS = 16                            # logits kept per row: 16 x 262k x 4 b
 
 
 @torch.no_grad()
-def write_golden(model, weights: dict[str, torch.Tensor], samples, count: int, path: Path) -> None:
-    """Write the inputs of the first `count` samples and the float32 logits [positions, V] where they train.
+def golden_answers(model, samples, count: int) -> dict[str, torch.Tensor]:
+    """The inputs of the first `count` samples and the float32 logits [positions, V] where they train.
 
-    Keys: `ROW.NAME` for each tensor that the model takes, `ROW.positions` and `ROW.logits`. In the header:
-    the sample ids, and the sha256 of each of the `weights` by its name.
+    Keys: `ROW.NAME` for each tensor that the model takes, `ROW.positions` and `ROW.logits`.
     """
     tensors = {}
-    rows = range(min(count, len(samples)))
-    for row in rows:
+    for row in range(min(count, len(samples))):
         encoded = samples.encoded(row)
         labels = encoded.pop("labels")
         positions = torch.nonzero(labels[0, 1:] != IGNORE_INDEX).flatten()[:POSITIONS]
@@ -33,9 +31,15 @@ def write_golden(model, weights: dict[str, torch.Tensor], samples, count: int, p
         logits = model(**inputs, use_cache=False).logits[0].cpu()[positions].float()
         tensors |= {f"{row}.{key}": value.contiguous() for key, value in encoded.items()}
         tensors |= {f"{row}.positions": positions, f"{row}.logits": logits.contiguous()}
-    header = {"sample_ids": [samples.ids[row] for row in rows],
+    return tensors
+
+
+def write_golden(answers: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], sample_ids: list[str],
+                 path: Path) -> None:
+    """Write `golden_answers`, with the sample ids and the sha256 of each weight by name in the header."""
+    header = {"sample_ids": sample_ids,
               "sha256": {name: fingerprint(tensor) for name, tensor in weights.items()}}
-    save_file(tensors, path, metadata={"golden": json.dumps(header)})  # several keys would come in any order
+    save_file(answers, path, metadata={"golden": json.dumps(header)})  # several keys would come in any order
 
 
 def fingerprint(tensor: torch.Tensor) -> str:

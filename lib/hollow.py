@@ -1,40 +1,58 @@
-"""hollow: a training step on tensors that have shapes, types and aliases but no memory, and what it holds.
+"""hollow: tensors with shapes, types and aliases but no memory, and a count of what they stand for.
 
-`Count` adds up the storages that are alive, of real tensors as well. `Hollow` makes new floats as torch's fake
-tensors; whole numbers (ids, masks, grids), by whose values models choose shapes, stay real.
-`CudaKernels` has attention and norms take the memory that they take on CUDA, on any machine.
+`Count` adds up the storages that are alive, of real tensors as well. Inside a `Hollow`, which is one, floats
+are torch's fake tensors and cost nothing; whole numbers (ids, masks, grids), by whose values models choose
+shapes, stay real. So models run as they are. Inside `cuda_kernels` they hold what CUDA's kernels would.
 
-Fork me to: count another device's kernels (`CudaKernels`).
+Fork me to: count another device's kernels (`cuda_kernels`).
 """
 import math
 import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-REAL_ELEMENTS = 2**24                     # larger results have no values, and nothing reads such ones
+REAL_ELEMENTS = 2**24                     # a larger result is hollow, too: nothing reads its values
+CPU = torch.device("cpu")
 aten = torch.ops.aten
 BY_MASK = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
 class Count(TorchDispatchMode):
-    """Bytes of the storages that are alive now, and at most, of what was made or named inside."""
+    """Bytes of the storages that are alive, of the most that ever were, and of the most in each phase.
+
+    aside_bytes: what of them is counted elsewhere; `most_besides_bytes` is the most that was but for it.
+    """
 
     def __init__(self):
         super().__init__()
-        self.live_bytes = self.peak_bytes = 0
+        self.phase, self.live_bytes, self.aside_bytes = "", 0, 0
         self._storages: set[int] = set()
+        self.start_again()
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was alive at once."""
+        return max(self.phases_bytes.values())
+
+    def start_again(self) -> None:
+        """Nothing; forgets the peaks so far."""
+        self.most_besides_bytes, self.phases_bytes = 0, Counter()
+        self.look()
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         made = self.run(op, args, kwargs or {})
         self.add(made)
         return made
 
-    def run(self, op, args, kwargs):
+    def run(self, op, args: tuple, kwargs: dict):
         """What an operation returns."""
         return op(*args, **kwargs)
 
@@ -43,12 +61,32 @@ class Count(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                key = storage._cdata
+                key, size = storage._cdata, storage.nbytes()
                 if key not in self._storages:
                     self._storages.add(key)
-                    self.live_bytes += storage.nbytes()
-                    self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-                    weakref.finalize(storage, self._freed, key, storage.nbytes())
+                    self.live_bytes += size
+                    weakref.finalize(storage, self._freed, key, size)
+        self.look()
+
+    def look(self) -> None:
+        """Nothing; notes what is alive now, if it is the most."""
+        self.phases_bytes[self.phase] = max(self.phases_bytes[self.phase], self.live_bytes)
+        self.most_besides_bytes = max(self.most_besides_bytes, self.live_bytes - self.aside_bytes)
+
+    def enter(self, phase: str) -> None:
+        """Nothing; another phase begins."""
+        self.phase = phase
+        self.look()
+
+    def watch(self, module: torch.nn.Module, phase: str) -> None:
+        """Nothing; the module's forward is a phase of its own."""
+        before: list[str] = []
+
+        def begin(*_):
+            before.append(self.phase)
+            self.enter(phase)
+        module.register_forward_pre_hook(begin)
+        module.register_forward_hook(lambda *_: self.enter(before.pop()))
 
     def _freed(self, key: int, size: int) -> None:
         self._storages.discard(key)
@@ -63,66 +101,121 @@ class Hollow(Count):
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def run(self, op, args, kwargs):
-        """What an operation returns: real where all it reads is real and small, else hollow."""
+        """What an operation returns: real where all that it reads is, and where it is small."""
+        if op is torch.ops.prim.device.default:                      # two calls of three; all is "on" the CPU
+            return CPU
+        if op is aten.nonzero.default and is_hollow(args[0]):
+            return torch.ones(args[0].shape).nonzero()                           # at most all of them
+        if op is aten._local_scalar_dense.default and is_hollow(args[0]) and args[0].dtype == torch.bool:
+            return True
+        if op is aten._grouped_mm.default and args[0].dtype == torch.float32:    # no fake one is known
+            return self.run(op, [x.bfloat16() for x in args[:2]] + [*args[2:]], kwargs).float()
         if op in BY_MASK:
             args = (args[0], [part for index in args[1] for part in places(index)], *args[2:])
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        if not any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in given):
-            if given and elements(given) <= REAL_ELEMENTS:
-                return op(*args, **kwargs)
-            if not given:
-                with self.fakes:
-                    made = op(*args, **kwargs)
-                if all(leaf.numel() <= REAL_ELEMENTS and not leaf.is_floating_point()
-                       or leaf.numel() <= 2**14 for leaf in tree_leaves(made)):
-                    return op(*args, **kwargs)
-                return made
-        with self.fakes:
+        if given and not any(map(is_hollow, given)) and at_most(given) <= REAL_ELEMENTS:
             return op(*args, **kwargs)
+        made = self.fakes.dispatch(op, (), args, kwargs)
+        if not given and all(map(is_readable, tree_leaves(made))):
+            return op(*args, **kwargs)
+        if op is aten.ne.Scalar and is_readable(made):           # what may differ does: no picture is empty
+            return torch.ones(made.shape, dtype=torch.bool)
+        return made
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A hollow tensor on the CPU like this one on meta, and counted."""
-        made = FakeTensor(self.fakes, tensor.detach(), torch.device("cpu"))
+        """A hollow tensor, and counted, of the shape and type of one on any device."""
+        made = FakeTensor(self.fakes, tensor.detach().to("meta"), CPU)
         self.add(made)
         return made
 
+    def fill(self, model: torch.nn.Module) -> None:
+        """Nothing; the model's parameters and buffers are hollow from here on, tied ones still tied."""
+        made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
+        for module in model.modules():
+            for name, old in module._parameters.items():
+                if old is not None and old not in made:
+                    made[old] = torch.nn.Parameter(self.tensor(old), old.requires_grad)
+                module._parameters[name] = None if old is None else made[old]
+            for name, old in module._buffers.items():
+                module._buffers[name] = None if old is None else self.tensor(old)
+
+
+def is_hollow(tensor: torch.Tensor) -> bool:
+    """Whether a tensor has no values."""
+    return isinstance(tensor, FakeTensor) or tensor.is_meta
+
+
+def is_readable(tensor) -> bool:
+    """Whether a new tensor is such that a model may choose shapes by its values."""
+    return tensor.numel() <= (2**14 if tensor.is_floating_point() else REAL_ELEMENTS)
+
 
 def places(index) -> tuple:
-    """An index as numbers: a real mask is one index for each of its axes."""
-    masked = isinstance(index, torch.Tensor) and index.dtype == torch.bool and not isinstance(index, FakeTensor)
-    return index.nonzero(as_tuple=True) if masked else (index,)
+    """An index as numbers: a mask is one index for each of its axes, and a hollow one hides nothing."""
+    if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
+        return (torch.ones(index.shape) if is_hollow(index) else index).nonzero(as_tuple=True)
+    return (index,)
 
 
-def elements(tensors: list[torch.Tensor]) -> int:
-    """An upper bound of what an operation on these tensors makes, as most operations broadcast."""
+def at_most(tensors: list[torch.Tensor]) -> int:
+    """How many elements an operation on these tensors makes at most, as long as it only broadcasts."""
     try:
         return math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
     except RuntimeError:
         return max(tensor.numel() for tensor in tensors)
 
 
-class CudaKernels(TorchFunctionMode):
-    """Inside, attention holds what CUDA's memory-efficient kernel holds, and autocast's norms are float32."""
+# ---- kernels ----
 
-    IN_FLOAT32 = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.Tensor.softmax}
+@contextmanager
+def cuda_kernels() -> Iterator[None]:
+    """Inside, attention holds what CUDA's memory-efficient kernel holds, and autocast's norms are float32.
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is F.scaled_dot_product_attention:
-            return attention(*args, **kwargs)
-        if function in self.IN_FLOAT32 and torch.is_autocast_enabled("cpu"):
-            args = tuple(a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args)
-        return function(*args, **kwargs)
+    They replace torch.nn.functional's, as no mode of torch's holds in layers that the backward runs again.
+    """
+    own = {name: getattr(F, name) for name in ("layer_norm", "group_norm", "softmax")}
+    new = {name: partial(in_float32, function) for name, function in own.items()}
+    own["scaled_dot_product_attention"] = F.scaled_dot_product_attention
+    for name, function in (new | {"scaled_dot_product_attention": attention}).items():
+        setattr(F, name, function)
+    try:
+        yield
+    finally:
+        for name, function in own.items():
+            setattr(F, name, function)
+
+
+def in_float32(function, tensor: torch.Tensor, *words, **options) -> torch.Tensor:
+    """A function's result as CUDA's autocast has it, under autocast."""
+    return function(tensor.float() if torch.is_autocast_enabled("cpu") else tensor, *words, **options)
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
               enable_gqa=False) -> torch.Tensor:
-    """Attention's output [B, H, T, D]; no scores are kept, only their log-sum for each row."""
+    """Attention's output [B, H, T, D]; of the scores, only a sum for each row is kept."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if attn_mask is not None:
         attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[2])
-    return torch.ops.aten._scaled_dot_product_efficient_attention(
+    return aten._scaled_dot_product_efficient_attention(
         query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+
+class FewBits(torch.autograd.Function):
+    """x W^T as bitsandbytes computes it: W exists in full while it is used, forward and backward.
+
+    keeps_input: with 8 bits, it keeps x where checkpointing doesn't find it, as long as the loss is there.
+    """
+
+    @staticmethod
+    def forward(ctx, x, packed, shape, keeps_input):
+        ctx.save_for_backward(packed)
+        ctx.shape, ctx.kept = shape, x if keeps_input else None
+        return x @ packed.new_empty(shape, dtype=x.dtype).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        (packed,) = ctx.saved_tensors
+        return grad @ packed.new_empty(ctx.shape, dtype=grad.dtype), None, None, None

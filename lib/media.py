@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lib import clips, sounds
 from lib.messages import NOUNS
-from lib.pictures import to_rgb
+from lib.pictures import fitted, to_rgb
 from lib.stage import StageError
 
 MAX_PIXELS = 120_000_000       # 360 MB decoded; anything above is a mistake or a bomb
@@ -36,10 +36,16 @@ class MediaError(ValueError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How sounds and clips are read: samples a second; frames a second (None: all), and how many at most."""
+    """How media are read: samples a second; frames a second (None: all), and how many at most.
+
+    Every picture is fitted into image_width x image_height, where these are given.
+    """
     sampling_rate: int = 16_000
     video_fps: float | None = None
     video_max_frames: int | None = None
+    image_width: int | None = None
+    image_height: int | None = None
+    image_resize_algorithm: str = "bilinear"
 
 
 def read_medium(source, root: Path, kind: str = "image", sampling=Sampling()) -> tuple[dict, object]:
@@ -90,6 +96,22 @@ def files_of(record: dict) -> list[Path]:
     return [Path(record["path"])] if record["path"] is not None else []
 
 
+def shown(url: str) -> str:
+    """A url as messages show it, in one line."""
+    return url if len(url) <= 120 else f"{url[:119]}…"
+
+
+def url_of(source) -> str | None:
+    """The address of a medium that a row names by one, None for any other."""
+    if isinstance(source, dict):
+        if any(source.get(key) is not None for key in ("array", "bytes", "base64")):
+            return None
+        given = map(source.get, ("path", "url", *NOUNS))
+        source = next((value for value in given if value is not None), None)
+    is_url = isinstance(source, str) and source.lower().startswith(("http://", "https://"))
+    return source if is_url else None
+
+
 # ---- where it is -----------------------------------------------------------------------------------------
 
 def locate(source, root: Path, kind: str = "image") -> tuple[Path | None, bytes | None]:
@@ -115,7 +137,7 @@ def locate(source, root: Path, kind: str = "image") -> tuple[Path | None, bytes 
     if text.startswith("data:"):
         return None, from_base64(text)
     if text.startswith(("http://", "https://")):
-        raise MediaError(f"{text:.80}", f"{noun}s behind urls are not fetched; download it and give the path")
+        raise MediaError(f"{text:.80}", f"{noun}s behind urls are not fetched here; give the path of a file")
     return root / text, None
 
 
@@ -183,7 +205,9 @@ def decode(raw: bytes, name, kind: str = "image", sampling: Sampling = Sampling(
             return clips.decode(raw, sampling.video_fps, sampling.video_max_frames)
         image = Image.open(io.BytesIO(raw))
         if image.width * image.height <= MAX_PIXELS:
-            return to_rgb(ImageOps.exif_transpose(image))                   # an animation's first frame
+            upright = to_rgb(ImageOps.exif_transpose(image))                # an animation's first frame
+            return upright if sampling.image_width is None else fitted(
+                upright, (sampling.image_width, sampling.image_height), sampling.image_resize_algorithm)
     except MediaError:
         raise
     except UnidentifiedImageError:

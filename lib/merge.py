@@ -7,7 +7,10 @@ one tensor at a time, or the one parameter in which loading stacks several, as i
 Source: LoRA (arXiv 2106.09685), section 4.1: W + (alpha / r) B A costs nothing at inference.
 """
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 import torch
 
@@ -15,6 +18,7 @@ from lib import model, quant, registry, shards, terminal
 from lib.checks import bytes_of
 from lib.plan import check_weight_files, load_config, on_meta, quiet
 
+FILES_AT_A_TIME = 2                                  # one is added up while another is written
 BESIDE = ("config.json", "generation_config.json", shards.INDEX)
 
 
@@ -35,8 +39,8 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
     folder.mkdir()
     if max_shard_size:
         files = shards.cut(tensors, bytes_of(max_shard_size))
-    for name, held in files.items():
-        shards.write(folder / name, held, sums.layers, sums.of)
+    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+        list(pool.map(lambda name: shards.write(folder / name, files[name], sums.content), files))
     beside = [shards.base_file(whole, name) for name in BESIDE]
     code = beside[0].parent.glob("*.py") if whole["trust_remote_code"] else ()
     for path in filter(None, (*beside, *code)):
@@ -68,9 +72,9 @@ class Sums:
         from peft.tuners.lora import LoraLayer
         base, self.stored = hollow(whole), as_stored(whole, tensors)
         names = {id(parameter): name for name, parameter in base.named_parameters()}
-        self.layers: dict[str, tuple] = {}           # tensor -> (layer, its parameter's name, whether as it is)
+        self.layers: dict[str, tuple] = {}           # tensor -> (layer, its parameter's name, if as it is)
         self.waiting: dict[str, torch.Tensor] = {}   # what is added to tensors that are still to come
-        self.refusal = ""
+        self.refusal, self.lock = "", Lock()
         for layer in model.attach(base, adapter_path, trainable=False).modules():
             if isinstance(layer, LoraLayer):
                 name, empty = names[id(weight_of(layer))], torch.empty(weight_of(layer).shape, device="meta")
@@ -88,14 +92,27 @@ class Sums:
         from transformers.core_model_loading import revert_weight_conversion
         return revert_weight_conversion(self.stored, {name: parameter})
 
-    def of(self, part: str, before: torch.Tensor) -> torch.Tensor:
-        """The sum for a tensor of the files, in its own type."""
-        layer, name, as_it_is = self.layers[part]
+    def content(self, part: str, place: shards.Place) -> Iterator[torch.Tensor]:
+        """A tensor of the merged files, in pieces: as the base has it, or its sum in the base's type."""
+        from peft.tuners.lora import Linear
+        layer, name, as_it_is = self.layers.get(part, (None, "", True))
+        if layer is None:
+            yield from shards.rows(place)
+        elif as_it_is and type(layer) is Linear and not layer.lora_variant:
+            yield from added_by_rows(layer, shards.rows(place))
+        else:
+            before = torch.cat(list(shards.rows(place)))
+            with self.lock:                                     # a layer holds one weight at a time
+                yield self.whole(layer, part, before.float()).to(before.dtype)
+
+    def whole(self, layer, part: str, before: torch.Tensor) -> torch.Tensor:
+        """The sum for a tensor in float32, at once."""
+        _, name, as_it_is = self.layers[part]
         if as_it_is:
-            return merged(layer, before.float()).to(before.dtype)
+            return merged(layer, before)
         if part not in self.waiting:
             self.waiting |= self.in_files(name, merged(layer, torch.zeros(weight_of(layer).shape)))
-        return (before.float() + self.waiting.pop(part)).to(before.dtype)
+        return before + self.waiting.pop(part)
 
 
 def as_stored(whole: dict, tensors: dict[str, shards.Place]):
@@ -118,6 +135,17 @@ def hollow(whole: dict):
 def weight_of(layer) -> torch.nn.Parameter:
     """The base's parameter that a layer of peft adapts."""
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+
+
+@torch.no_grad()
+def added_by_rows(layer, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The rows of a weight [out, in], each piece with what a plain LoRA layer adds to it, in its own type."""
+    (name,) = layer.active_adapters
+    low, high, row = layer.lora_A[name].weight, layer.lora_B[name].weight, 0
+    for piece in pieces:
+        row += len(piece)
+        total = torch.addmm(piece.float(), high[row - len(piece):row], low, alpha=layer.scaling[name])
+        yield total.to(piece.dtype)
 
 
 @torch.no_grad()

@@ -3,26 +3,21 @@
 A message is {role, content}, its content a list of parts: {"type": "text", "text": …} or {"type": KIND}, with
 image, audio or video for KIND. The media themselves stand beside the messages, in the order of their parts.
 
-Fork me to: accept another shape of row (`normalise`).
+What a template needs beside it stays in a message: tool_calls, reasoning_content, name, and `train` for 02.
+
+Fork me to: take media from other columns or parts (`normalise`); lib/shapes.py knows the shapes of rows.
 """
+from lib.shapes import (
+    EXTRAS, ROLES, RowError, Shape, calls_of, conversation_of, name_of, shortened, strings_in, with_parts)
+
 NOUNS = {"image": "picture", "audio": "sound", "video": "clip"}        # what a person calls a kind
 MEDIA_COLUMNS = {"images": "image", "image": "image", "audios": "audio", "audio": "audio",
                  "videos": "video", "video": "video"}
 PLACES = ("path", "url", "bytes")                    # keys under which a part may name its medium
-ROLES = ("system", "user", "assistant", "tool")
 WRITE = 'write {"role": …, "content": …}'
 
 
-class RowError(ValueError):
-    """A row that can't be used: RowError(reason, fix), both one line."""
-
-    def __init__(self, reason: str, fix: str):
-        super().__init__(reason)
-        # JSON can hold halves of surrogate pairs, which no file or terminal takes.
-        self.reason, self.fix = (text.encode("utf-8", "backslashreplace").decode() for text in (reason, fix))
-
-
-def normalise(row, field_messages: str | None = None) -> tuple[list[dict], list]:
+def normalise(row, shape: Shape = Shape()) -> tuple[list[dict], list]:
     """(messages, media) of a row, the media as the row gives them. RowError where it can't be one.
 
     Media named in parts keep their place. Those of a column fill the bare parts of its kind, over all turns
@@ -31,42 +26,72 @@ def normalise(row, field_messages: str | None = None) -> tuple[list[dict], list]
     """
     if not isinstance(row, dict):
         raise RowError(f"a row must be an object, not {name_of(row)}", 'write {"messages": […]}')
-    key = field_messages or "messages"
-    if not isinstance(row.get(key), list) or not row[key]:
-        keys = shortened(", ".join(map(str, row))) or "nothing"
-        raise RowError(f"no list of messages under {key!r}; the row has {keys}",
-                       "write the conversation there, or name its key with field_messages")
-    if row.get("tools"):
-        raise RowError("the row has tools, which aren't rendered yet", "remove the row, or its tools")
-    messages = [message_of(message, number) for number, message in enumerate(row[key])]
-    for kind in NOUNS:
-        columns = [column for column, of_kind in MEDIA_COLUMNS.items() if of_kind == kind]
-        fill(messages, kind, [medium for column in columns for medium in as_list(row.get(column))])
+    columns = {kind: [medium for column, of_kind in MEDIA_COLUMNS.items() if of_kind == kind
+                      for medium in as_list(row.get(column))] for kind in NOUNS}
+    kinds = {kind for kind, media in columns.items() if media}
+    found = conversation_of(row, shape)
+    messages = [message_of(message, number, shape, kinds) for number, message in enumerate(found)]
+    for kind, media in columns.items():
+        fill(messages, kind, media)
     media = [part for message in messages for part in message["content"] if part["type"] != "text"]
     return messages, [part.pop("source") for part in media]
 
 
-def message_of(message, number: int) -> dict:
-    """A message with typed content; media are still in their parts, under "source"."""
+def message_of(message, number: int, shape: Shape, kinds: set[str]) -> dict:
+    """A message with typed content; media are still in their parts, under "source".
+
+    kinds: those of the row's columns; in messages of from and value, <image> in a text stands for one.
+    """
     if not isinstance(message, dict):
         raise RowError(f"message {number} is {name_of(message)}, not an object", WRITE)
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise RowError(f"message {number} has the role {shortened(repr(role))}",
-                       f"use one of {', '.join(ROLES)}")
-    for key, value in message.items():
-        if key not in ("role", "content") and value not in (None, [], {}):
-            raise RowError(f"message {number} ({role}) has {shortened(repr(key))}, which isn't rendered yet",
-                           "remove that key, or put its text into the content")
+    word, content = (first_of(message, shape.places(name)) for name in ("role", "content"))
+    role = shape.role(word)
+    if role is None:
+        raise RowError(f"message {number} has the role {shortened(repr(word))}",
+                       f"use one of {', '.join(ROLES)}, or name its meaning under roles")
+    extras = extras_of(message, number, role, shape)
     if isinstance(content, str):
-        content = text_parts(content)
+        content = text_parts(content) if message.get("content") is content else with_parts(content, kinds)
+    if content is None and "tool_calls" in extras:
+        content = []
     if not isinstance(content, list):
         raise RowError(f"message {number} ({role}) has no content", "write a text or a list of typed parts")
-    message = {"role": role, "content": [part_of(part, number) for part in content]}
-    if any("\ud800" <= character <= "\udfff" for text in texts_of(message) for character in text):
+    found = {"role": role, "content": [part_of(part, number) for part in content], **extras}
+    if any("\ud800" <= character <= "\udfff" for text in [*texts_of(found), *strings_in(extras)]
+           for character in text):
         raise RowError(f"message {number} ({role}) holds half a surrogate pair, which is no character",
                        "write that character whole, or remove it")
-    return message
+    return found
+
+
+def extras_of(message: dict, number: int, role: str, shape: Shape) -> dict:
+    """What a message has beside role and content, for the template, and whether it trains."""
+    who, known = f"message {number} ({role})", {*shape.places("role"), *shape.places("content")}
+    extras = {name: value for name in EXTRAS
+              if (value := first_of(message, shape.places(name))) not in (None, [], {}, "")}
+    train = message.get(shape.message_field_training)
+    known |= {key for name in EXTRAS for key in shape.places(name)} | {shape.message_field_training}
+    for key, value in message.items():
+        if key not in known and value not in (None, [], {}):
+            raise RowError(f"{who} has {shortened(repr(key))}, which isn't rendered",
+                           "remove that key, or say in message_property_mappings what it holds")
+    for name in {"tool_calls", "reasoning_content"} & extras.keys():
+        if role != "assistant":
+            raise RowError(f"{who} has {name}, which only an assistant has", "remove that key")
+    if "tool_calls" in extras:
+        extras["tool_calls"] = calls_of(extras["tool_calls"], number)
+    for name in extras.keys() - {"tool_calls"}:
+        if not isinstance(extras[name], str):
+            raise RowError(f"{who} has a {name} that is {name_of(extras[name])}", "write it as a text")
+    if not isinstance(train, bool | None):
+        raise RowError(f"{who} has {shape.message_field_training}: {shortened(repr(train))}",
+                       "write true or false there, or name another key in message_field_training")
+    return extras if train is None else {**extras, "train": train}
+
+
+def first_of(message: dict, keys: list[str]):
+    """The value under the first of these keys that has one, None where none has."""
+    return next((message[key] for key in keys if message.get(key) is not None), None)
 
 
 def part_of(part, number: int) -> dict:
@@ -137,15 +162,3 @@ def has_media(message: dict) -> bool:
 def count(number: int, word: str) -> str:
     """A number with its noun: "1 picture", "2 pictures"."""
     return f"{number} {word}{'' if number == 1 else 's'}"
-
-
-def name_of(value) -> str:
-    """What a JSON value is, as in "a list"."""
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
-    return names.get(type(value), "a number")
-
-
-def shortened(text: str) -> str:
-    """At most 80 characters of a text, in one line."""
-    text = " ".join(text.split())
-    return text if len(text) <= 80 else f"{text[:79]}…"

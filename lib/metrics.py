@@ -6,10 +6,12 @@ holds what is not.
 import itertools
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
-from lib import charts, ledger, parallel
+from lib import charts, ledger, parallel, terminal
 from lib.stage import StageError
+from lib.trackers import Tracker, numbers
 
 EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens")
 
@@ -20,8 +22,10 @@ class Log:
     `notable` are the rows so far that later steps depend on, evaluations and skipped steps, on every rank.
     """
 
-    def __init__(self, folder: Path, world: parallel.World, steps_per_epoch: int, first_step: int):
+    def __init__(self, folder: Path, world: parallel.World, steps_per_epoch: int, first_step: int,
+                 trackers: Iterable[Tracker] = ()):
         self.folder, self.world, self.steps_per_epoch = folder, world, steps_per_epoch
+        self.trackers = trackers
         self.last, self.steps = {}, first_step                     # the last step's figures; steps done
         self.notable: list[dict] = []
         if first_step:
@@ -81,10 +85,22 @@ class Log:
             svg = charts.curve(series, "optimizer step", "loss per token", standalone=True)
             (self.folder / "loss.svg").write_text(svg, encoding="utf-8")
 
+    def say_peak(self, knobs) -> None:
+        """Nothing; says what memory was really used, beside 03's forecast if that was for these knobs."""
+        path, device = self.folder.parent / "03_load_model" / "forecast.json", self.world.device
+        words = f"peak memory {parallel.peak_memory_gib(device):.2f} GiB"
+        words += "" if device.type == "cuda" else " of this process, with its libraries"
+        forecast = ledger.read_json(path) if path.exists() else {"knobs": {"none": None}}
+        if vars(knobs).items() >= forecast["knobs"].items():
+            words += f"; forecast for a GPU: {forecast['peak_gib']:.2f} GiB"
+        terminal.say(words)
+
     def _append(self, name: str, row: dict) -> None:
         if self.world.is_leader:
             with (self.folder / name).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
+            for tracker in self.trackers:
+                tracker(row["step"], numbers(row))
 
 
 def lines_up_to(path: Path, last_step: int) -> list[bytes]:

@@ -96,7 +96,7 @@ def join(rows: list[dict[str, torch.Tensor]], positions: Positions, style: str) 
             zeros = (torch.zeros_like(row["input_ids"]) for row in rows)
             joined[key] = torch.cat([row.get(key, zero) for row, zero in zip(rows, zeros)], dim=1)  # [1, T]
         elif style == "stack":
-            tiles = [row[key].flatten(0, 1) for row in rows if key in row]       # several clips: [2, tiles, …]
+            tiles = [row[key].flatten(0, 1) for row in rows if key in row]   # several clips: [2, tiles, …]
             joined[key] = cat_padded(tiles)[None]                                # [1, tiles, …]
         else:
             joined[key] = cat_padded([row[key] for row in rows if key in row])

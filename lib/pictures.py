@@ -1,5 +1,5 @@
 """pictures: a decoded picture of any mode as the RGB that a person sees."""
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -20,3 +20,8 @@ def white_of(mode: str, brightest: float) -> float:
         return 65535
     usual = (1, 255, 65535) if mode == "F" else (255, 65535)
     return next((white for white in usual if brightest <= white), brightest)
+
+
+def fitted(image: Image.Image, size: tuple[int, int], algorithm: str) -> Image.Image:
+    """The whole picture, undistorted and as large as fits into (width, height), in the middle of black."""
+    return ImageOps.pad(image, size, method=Image.Resampling[algorithm.upper()], color="black")

@@ -22,7 +22,10 @@ def write_report(path: Path, train: list[dict], held_out: list[dict], rejects: l
     sums = {name: sum(sample[name] for sample in every)
             for name in ("input_tokens", "media_tokens", "supervised_tokens")}
     counts = {"train_samples": len(train), "held_out_samples": len(held_out), "rejected_rows": len(rejects),
-              **sums, "longest_sample_tokens": max(sample["input_tokens"] for sample in every),
+              "rows_over_sequence_len": sum(reject["too_long"] for reject in rejects),
+              "samples_cut_to_sequence_len": sum(sample["cut_tokens"] > 0 for sample in every),
+              **sums, "tokens_per_picture": tokens_per_picture(every),
+              "longest_sample_tokens": max(sample["input_tokens"] for sample in every),
               "replies_ended_by_the_kit": sum(sample["ends_added"] for sample in every),
               "rows_that_tell_the_day": len({row_of(sample) for sample in every if sample["tells_day"]})}
     content = {"counts": counts, "by_dataset": dict(Counter(sample["dataset"] for sample in every)),
@@ -30,6 +33,13 @@ def write_report(path: Path, train: list[dict], held_out: list[dict], rejects: l
                "template_says": [{"words": words, "rows": rows} for words, rows in own_words(every)]}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return counts
+
+
+def tokens_per_picture(samples: list[dict]) -> int:
+    """The average of those samples that have pictures and no other media, 0 where none has."""
+    seen = [sample for sample in samples if {medium["kind"] for medium in sample["media"]} == {"image"}]
+    pictures = sum(len(sample["media"]) for sample in seen)
+    return round(sum(sample["media_tokens"] for sample in seen) / pictures) if pictures else 0
 
 
 def row_of(sample: dict) -> tuple[str, int]:

@@ -5,6 +5,7 @@ strings), and some print the day on which they run: transformers hands them the 
 Samples have to be the same on any day, so a macro of that name, put before the template, tells the day that
 config.json holds. The template that is saved and exported stays as it was.
 """
+import copy
 import functools
 import re
 from datetime import date, timedelta
@@ -29,9 +30,16 @@ class Renderer:
                              "add chat_template: FILE.jinja to the recipe, or name an instruct model")
         reads_clock = day is not None and CLOCK in processor.chat_template
         self.processor, self.day = processor, date.fromisoformat(day) if reads_clock else None
+        self.options: dict = {}                         # tools and arguments of a row's renders
         self.typed: dict[str, bool] = {}                # whether a role's typed parts come out as their text
         for role in ("user", "system", "assistant", "tool"):
             self.typed[role] = self._takes_parts(role)
+
+    def with_options(self, tools: list[dict], **options) -> "Renderer":
+        """The same template, given these tools and arguments with each render."""
+        other = copy.copy(self)
+        other.options = options | ({"tools": tools} if tools else {})
+        return other
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """The conversation's text; `prompt` adds the header that asks for a reply. RowError if refused."""
@@ -45,7 +53,7 @@ class Renderer:
         return text != self._apply(shaped, day=self.day + ANOTHER_DAY)
 
     def _apply(self, messages: list[dict], prompt: bool = False, day: date | None = None) -> str:
-        options = {"tokenize": False, "add_generation_prompt": prompt}
+        options = {**self.options, "tokenize": False, "add_generation_prompt": prompt}
         if day:
             options["chat_template"] = stopped_clock(day) + self.processor.chat_template
         try:
@@ -59,8 +67,9 @@ class Renderer:
                            "change the order of roles, or name a chat_template that takes it") from None
 
     def _shaped(self, message: dict) -> dict:
-        """The message as this template takes it: typed parts, or their text alone."""
-        if self.typed.get(message["role"], True) or has_media(message):
+        """The message as this template takes it: typed parts, or their text alone; `train` is for 02."""
+        message = {key: value for key, value in message.items() if key != "train"}
+        if message["content"] and (self.typed.get(message["role"], True) or has_media(message)):
             return message
         return {**message, "content": "".join(texts_of(message))}
 

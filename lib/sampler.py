@@ -131,13 +131,15 @@ class Samples(Dataset):
     """02's samples, encoded one by one in the DataLoader's workers and compared with what 02 measured.
 
     `samples[row]` is one encoded row. positions, masks: what packed rows also need; None without packing.
-    store: where vision features are kept, once they are.
+    store: where vision features are kept, once they are. even: whether all ranks get as many micro-batches,
+    blank ones if need be, as a sharded model wants it.
     """
     records: object
     encoder: Encoder
     positions: packing.Positions | None = None
     masks: packing.BlockMasks | None = None
     store: features.Store | None = None
+    even: bool = False
     ids: list[str] = field(init=False)
     input_tokens: list[int] = field(init=False)
     media_tokens: list[int] = field(init=False)
@@ -155,7 +157,11 @@ class Samples(Dataset):
 
     def dealt(self, rows: list[Row], micro_batch_size: int, rank: int, world_size: int) -> list[list[Row]]:
         """`dealt`, by what the family lets share a batch."""
-        return dealt(rows, micro_batch_size, rank, world_size, self.kinds)
+        if not self.even:
+            return dealt(rows, micro_batch_size, rank, world_size, self.kinds)
+        shares = [dealt(rows, micro_batch_size, each, world_size, self.kinds) for each in range(world_size)]
+        blank = [(~rows[0][0],)]
+        return shares[rank] + [blank] * (max(map(len, shares)) - len(shares[rank]))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -168,7 +174,10 @@ class Samples(Dataset):
         return packing.join(encoded, self.positions, self.encoder.collate)
 
     def encoded(self, index: int) -> dict[str, torch.Tensor]:
-        """A sample's tensors; a StageError where they are not what 02 measured."""
+        """A sample's tensors; a StageError where they are not what 02 measured. ~index: none is trained."""
+        if index < 0:
+            row = self.encoded(~index)
+            return row | {"labels": torch.full_like(row["labels"], IGNORE_INDEX)}
         row = self.encoder(self.records[index])
         found = row["input_ids"].shape[1], int((row["labels"][:, 1:] != IGNORE_INDEX).sum())
         measured = self.input_tokens[index], self.supervised_tokens[index]

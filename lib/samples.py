@@ -5,7 +5,7 @@ and its lengths.
 """
 import json
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from lib.stage import StageError
@@ -49,6 +49,26 @@ def hold_out(samples: list[dict], size: float, seed: int) -> tuple[list[dict], l
                          "change val_set_size, or name a file of its own under test_datasets")
     return ([sample for place, sample in enumerate(samples) if place not in chosen],
             [sample for place, sample in enumerate(samples) if place in chosen])
+
+
+def weighted(samples: list[dict], seed: int) -> list[dict]:
+    """The samples of an epoch: of weight 2.5, each twice and a seeded half of the data set a third time."""
+    sizes = Counter(sample["of"] for sample in samples)
+    again: dict[str, set[int]] = {}
+    for sample in samples:
+        name, share = sample["of"], sample["weight"] % 1
+        if name not in again:
+            chosen = random.Random(f"{seed} {name}").sample(range(sizes[name]), round(share * sizes[name]))
+            again[name] = set(chosen)
+    found, seen = [], Counter()
+    for sample in samples:
+        times = int(sample["weight"]) + (seen[sample["of"]] in again[sample["of"]])
+        seen[sample["of"]] += 1
+        names = [sample["sample_id"], *(f"{sample['sample_id']}~{n}" for n in range(2, times + 1))][:times]
+        found += [{**sample, "sample_id": name} for name in names]
+    if not found:
+        raise StageError("datasets: with these weights, no sample is left to train on", "raise a weight")
+    return found
 
 
 def groups_of(samples: list[dict]) -> list[list[int]]:

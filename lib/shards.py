@@ -6,16 +6,18 @@ bytes of the tensors without gaps. The library's own writer wants all tensors of
 Source: https://github.com/huggingface/safetensors#format
 """
 import json
-from collections.abc import Callable, Container
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+         "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+         "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 INDEX = "model.safetensors.index.json"
-CHUNK_BYTES = 2**24
+PIECE_BYTES = 2**20                              # stays in the processor's cache, in memory used again
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ def cut(tensors: dict[str, Place], most_bytes: int) -> dict[str, dict[str, Place
     return {f"model-{number:05}-of-{len(files):05}.safetensors": held for number, held in enumerate(files, 1)}
 
 
-def write(path: Path, tensors: dict[str, Place], changed: Container[str], change: Callable) -> None:
-    """Write a .safetensors file of these tensors, one after the other, copied or as `change(name, before)`."""
+def write(path: Path, tensors: dict[str, Place], content: Callable[[str, Place], Iterator]) -> None:
+    """Write a .safetensors file of these tensors, one after the other; `content` yields each in pieces."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, place in tensors.items():
         header[name] = {"dtype": place.dtype, "shape": place.shape, "data_offsets": [end, end + place.bytes]}
@@ -82,25 +84,20 @@ def write(path: Path, tensors: dict[str, Place], changed: Container[str], change
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, place in tensors.items():
-            if name in changed:
-                after = change(name, read(place))
-                file.write(after.contiguous().flatten().view(torch.uint8).numpy())
-            else:
-                copy(place, file)
+            for piece in content(name, place):
+                file.write(piece.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def read(place: Place) -> torch.Tensor:
-    """A tensor of a file, in memory of its own."""
-    content = np.fromfile(place.path, np.uint8, place.bytes, offset=place.start)
-    return torch.from_numpy(content).view(TYPES[place.dtype]).view(place.shape)
-
-
-def copy(place: Place, file) -> None:
-    """Append a tensor's bytes to an open file."""
-    with place.path.open("rb") as source:
-        source.seek(place.start)
-        for done in range(0, place.bytes, CHUNK_BYTES):
-            file.write(source.read(min(CHUNK_BYTES, place.bytes - done)))
+def rows(place: Place, most_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
+    """A tensor in pieces along its first axis, each in memory of its own; one without axes is one piece."""
+    number = place.shape[0] if place.shape else 1
+    at_a_time = max(1, number * most_bytes // max(1, place.bytes))
+    with place.path.open("rb") as file:
+        file.seek(place.start)
+        for first in range(0, number, at_a_time):
+            some = min(at_a_time, number - first)
+            piece = np.fromfile(file, np.uint8, place.bytes // number * some)
+            yield torch.from_numpy(piece).view(TYPES[place.dtype]).view([some, *place.shape[1:]])
 
 
 def write_index(path: Path, files: dict[str, dict[str, Place]]) -> None:

@@ -1,41 +1,87 @@
-"""sources: the rows of any file or folder that a recipe names, as they stand in it.
+"""sources: the rows of any file, folder or data set of the hub that a recipe names, as they stand in it.
 
-Fork me to: read another kind of file (`rows`).
+Fork me to: read another kind of file (`rows_of_file`).
 """
+import csv
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from lib.checks import BUILDERS, is_data_id
+from lib.hub import loaded, names_in, places, saved
+from lib.media import KIND_OF
 from lib.messages import RowError, name_of
 from lib.stage import StageError
 
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")         # of a folder of pictures
+FILE_NAME = re.compile(r"(.+)_file_names?")                      # a column of paths, as in image_file_name
+Row = tuple[int, str, object]
 
-def rows(spec: dict) -> Iterator[tuple[int, str, object]]:
-    """(row number from 0, where it stands, the row or a RowError) of a file or saved data set.
+
+def rows(spec: dict) -> list[Row]:
+    """[(row number from 0, where it stands, the row or a RowError)] of a data set's entry in the recipe.
 
     Where a row stands is its file and line, or its file and number where rows have no lines.
     """
     path = Path(spec["path"])
-    if path.is_dir():
-        found = saved(path, spec["split"])
-    elif path.suffix in (".jsonl", ".ndjson"):
-        yield from lines(path)
-        return
-    elif path.suffix == ".json":
-        found = listed(path)
-    elif path.suffix in (".parquet", ".arrow"):
-        found = columnar(path)
-    else:
-        raise StageError(f"datasets: {path}: unknown kind of file {path.suffix!r}",
-                         "use .json, .jsonl, .parquet, .arrow or a folder written by datasets' save_to_disk")
-    for number, row in enumerate(found):
-        yield number, f"{path}: row {number}", row
+    if not path.exists() and spec["path"] not in BUILDERS and not is_data_id(spec["path"]):
+        raise StageError(f"datasets: {path}: no such file or folder",
+                         "correct the path (a relative one starts from the current folder)")
+    if not path.exists() or spec["data_files"] or spec["name"]:
+        return numbered(path, loaded(spec))
+    if path.is_file():
+        return part(list(rows_of_file(path, spec["ds_type"])), spec)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        return numbered(path, saved(path, spec))
+    if metadata := next((path / name for name in METADATA if (path / name).is_file()), None):
+        return part([(number, where, named_media(row)) for number, where, row in described(metadata)], spec)
+    return numbered(path, loaded(spec))
 
 
 def root(spec: dict) -> Path:
-    """The folder that relative media paths start from: the data file's own."""
+    """The folder that relative media paths start from: media_root, or the data file's own."""
     path = Path(spec["path"])
-    return path if path.is_dir() else path.parent
+    return Path(spec["media_root"]) if spec["media_root"] else path if path.is_dir() else path.parent
+
+
+def files_of(spec: dict) -> list[Path]:
+    """The files and folders here that an entry reads."""
+    folder, given = Path(spec["path"]), spec["data_files"] or []
+    inside = [folder / name if folder.is_dir() else Path(name)
+              for name in ([given] if isinstance(given, str) else given)]
+    return [path for path in [folder, *inside] if path.exists()]
+
+
+def numbered(path: Path, found) -> list[Row]:
+    """Rows that have no lines."""
+    return [(number, f"{path}: row {number}", row) for number, row in enumerate(found)]
+
+
+def part(found: list[Row], spec: dict) -> list[Row]:
+    """The rows of a file that a split such as train[:1%] takes. A file has no splits: any name will do."""
+    names = names_in(spec["split"])
+    if not names or all(name == spec["split"] for name in names):
+        return found
+    return [found[place] for _, place in places(spec, {name: len(found) for name in names})]
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def rows_of_file(path: Path, kind: str | None) -> Iterator[Row]:
+    """The rows of a file of this kind (None: its name tells), with where they stand."""
+    kind = kind or SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise StageError(f"datasets: {path}: unknown kind of file {path.suffix!r}",
+                         "use .json, .jsonl, .parquet, .arrow or a folder written by datasets' save_to_disk")
+    if kind == "jsonl":
+        yield from lines(path)
+    elif kind == "json":
+        yield from listed(path)
+    else:
+        yield from numbered(path, columnar(path, kind))
 
 
 def lines(path: Path) -> Iterator[tuple[int, str, object]]:
@@ -46,25 +92,28 @@ def lines(path: Path) -> Iterator[tuple[int, str, object]]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line.decode("utf-8-sig"))
+                value = json.loads(line.decode("utf-8-sig").strip())
             except (ValueError, RecursionError) as error:
                 value = RowError(f"not JSON: {broken(error)}", "mend or remove that line")
             yield row, f"{path}:{number}", value
             row += 1
 
 
-def listed(path: Path) -> list:
-    """The rows of a JSON file."""
+def listed(path: Path) -> list[Row]:
+    """The rows of a JSON file; some are named .json and hold an object a line."""
     try:
         content = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
+        found = list(lines(path))
+        if len(found) > 1 and not any(isinstance(row, RowError) for _, _, row in found):
+            return found
         line = getattr(error, "lineno", 1)
         raise StageError(f"{path}:{line}: not JSON: {broken(error)}",
                          "mend the file; one object per line belongs in a .jsonl file") from None
     if not isinstance(content, list):
         raise StageError(f"{path}: holds {name_of(content)}, not a list of rows",
                          "wrap the rows in [ ], or use one object per line in a .jsonl file")
-    return content
+    return numbered(path, content)
 
 
 def broken(error: Exception) -> str:
@@ -74,19 +123,19 @@ def broken(error: Exception) -> str:
     return "the text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
-def columnar(path: Path) -> Iterator[dict]:
+def columnar(path: Path, kind: str) -> Iterator[dict]:
     """The rows of a Parquet or Arrow file."""
     import pyarrow
     import pyarrow.parquet
     try:
-        if path.suffix == ".parquet":
+        if kind == "parquet":
             batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
         else:
             batches = arrow_batches(path)
         for batch in batches:
             yield from batch.to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise StageError(f"{path}: not a readable {path.suffix[1:]} file ({str(error).splitlines()[0]})",
+        raise StageError(f"{path}: not a readable {kind} file ({str(error).splitlines()[0]})",
                          "write the file again; a cut download looks like this") from None
 
 
@@ -102,22 +151,28 @@ def arrow_batches(path: Path) -> Iterator:
     return iter(reader)
 
 
-def saved(path: Path, split: str | None) -> Iterator[dict]:
-    """The rows of a folder that datasets' save_to_disk wrote."""
-    import datasets
-    try:
-        found = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, ValueError):
-        raise StageError(f"datasets: {path} is a folder, but not one written by datasets' save_to_disk",
-                         "name the data file in it, or write the folder with save_to_disk") from None
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise StageError(f"datasets: {path} has the splits {', '.join(found)}, not {split!r}",
-                             f"write split: {next(iter(found))}")
-        found = found[split]
-    for column, feature in found.features.items():      # media stay bytes, for lib/media.py to decode
-        inner = getattr(feature, "feature", feature)
-        if isinstance(inner, (datasets.Image, datasets.Audio, datasets.Video)):
-            plain = type(inner)(decode=False)
-            found = found.cast_column(column, plain if inner is feature else datasets.List(plain))
-    yield from found
+# ---- folders of media ------------------------------------------------------------------------------------
+
+
+def described(path: Path) -> list[Row]:
+    """The rows of a folder's metadata file."""
+    if path.suffix == ".jsonl":
+        return list(lines(path))
+    if path.suffix == ".parquet":
+        return numbered(path, columnar(path, "parquet"))
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        return numbered(path, list(csv.DictReader(file)))
+
+
+def named_media(row):
+    """A row of metadata, its columns of file names called by what the files are."""
+    if not isinstance(row, dict):
+        return row
+    found = {}
+    for key, value in row.items():
+        if key == "file_name" and isinstance(value, str):
+            found[KIND_OF.get(Path(value).suffix.lower(), "image")] = value
+        else:
+            named = FILE_NAME.fullmatch(key)
+            found[named[1] if named else key] = value
+    return found

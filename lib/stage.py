@@ -128,7 +128,9 @@ def _check_upstream(run: Path, stem: str) -> list[str]:
     for earlier in _all_upstream(stem):
         final, again = run / earlier, command(earlier, run)
         if not ledger.finished(final):
-            raise StageError(f"{final} is not there: {earlier} has not finished", f"run first: {again}")
+            kept = newest_checkpoint(folder.partial(run, earlier))
+            first = f"go on from its {kept.name} first" if kept else "run first"
+            raise StageError(f"{final} is not there: {earlier} has not finished", f"{first}: {again}")
         _check_outputs(final, again)
         then = ledger.read_json(final / "stage.json")["reads"]
         now = then | {"upstream": {each: ledger.digest(run / each) for each in UPSTREAM[earlier]}}

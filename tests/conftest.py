@@ -13,7 +13,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+# The engine starts a thread for each kind of device when it first runs, and a process with such threads can't
+# fork and train. Fake tensors (lib/hollow.py) register CUDA, there or not; so it runs before there are any.
+torch.ones(1, requires_grad=True).sum().backward()
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple")
 

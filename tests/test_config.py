@@ -83,8 +83,8 @@ def test_every_knob_says_why_and_who_reads_it_and_takes_its_own_default(name):
 def test_a_minimal_recipe_resolves_every_knob(folder):
     k = resolved("base_model: ./base\ndatasets: [{path: rows.jsonl}]\n")
     assert set(vars(k)) == set(KNOBS)
-    row = {"path": "rows.jsonl", "split": None, "type": "chat_template", "field_messages": None}
-    assert k.datasets == [row]
+    defaults = {name: meta["default"] for name, (_, meta) in knobs.knobs_of(config.Dataset).items()}
+    assert k.datasets == [defaults | {"path": "rows.jsonl"}]
     assert (k.warmup_ratio, k.warmup_steps, k.load_in_4bit, k.output_dir) == (0.03, None, False, "runs/r")
     assert (k.adapter, k.full_finetune, k.lora_target_linear, k.train_roles) == (None, True, True, ["all"])
 
@@ -191,6 +191,14 @@ num_epochs: 1 | max_steps: 10 | optimizer: adamw_torch_fused | lr_scheduler: cos
 learning_rate: '0.0002' | bf16: true | bf16: auto | warmup_ratio: 0.1 | warmup_steps: 10 | weight_decay: 0.0
 gradient_checkpointing: true | logging_steps: 1 | evals_per_epoch: 1 | saves_per_epoch: 1
 output_dir: ./outputs/out
+train_on_inputs: true | roles_to_train: [assistant, user] | train_on_eos: all | train_on_eos: none
+chat_template_kwargs: {enable_thinking: false} | excess_length_strategy: truncate
+excess_length_strategy: raise | datasets: [{path: owner/rows, split: 'train[:1%]', revision: main}]
+datasets: [{path: rows.jsonl, type: sharegpt, ds_type: json, name: main, data_files: [a.json], weight: 2}]
+datasets: [{path: rows.jsonl, roles: {user: [human]}, message_property_mappings: {role: from}}]
+image_size: 512 | image_size: [640, 480] | image_resize_algorithm: lanczos
+datasets: [{path: json, data_files: a.json, message_field_role: from, message_field_content: value}]
+datasets: [{path: rows.jsonl, train_on_eos: last, roles_to_train: [user], message_field_training: learn}]
 """
 WITHOUT_MEANING = """
 eot_tokens: [<end>] | flex_attn_compile_kwargs: {dynamic: false} | strict: false
@@ -218,13 +226,11 @@ quant_type: | lora_modules_to_save:
 NOT_YET = """
 tokenizer_use_mistral_common: true | special_tokens: {pad_token: <pad>, eos_token: <end>} | quant_type: nf4
 gptq: true | quantize_moe_experts: true | llama4_linearized_experts: true | device_map: balanced
-max_memory: {0: 20GiB} | gpu_memory_limit: 20GiB | image_size: 512 | fp16: true
-image_resize_algorithm: bilinear | train_on_inputs: true | roles_to_train: [assistant, user]
-train_on_eos: all | role_boundaries: [{role: user}]
+max_memory: {0: 20GiB} | gpu_memory_limit: 20GiB | fp16: true
+role_boundaries: [{role: user}]
 lora_model_dir: ./old | lora_modules_to_save: [lm_head, embed_tokens] | activation_offloading: true
-fsdp: [full_shard] | fsdp_version: 2 | fsdp_config: {fsdp_offload_params: true}
-fsdp_config: {reshard_after_forward: true} | plugins: [mine.Plugin] | resume_from_checkpoint: ./checkpoint-5
-wandb_project: mine | optimizer: paged_adamw_32bit | optimizer: adamw_torch_8bit
+fsdp: [full_shard] | plugins: [mine.Plugin] | resume_from_checkpoint: ./checkpoint-5
+wandb_log_model: checkpoint | optimizer: paged_adamw_32bit | optimizer: adamw_torch_8bit
 optimizer: adamw_torch_4bit | lr_scheduler: rex | chat_template: chatml | deepspeed: ds.json | rl: dpo
 peft_init_lora_weights: pissa | gradient_checkpointing: offload | loraplus_lr_embedding: 1e-6
 unfrozen_parameters: [lm_head] | float16: true | liger_use_token_scaling: true
@@ -369,10 +375,15 @@ CONTRADICTIONS = (
     ["lora_target_linear=false"],
     ["lora_target_parameters=[experts.down_proj]", "lora_dropout=0.1"],
     ["test_datasets=[{path: rows.jsonl}]"],
+    ["image_size=64", "image_max_pixels=4096"],
+    ["image_min_pixels=4097", "image_max_pixels=4096"],
+    ["val_set_size=0", "test_datasets=[{path: rows.jsonl, weight: 2}]"],
     ["val_set_size=1.0"],
     ["warmup_ratio=0.1", "warmup_steps=5"],
     ["sample_packing=true", "group_by_length=true"],
     ["cosine_min_lr_ratio=0.1", "lr_scheduler=linear"],
+    ["fsdp_version=2", "adapter=null"],
+    ["fsdp_version=2", "cache_vision_features=true"],
 )
 
 
@@ -420,7 +431,8 @@ def test_config_json_holds_every_knob_and_stages_json_names_every_knob(folder):
     not_identity = stages.pop("not_identity")
     assert list(stages) == list(STAGES) and set().union(*stages.values()) == set(KNOBS)
     assert set(not_identity) == {"logging_steps", "evals_per_epoch", "saves_per_epoch", "save_steps",
-                                 "save_total_limit", "dataloader_num_workers"}
+                                 "save_total_limit", "dataloader_num_workers", "use_tensorboard", "fsdp_version",
+                                 "wandb_project", "wandb_entity", "wandb_name"}
 
 
 def test_the_recipe_is_printed_by_stage_and_what_is_no_default_has_a_star(folder, capsys):
@@ -631,15 +643,26 @@ WRONG_PATHS = (
     Bad("an adapter for a base model", ["r.yaml", "base_model=up"],
         "on the command line: base_model=up is an adapter, not a model",
         "name the base model, which its adapter_config.json tells", {"up/adapter_config.json": "{}"}),
-    override("missing rows", "datasets=[{path: row.jsonl}]", " is no file or folder here",
+    override("missing rows", "datasets=[{path: row.jsonl}]", " is no file or folder here, and no hub id",
              "did you mean rows.jsonl?"),
     recipe("missing rows, by their line", GOOD.replace("rows", "row"),
-           ":3: datasets: row.jsonl is no file or folder here", "did you mean rows.jsonl?"),
-    override("rows of the hub", "datasets=[{path: owner/rows}]",
-             " is no file or folder here, and data sets of the hub are not built yet",
-             "save it once, datasets.load_dataset('owner/rows').save_to_disk('FOLDER'), and name FOLDER"),
+           ":3: datasets: row.jsonl is no file or folder here, and no hub id", "did you mean rows.jsonl?"),
+    override("rows of no hub", "datasets=[{path: owner/my/rows}]", " is no file or folder here, and no hub id",
+             "there is no folder owner/my"),
+    override("a role of no message", "datasets=[{path: rows.jsonl, roles: {bot: [gpt]}}]",
+             " holds bot, which is no role", "its keys are system, user, assistant, tool"),
+    override("a role's words that are none", "datasets=[{path: rows.jsonl, roles: {user: [1]}}]",
+             " holds user: [1]", "for example user: [human, person]"),
+    override("a property of no message", "datasets=[{path: rows.jsonl, message_property_mappings: {mood: x}}]",
+             " holds mood: x, which is no property of a message with its key", "the properties are role, …"),
+    override("an argument of the template that is 02's", "chat_template_kwargs={tokenize: true}",
+             " holds tokenize, which 02_data gives itself", "remove tokenize"),
+    override("a size of no picture", "image_size=[1, 2, 3]", " is no size of a picture", "for example 512, or …"),
+    override("a weight of nothing", "datasets=[{path: rows.jsonl, weight: 0}]", " must be a number above 0",
+             "give a list of mappings (the rows to train on)"),
+    override("an end of turns that is none", "train_on_eos=never", " must be turn, all, last or none", "for …"),
     override("a data set without a path", "datasets=[{split: train}]", " has no path",
-             "add `path: …` (a data file or saved data set)"),
+             "add `path: …` (a file, a folder or a hub id)"),
     override("no data set in the list", "datasets=[]", " is empty", "name at least one, or remove the key"),
     override("a data set that is text", "datasets=rows.jsonl", " must be a list of mappings",
              "give a list of mappings (the rows to train on)"),
@@ -647,10 +670,10 @@ WRONG_PATHS = (
              "give datasets as a whole, 'datasets=[…]'"),
     recipe("an unknown key of a data set", GOOD.replace("type:", "kind:"),
            ":4: datasets: chat_template is for kind, which is no such key", "…"),
-    override("a data set's key to come", "datasets=[{path: rows.jsonl, weight: 2}]",
-             " is for weight: not built yet", "remove weight"),
+    override("a data set's key to come", "datasets=[{path: rows.jsonl, shards: 2}]",
+             " is for shards: not built yet", "remove shards"),
     override("a data set of another type", "datasets=[{path: rows.jsonl, type: alpaca}]",
-             " must be chat_template", "give a list of mappings (the rows to train on)"),
+             " must be chat_template or sharegpt", "give a list of mappings (the rows to train on)"),
     override("a template of no family", "chat_template=alpaca", " is a template that the kit doesn't hold",
              "write tokenizer_default for the checkpoint's own, or the path of a .jinja file"),
     override("a template's name with a slip", "chat_template=qwen_2_vl",

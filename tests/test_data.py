@@ -26,6 +26,11 @@ FLAT = "{% for m in messages %}{{ m.role }}:{% for p in m.content %}{{ p.text or
     "</s>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 
 
+def chat(question: str, answer: str = "red") -> dict:
+    """A row of these two texts."""
+    return {"messages": [QUESTION | {"content": question}, ANSWER | {"content": answer}]}
+
+
 @pytest.fixture
 def kit(tmp_path, monkeypatch, zoo, script):
     """A Kit in a folder of its own, which is the current one, with the data set of colours."""
@@ -340,6 +345,97 @@ def test_show_prints_samples_and_writes_nothing(kit, capsys):
     assert harness.contents(kit.folder) == before
 
 
+# ---- length and resolution ----
+
+LONG = chat("What is it?", "red " * 60)
+
+
+def test_what_is_too_long_is_dropped_listed_and_counted_without_a_stop(kit):
+    kit.run("sequence_len=60", rows=[CHAT, LONG])
+    assert [sample["row"] for sample in kit.samples()] == [0]
+    (reject,) = kit.rejects()
+    assert reject["too_long"] and reject["reason"].endswith(" tokens, over sequence_len 60")
+    assert kit.counts()["rows_over_sequence_len"] == 1
+
+
+def test_a_text_is_cut_behind_its_last_medium_and_only_there(kit):
+    rows = [LONG | {"images": ["red.png"]}, CHAT, CHAT | {"images": ["red.png"] * 5},
+            {"messages": [QUESTION, ANSWER, QUESTION | {"content": "why? " * 60}, ANSWER]}]
+    kit.run("sequence_len=64", "excess_length_strategy=truncate", rows=rows)
+    cut, whole, first = kit.samples()
+    assert cut["input_tokens"] == first["input_tokens"] == 64 > whole["input_tokens"]
+    assert (cut["media_tokens"], len(cut["media"])) == (16, 1)
+    (span,) = cut["spans"]
+    assert cut["text"].startswith("USER: <image>\nWhat is it? ASSISTANT: red red")
+    assert span["end"] == len(cut["text"]) and "</s>" not in cut["text"]
+    assert [first["text"][span["start"]:span["end"]] for span in first["spans"]] == [" red</s>"]
+    encoder = Encoder.load(kit.out / "processor")
+    assert all(encoder(sample)["input_ids"].shape[1] == sample["input_tokens"] for sample in (cut, first))
+    (reject,) = kit.rejects()
+    assert reject["row"] == 2 and reject["reason"].startswith("cut to sequence_len 64 behind its last medium")
+    assert kit.counts()["samples_cut_to_sequence_len"] == 2
+
+
+def test_a_row_whose_cut_leaves_nothing_to_learn_is_rejected(kit):
+    kit.run("sequence_len=32", "excess_length_strategy=truncate", rows=[CHAT, chat("why? " * 60)])
+    assert [sample["row"] for sample in kit.samples()] == [0]
+    assert kit.rejects()[0]["reason"] == "cut to sequence_len 32 behind its last medium, it teaches nothing"
+
+
+def test_a_budget_of_pixels_and_a_size_reach_the_samples_and_the_saved_encoder(kit):
+    rows = [CHAT | {"image": "purple.png"}, CHAT | {"image": "red.png"}]
+    kit.run("image_max_pixels=1024", base="qwen2_5_vl", rows=rows)
+    assert kit.counts()["tokens_per_picture"] == 4 + 2  # with those around a picture
+    assert Encoder.load(kit.out / "processor").processor.image_processor.size["longest_edge"] == 1024
+    kit.run("image_size=[32, 64]", base="qwen2_5_vl", rows=rows)
+    assert {(medium["width"], medium["height"]) for sample in kit.samples() for medium in sample["media"]} == {(32, 64)}
+    encoder = Encoder.load(kit.out / "processor")
+    assert all(encoder(sample)["input_ids"].shape[1] == sample["input_tokens"] for sample in kit.samples())
+
+
+# ---- several data sets ----
+
+
+def test_data_sets_have_keys_knobs_and_weights_of_their_own(kit):
+    write_jsonl(Path("share.jsonl"), [{"conversations": [{"from": "human", "value": "<image>\nWhat?"},
+                                                         {"from": "gpt", "value": "red"}], "image": "red.png"}])
+    write_jsonl(Path("qa.jsonl"), [{"question": "What?", "answer": "red"}] * 4)
+    kit.run(datasets=[{"path": "share.jsonl", "weight": 2},
+                      {"path": "qa.jsonl", "weight": 0.5, "train_on_inputs": True, "train_on_eos": "none",
+                       "system_prompt": "Be brief."}])
+    found = kit.samples()
+    ids = [sample["sample_id"] for sample in found]
+    assert ids[:2] == ["share-0", "share-0~2"] and len(ids) == 4 and all(name.startswith("qa-") for name in ids[2:])
+    assert found[0]["text"] == "USER: <image>\nWhat? ASSISTANT: red</s>"
+    trained = [found[2]["text"][span["start"]:span["end"]] for span in found[2]["spans"]]
+    assert trained == ["Be brief.", " What?", " red"]
+
+
+def test_tools_and_arguments_of_the_template_come_from_rows_and_recipe(kit):
+    jinja = "{{ mood }}{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + FLAT
+    tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
+    kit.run(rows=[CHAT | {"tools": tools}, CHAT], chat_template=jinja, chat_template_kwargs={"mood": "calm "})
+    assert [sample["text"].partition("user:")[0] for sample in kit.samples()] == ["calm [look]", "calm "]
+
+
+def test_an_image_folder_with_metadata_is_a_data_set(kit):
+    lines = [{"file_name": f"{colour}.png", "question": "Which?", "answer": colour} for colour in COLOURS[:3]]
+    write_jsonl(Path("metadata.jsonl"), lines)
+    kit.run(datasets=[{"path": "."}])
+    assert [sample["media"][0]["path"] for sample in kit.samples()] == [f"{colour}.png" for colour in COLOURS[:3]]
+    write_jsonl(Path("deep.jsonl"), [CHAT | {"image": "red.png"}])
+    Path("far").mkdir()
+    shutil.move("deep.jsonl", "far/deep.jsonl")
+    kit.run(datasets=[{"path": "far/deep.jsonl", "media_root": "."}])
+    assert kit.samples()[0]["media"][0]["path"] == "red.png"
+
+
+def test_max_images_rejects_a_row_with_more(kit):
+    rows = [CHAT | {"images": ["red.png"] * 2}, CHAT | {"images": ["red.png"] * 3}]
+    kit.run("max_images=2", "on_bad_row=skip", rows=rows)
+    assert [reject["reason"] for reject in kit.rejects()] == ["3 pictures, over max_images 2"]
+
+
 # ---- bad input ----
 
 
@@ -360,11 +456,6 @@ def bad(name: str, what: str, fix: str, files=None, *overrides: str, run="run", 
 def data(*rows: dict) -> dict[str, str]:
     """A data.jsonl: a good line, then these."""
     return {"data.jsonl": "".join(json.dumps(row) + "\n" for row in (CHAT, *rows))}
-
-
-def chat(question: str, answer: str = "red") -> dict:
-    """A row of these two texts."""
-    return {"messages": [QUESTION | {"content": question}, ANSWER | {"content": answer}]}
 
 
 def without(name: str) -> Callable[[Path], None]:
@@ -421,9 +512,9 @@ CASES = (
         "a.arrow: not a readable arrow file (…)", AGAIN,
         {"a.arrow": b"ARROW1\0\0 and no more"}, "datasets=[{path: a.arrow}]"),
     bad("a folder that is no data set",
-        "datasets: folder is a folder, but not one written by datasets' save_to_disk",
-        "name the data file in it, or write the folder with save_to_disk",
-        {"folder/a.jsonl": "{}"}, "datasets=[{path: folder}]"),
+        "datasets: folder: can't be loaded: No (supported) data files found in folder",
+        "correct path, name, revision, data_files or split; a hub id is owner/name",
+        {"folder/a.xyz": "{}"}, "datasets=[{path: folder}]"),
     bad("a split that isn't there",
         "datasets: saved has the splits fit, not 'train'", "write split: fit",
         {"saved/x": save_split}, "datasets=[{path: saved, split: train}]"),
@@ -440,9 +531,8 @@ CASES = (
         "data.jsonl:2: red.png: not a picture (it starts with b'<html>')", REPLACE,
         data(CHAT | {"image": "red.png"}) | {"red.png": "<html>"}),
     bad("a picture behind a url",
-        "data.jsonl:2: http://a.b/c: pictures behind urls are not fetched; download it and give the path",
-        REPLACE,
-        data(CHAT | {"image": "http://a.b/c"})),
+        "data.jsonl:2: http://127.0.0.1:1/c: 127.0.0.1 is no public host; url_hosts can allow it", REPLACE,
+        data(CHAT | {"image": "http://127.0.0.1:1/c"})),
     bad("a picture that the processor refuses",
         "data.jsonl:2: the processor refuses this row: absolute aspect ratio must be smaller than 200, "
         "got 300.0 (pictures: 300x1)",
@@ -475,8 +565,8 @@ CASES = (
         data({"conversations": []})),
     bad("a row that is too long",
         "data.jsonl:2: … tokens, over sequence_len 64",
-        f"raise sequence_len, shorten the row, or use smaller pictures{SKIP}",
-        data(chat("What?", "red " * 500)), "sequence_len=64"),
+        "raise sequence_len, shorten the row, or use smaller pictures; or go without: excess_length_strategy=drop",
+        data(chat("What?", "red " * 500)), "sequence_len=64", "excess_length_strategy=error"),
     bad("nothing but bad rows",
         "data.jsonl:1: nothing to learn: no assistant message has a text (and 1 more bad row)",
         "write what the assistant should answer, or remove the row; "
@@ -536,4 +626,4 @@ def test_bad_input_is_a_two_line_error_and_nothing_is_lost(case, kit):
     if case.spoil:
         case.spoil(Path("base"))
     left = "run/02_data.partial"
-    harness.check(case, "02_data", kit.folder, may_write=(f"{left}/*", f"{left}/processor/*"))
+    harness.check(case, "02_data", kit.folder, may_write=(f"{left}/*", f"{left}/processor/*", "run/media/*"))

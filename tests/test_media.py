@@ -147,7 +147,7 @@ BAD = {  # what a row gives: what is said
     "cut.jpg": "cut.jpg: not a readable picture (image file is truncated (…",
     "bomb.png": "bomb.png: 50000x50000 pixels, over the limit of 120,000,000",
     "nul\0.png": "'nul\\x00.png': embedded null byte",
-    "http://a.b/c": "http://a.b/c: pictures behind urls are not fetched; download it and give the path",
+    "http://a.b/c": "http://a.b/c: pictures behind urls are not fetched here; give the path of a file",
     "data:image/png;base64,!": "data:image/png;base64,!: broken base64 (…",
     "data:image/png;base64,": "picture in the row: empty file (0 bytes)",
     "": "picture: must be a path, bytes or an image, not ''",
@@ -268,7 +268,7 @@ BAD_SOUNDS = [
     ({"array": [], "sampling_rate": 16_000}, "sound in the row: not a readable sound (it holds no samples)"),
     ({"array": [0.1, float("nan")], "sampling_rate": 16_000}, "sound in the row: not a readable sound (a sample is no f"),
     ({"array": "abc", "sampling_rate": 16_000}, "sound in the row: could not convert string to float"),
-    ("https://a.b/c.wav", "https://a.b/c.wav: sounds behind urls are not fetched; download it and give the path"),
+    ("https://a.b/c.wav", "https://a.b/c.wav: sounds behind urls are not fetched here; give the path of a file"),
 ]
 
 

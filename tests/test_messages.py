@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from lib.messages import RowError, normalise
+from lib.shapes import Shape, tools_of
 
 PNG = b"bytes of a picture"
 QUESTION = {"role": "user", "content": "What is it?"}
@@ -96,12 +97,99 @@ def test_each_kind_fills_its_own_placeholders_and_all_media_come_in_the_order_of
 
 
 def test_another_column_may_hold_the_conversation():
-    assert normalise({"chat": CHAT}, "chat") == normalise({"messages": CHAT})
+    assert normalise({"chat": CHAT}, Shape(field_messages="chat")) == normalise({"messages": CHAT})
 
 
 def test_a_null_key_of_a_message_is_no_key():  # a Parquet file gives every message the keys of all
     with_null = [message | {"name": None} for message in CHAT]
     assert normalise({"messages": with_null}) == normalise({"messages": CHAT})
+
+
+# ---- other shapes of rows ----
+
+PLAIN_CHAT = normalise({"messages": CHAT})
+SHARE = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "red"}]
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "it"}}}
+
+
+@pytest.mark.parametrize("row, shape", [
+    ({"conversations": SHARE}, Shape()),
+    ({"conversation": SHARE}, Shape()),
+    ({"messages": SHARE}, Shape()),
+    ({"question": "What is it?", "answer": "red"}, Shape()),
+    ({"prompt": "What is it?", "completion": "red"}, Shape()),
+    ({"turns": [{"by": "me", "says": "What is it?"}, {"by": "it", "says": "red"}]},
+     Shape("turns", message_property_mappings={"role": "by", "content": "says"},
+           roles={"user": ["me"], "assistant": "it"})),
+    ({"turns": [{"by": "human", "says": "What is it?"}, {"by": "gpt", "says": "red"}]},
+     Shape("turns", message_field_role="by", message_field_content="says")),
+    ({"messages": [{"role": "gpt", "content": "What is it?"}, {"role": "human", "content": "red"}]},
+     Shape(roles={"user": ["gpt"], "assistant": ["human"]})),
+])
+def test_a_row_of_any_usual_shape_is_the_same_conversation(row, shape):
+    assert normalise(row, shape) == PLAIN_CHAT
+
+
+def test_messages_of_a_prompt_are_not_trained_and_those_of_its_completion_are():
+    earlier = [QUESTION, ANSWER, QUESTION]
+    for row in ({"prompt": earlier, "completion": [ANSWER]}, {"prompt": earlier, "completion": "red"}):
+        messages, _ = normalise(row)
+        assert [message.get("train") for message in messages] == [False, False, False, None]
+
+
+def test_llavas_tags_are_parts_in_their_places_and_the_newlines_that_set_them_off_are_gone():
+    row = {"image": ["a.png", "b.png"], "conversations": [
+        {"from": "human", "value": "<image>\nWhat is\n<image>\non it? <video>"}, SHARE[1],
+        {"from": "human", "value": "And?"}, SHARE[1]]}
+    messages, media = normalise(row)
+    assert media == ["a.png", "b.png"]
+    image, text = {"type": "image"}, "What is\n"
+    assert messages[0]["content"] == [image, {"type": "text", "text": text}, image,
+                                      {"type": "text", "text": "\non it? <video>"}]
+    assert kinds(messages)[1:] == [["text"]] * 3
+    last = {"image": "a.png", "conversations": [{"from": "human", "value": "What?\n<image>"}, SHARE[1]]}
+    assert normalise(last)[0][0]["content"] == [{"type": "text", "text": "What?"}, image]
+
+
+def test_a_tag_in_the_text_of_a_row_without_pictures_is_only_characters():
+    row = {"conversations": [{"from": "human", "value": "Is <image> HTML?"}, SHARE[1]]}
+    assert normalise(row)[0][0]["content"] == [{"type": "text", "text": "Is <image> HTML?"}]
+
+
+@pytest.mark.parametrize("row, shape, system", [
+    ({"messages": CHAT}, Shape(system_prompt="Be brief."), "Be brief."),
+    ({"conversations": SHARE, "system": "Be kind."}, Shape(system_prompt="Be brief."), "Be kind."),
+    ({"messages": [{"role": "system", "content": "Be rude."}, *CHAT]}, Shape(system_prompt="Be brief."), "Be rude."),
+    ({"question": "What is it?", "answer": "red"}, Shape(system_prompt="Be brief."), "Be brief."),
+])
+def test_a_system_message_is_the_rows_own_or_its_columns_or_the_recipes(row, shape, system):
+    messages, _ = normalise(row, shape)
+    assert messages == [{"role": "system", "content": [{"type": "text", "text": system}]}, *PLAIN_CHAT[0]]
+
+
+def test_tool_calls_results_and_thoughts_stay_with_their_messages():
+    text = {**CALL, "function": {"name": "look", "arguments": '{"at": "it"}'}}
+    rows = [{"role": "assistant", "content": None, "tool_calls": [text], "reasoning_content": "Hm."},
+            {"role": "tool", "content": "red", "tool_call_id": "1", "name": "look"}]
+    messages, _ = normalise({"messages": [QUESTION, *rows, ANSWER]})
+    assert messages[1] == {"role": "assistant", "content": [], "tool_calls": [CALL], "reasoning_content": "Hm."}
+    assert messages[2] == {"role": "tool", "content": [{"type": "text", "text": "red"}], "tool_call_id": "1",
+                           "name": "look"}
+    mapped = Shape(message_property_mappings={"reasoning_content": "thought"}, message_field_training="learn")
+    messages, _ = normalise({"messages": [QUESTION, {**ANSWER, "thought": "Hm.", "learn": False}]}, mapped)
+    assert messages[1] == {**PLAIN_CHAT[0][1], "reasoning_content": "Hm.", "train": False}
+
+
+@pytest.mark.parametrize("tools", [[CALL], [CALL["function"]], json.dumps([CALL])])
+def test_tools_are_a_list_or_the_text_of_one(tools):
+    assert tools_of({"tools": tools}) == (json.loads(tools) if isinstance(tools, str) else tools)
+    assert tools_of({"t": tools}, Shape(field_tools="t")) and tools_of({"tools": None}) == []
+
+
+@pytest.mark.parametrize("tools", ["{", 3, [3], [{}], {"name": "look"}, [{"function": {"name": 1}}]])
+def test_tools_that_are_none_are_a_row_error(tools):
+    with pytest.raises(RowError, match="'tools' is no list of tools, each with a name"):
+        tools_of({"tools": tools})
 
 
 def one(role: str = "user", **keys) -> dict:
@@ -114,7 +202,14 @@ def one(role: str = "user", **keys) -> dict:
     ({"text": "a"}, "no list of messages under 'messages'; the row has text"),
     ({"messages": []}, "no list of messages under 'messages'; the row has messages"),
     ({"messages": ["hi"]}, "message 0 is a text, not an object"),
-    ({"messages": [{"from": "human", "value": "hi"}]}, "message 0 has the role None"),
+    ({"messages": [{"who": "human", "value": "hi"}]}, "message 0 has the role None"),
+    ({"conversations": "hi"}, "no list of messages under 'messages'; the row has conversations"),
+    ({"prompt": "hi"}, "no list of messages under 'messages'; the row has prompt"),
+    ({"prompt": "hi", "completion": 3}, "'completion' is a number, neither a text nor a list of messages"),
+    ({"question": "hi", "answer": ["a", "b"]}, "'answer' is a list, neither a text nor a list of messages"),
+    ({"conversations": [{"from": "human", "value": "<image> hi"}], "image": ["a.png", "b.png"]},
+     "1 image placeholder, but 2 listed pictures"),
+    ({"conversations": [{"from": "function_call", "value": "{}"}]}, "message 0 has the role 'function_call'"),
     (one("bot", content="hi"), "message 0 has the role 'bot'"),
     (one(), "message 0 (user) has no content"),
     (one(content=[{"type": "text"}]), "message 0 has a text part without a text"),
@@ -126,9 +221,16 @@ def one(role: str = "user", **keys) -> dict:
      "message 0 has <audio> in its text, which is only characters here"),
     (one(content=["hi"]), "message 0 has a part of type 'a text'"),
     (one(content="\ud83d hi"), "message 0 (user) holds half a surrogate pair, which is no character"),
-    (one(content="a", tool_calls=[{}]), "message 0 (user) has 'tool_calls', which isn't rendered yet"),
-    (one(content="a", train=False), "message 0 (user) has 'train', which isn't rendered yet"),
-    ({"messages": CHAT, "tools": [{}]}, "the row has tools, which aren't rendered yet"),
+    (one(content="a", tool_calls=[CALL]), "message 0 (user) has tool_calls, which only an assistant has"),
+    (one("assistant", tool_calls=[{}]), "message 0 has tool_calls that are no list of calls, each with a name"),
+    (one("assistant", tool_calls="{"), "message 0 has tool_calls that are no list of calls, each with a name"),
+    (one("assistant", content="a", reasoning_content=["b"]),
+     "message 0 (assistant) has a reasoning_content that is a list"),
+    (one("tool", content="a", tool_call_id=7), "message 0 (tool) has a tool_call_id that is a number"),
+    (one("assistant", tool_calls=[{"name": "\udfff"}]),
+     "message 0 (assistant) holds half a surrogate pair, which is no character"),
+    (one(content="a", train="no"), "message 0 (user) has train: 'no'"),
+    (one(content="a", weight=0), "message 0 (user) has 'weight', which isn't rendered"),
     ({"messages": TYPED}, "1 image placeholder, but 0 listed pictures"),
     ({"messages": TYPED, "images": ["a.png", "b.png"]}, "1 image placeholder, but 2 listed pictures"),
     ({"messages": [ANSWER], "image": "a.png"}, "1 picture, but no user message to stand in"),
@@ -145,7 +247,8 @@ MEDIA = ("image", "audio", "video")
 PLAIN = [None, True, 0, -1.5, "", "hi", "\ud800", "a.png", "user", "assistant", "image", "text", "<image>"]
 KEYS = ["messages", "role", "content", "type", "text", "image", "images", "audio", "videos", "path", "bytes",
         "array", "base64", "tools"]
-KEYS += ["", "\udfff"]
+KEYS += ["", "\udfff", "conversations", "from", "value", "prompt", "completion", "question", "answer", "system", "train",
+         "tool_calls", "function", "name", "arguments", "reasoning_content", "tool_call_id"]
 
 
 def anything(choose: random.Random, depth: int = 0):
@@ -169,23 +272,36 @@ def conversation(choose: random.Random) -> dict:
     def message():
         content = choose.choice(["hi", some(part), anything(choose, 3)])
         typical = {"role": choose.choice(["user", "assistant", "system"]), "content": content}
+        if choose.random() < 0.2:
+            typical = {"from": choose.choice(["human", "gpt"]), "value": choose.choice(["hi", "<image> hi", content])}
+        elif choose.random() < 0.2:
+            typical |= {choose.choice(KEYS): anything(choose, 2)}
         return choose.choice([typical, typical, anything(choose, 2)])
 
     column = choose.choice([f"{kind}{plural}" for kind in MEDIA for plural in ("", "s")])
-    return {"messages": some(message), column: choose.choice([[], ["a.png"], anything(choose, 3)])}
+    if choose.random() < 0.2:
+        return {"prompt": choose.choice(["hi", some(message)]), "completion": choose.choice(["hi", some(message)])}
+    return {choose.choice(["messages", "conversations"]): some(message), column: choose.choice([[], ["a.png"], anything(choose, 3)])}
+
+
+SHAPES = [Shape(), Shape(system_prompt="hi"), Shape(message_property_mappings={"role": "type", "content": "text"}),
+          Shape("content", roles={"user": ["", "hi"]}, field_tools="content", message_field_training="type")]
 
 
 def test_any_json_value_is_a_row_or_a_row_error():
     choose, kept = random.Random(7), 0
     for number in range(20_000):
-        row = conversation(choose) if number % 2 else anything(choose)
+        row = json.loads(json.dumps(conversation(choose) if number % 2 else anything(choose)))
+        shape = SHAPES[number % 3 and number % len(SHAPES)]
         try:
-            messages, media = normalise(json.loads(json.dumps(row)))
+            messages, media = normalise(row, shape)
+            tools_of(row, shape)
         except RowError as error:
             said = error.reason + error.fix
             assert "\n" not in said and said.encode("utf-8")
             continue
         kept += 1
+        json.dumps(messages, ensure_ascii=False).encode("utf-8")
         parts = [part for message in messages for part in message["content"]]
         assert len(media) == sum(part in [{"type": kind} for kind in MEDIA] for part in parts)
         assert all(part.keys() == ({"type"} if part["type"] in MEDIA else {"type", "text"}) for part in parts)

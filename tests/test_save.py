@@ -1,8 +1,10 @@
 """06: the export is what was trained, plain libraries load it, and it tells nothing of this machine."""
 
+import functools
 import importlib
 import json
 import re
+import resource
 import shutil
 from pathlib import Path
 
@@ -12,14 +14,14 @@ from datasets import load_from_disk
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib import fresh, merge, model, proof
+from lib import fresh, model, proof
 from lib.chat import Encoder
-from lib.evaluate import exact_match, generate
+from lib.evaluate import anls, contains, edits, exact_match, generate
 from lib.ledger import stamp
 from lib.stage import StageError
 from tests import harness
 from tests.harness import Bad, bad_input
-from tests.runner import COLOURS, Run, text_rows
+from tests.runner import COLOURS, Run, fork, lines, text_rows
 
 CPU = torch.device("cpu")
 save = importlib.import_module("06_save")
@@ -108,13 +110,15 @@ def test_full_fine_tuning_ends_in_a_base_model_for_the_next_run(full_run, tmp_pa
     assert again.metrics()[0]["eval_loss"] == pytest.approx(before, rel=1e-5)
 
 
-def test_an_export_tells_no_path_of_this_machine(adapter_run, full_run):
+def test_nothing_that_is_exported_tells_a_path_of_this_machine(adapter_run, full_run, zoo):
     for run in (adapter_run, full_run):
-        for folder in (run.path / "06_save").iterdir():
-            for path in folder.iterdir() if folder.is_dir() else [folder] * (folder.name == "README.md"):
-                content = path.read_bytes()
-                for secret in (str(run.folder), str(Path.home()), str(Path.cwd()), "/tmp/"):
-                    assert secret.encode() not in content, f"{path.name} tells {secret}"
+        paths = [path for path in (run.path / "06_save").rglob("*") if path.is_file()]
+        ledger = {run.path / "06_save" / name for name in ("stage.json", "started.json")}      # stays in the run
+        assert len(paths) > 10
+        for path in set(paths) - ledger:
+            content = path.read_bytes()
+            for secret in (str(run.folder), str(zoo("llava")), str(Path.home()), str(Path.cwd()), "/tmp/"):
+                assert secret.encode() not in content, f"{path.name} tells {secret}"
 
 
 def test_the_page_and_the_figure_show_both_answers(adapter_run):
@@ -248,19 +252,46 @@ def test_quantised_bases_and_dora_go_through_to_a_merged_model(knobs, make, monk
     assert tensor_names(run.path / "06_save/merged") == tensor_names(zoo("llava"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_merge_rounds_each_weight_once(dtype, make, zoo):
-    run = make(bf16=dtype == "bfloat16")
-    plan, adapter = run.json("03_load_model/model.json"), run.path / "05_train/adapter"
-    merge.write_merged(plan, adapter, run.folder / "merged")
-    merged, base = (load_file(path / "model.safetensors") for path in (run.folder / "merged", zoo("llava")))
-    parts = load_file(adapter / "adapter_model.safetensors")
-    for linear in ("layers.0.self_attn.q_proj", "layers.1.mlp.down_proj"):
-        start = f"base_model.model.model.language_model.{linear}"
-        delta = 32 / 4 * parts[f"{start}.lora_B.weight"] @ parts[f"{start}.lora_A.weight"]
-        name = f"language_model.model.{linear}.weight"
-        exact = (base[name] + delta).to(getattr(torch, dtype))
-        assert merged[name].dtype == exact.dtype and torch.allclose(merged[name], exact, rtol=1e-6)
+def test_a_merged_tensor_that_is_not_the_sum_fails_by_name(make, monkeypatch):
+    run = make(merge=True, bf16=True, golden_rows=1, answer_rows=0)
+    exported = save.export
+
+    def export(*given):
+        folders = exported(*given)
+        tensors = load_file(folders[1] / "model.safetensors")
+        tensors["language_model.model.layers.1.mlp.up_proj.weight"][5, 5] += 0.05
+        save_file(tensors, folders[1] / "model.safetensors", metadata={"format": "pt"})
+        return folders
+    monkeypatch.setattr(save, "export", export)
+    with pytest.raises(StageError, match="merged: 1 tensors are not what was trained, such as "
+                                         "model.language_model.layers.1.mlp.up_proj.weight"):
+        prove_here(run, monkeypatch)
+
+
+def test_a_merged_model_with_another_configuration_fails_though_its_weights_are_right(make, monkeypatch):
+    run = make(merge=True, bf16=True, golden_rows=1, answer_rows=0)
+    exported = save.export
+
+    def export(*given):
+        folders = exported(*given)
+        config = json.loads((folders[1] / "config.json").read_text(encoding="utf-8"))
+        config["text_config"]["rms_norm_eps"] = 0.1
+        (folders[1] / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        return folders
+    monkeypatch.setattr(save, "export", export)
+    with pytest.raises(StageError, match="merged: logits in a fresh process differ by .* from those of the base "
+                                         "with the same weights"):
+        prove_here(run, monkeypatch)
+
+
+def test_a_full_disk_in_the_middle_of_a_merge_leaves_nothing_under_a_final_name(make):
+    run = make(merge=True, answer_rows=0)
+    most_bytes = (run.path / "05_train/adapter/adapter_model.safetensors").stat().st_size + 200_000
+    limit = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    child = fork("06_save", "run", before=limit).wait()
+    assert child.code == 1 and "a file of this size is not allowed" in child.said, child.said
+    assert not (run.path / "06_save").exists()
+    assert not list((run.path / "06_save.partial").rglob("stage.json"))
 
 
 # ---- answers ----
@@ -268,6 +299,16 @@ def test_a_merge_rounds_each_weight_once(dtype, make, zoo):
 def test_exact_match_is_the_share_of_equal_answers():
     assert exact_match(["a", " b ", "c"], ["a", "b", "d"]) == pytest.approx(2 / 3)
     assert exact_match([], []) == 0
+
+
+def test_contains_looks_for_the_reference_in_the_answer_whatever_the_case():
+    assert contains(["It is Red.", "blue", ""], ["red", "bluer", "a"]) == pytest.approx(1 / 3)
+
+
+def test_anls_is_likeness_in_edits_and_zero_from_half_alike_down():
+    assert edits("kitten", "sitting") == 3 and edits("", "abc") == 3 and edits("abc", "abc") == 0
+    # kitten/sitting: 1 - 3/7; ab/cd: nothing alike; abcd/abxy: half alike, so 0; A/a: the same
+    assert anls(["kitten", "ab", "abcd", "A "], ["sitting", "cd", "abxy", "a"]) == pytest.approx((4 / 7 + 1) / 4)
 
 
 def test_an_answer_is_the_argmax_token_by_token(make, monkeypatch):
@@ -298,6 +339,32 @@ def test_ask_shows_both_answers_and_writes_nothing(adapter, make, capsys):
     said = capsys.readouterr().out
     assert "Which colour is it?" in said and "before" in said and "after" in said
     assert harness.contents(run.folder) == before
+
+
+@pytest.mark.parametrize("adapter", ["lora", None])
+def test_evaluate_writes_each_answer_beside_its_reference_and_nothing_into_the_run(adapter, make, capsys):
+    run = make(adapter=adapter)
+    before = harness.contents(run.path)
+    run("06_save", "--evaluate", "rows.jsonl", "--out", "predictions.jsonl")
+    found = lines(run.folder / "predictions.jsonl")
+    assert [line["reference"] for line in found] == list(COLOURS) and [line["row"] for line in found] == list(range(9))
+    assert all(line["exact_match"] == (line["answer"] == line["reference"]) for line in found)
+    assert "9 answers, in predictions.jsonl" in capsys.readouterr().out
+    assert harness.contents(run.path) == before
+
+
+def test_compare_shows_what_differs_and_what_came_of_it(adapter_run, make, capsys):
+    other = make(lora_r=2, max_steps=2)
+    capsys.readouterr()
+    other("06_save", str(adapter_run.path), "--compare")
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["knob", "run", str(adapter_run.path)] in said and ["lora_r", "2", "4"] in said
+    assert ["steps", "2", "4"] in said and ["max_steps", "2", "4"] in said
+    assert not any(line[:1] in (["learning_rate"], ["output_dir"]) for line in said)
+    last = [run.losses()[-1] for run in (other, adapter_run)]
+    assert ["last", "training", "loss", *(f"{loss:.4f}" for loss in last)] in said
+    (after,) = [line for line in said if line[:3] == ["exact", "match", "after"]]
+    assert after[3] == "-" and after[4].endswith("%")
 
 
 ASKED = (

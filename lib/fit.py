@@ -1,0 +1,178 @@
+"""fit: a run's forecast as tables: what takes memory, which micro-batch fits, what to change if none does.
+
+Fork me to: advise something else (`changes`).
+"""
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+
+from lib import packing, plan, terminal
+from lib.chat import Encoder
+from lib.forecast import Peak, Step
+from lib.ledger import read_json
+from lib.processor import first_line
+from lib.registry import family_of
+from lib.sampler import Batcher, Samples, in_turn
+from lib.stage import Knobs, StageError
+
+GIB = 2**30
+RESERVE = 0.05                            # of a GPU: CUDA's context and gaps between tensors aren't counted
+MOST_ROWS = 256                           # in the micro-batches that are looked at
+SETTINGS = {"checkpointed": True, "kept": False}     # what becomes of layers' activations
+CHANGED_BY = ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "sample_packing",
+              "optimizer", "sequence_len")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run as it would be trained: its plan, all its knobs, and where 02's samples are."""
+    planned: dict
+    knobs: object
+    data: Path
+
+    @classmethod
+    def of(cls, run: Path, planned: dict) -> "Case":
+        """A run folder's. It reads knobs of 04 and 05, too: a forecast is no part of any stage's result."""
+        return cls(planned, Knobs(**read_json(run / "01_config" / "config.json")), run / "02_data")
+
+    def changed(self, **knobs) -> "Case":
+        """The same with other knobs, and planned anew."""
+        knobs = Knobs(**vars(self.knobs) | knobs)
+        return Case(plan.make_plan(knobs), knobs, self.data)
+
+    def peaks(self, cuda: bool = True) -> Callable[[int, bool], Peak]:
+        """A function: rows of a micro-batch, whether layers are checkpointed -> the Peak."""
+        step = Step(self.planned, self.knobs, cuda)
+        row, batcher = longest_row(self, step.net)
+        return functools.cache(lambda rows, checkpointing: step.peak(
+            batcher([dict(row) for _ in range(rows)]), checkpointing))
+
+
+def longest_row(case: Case, net) -> tuple[dict[str, torch.Tensor], Batcher]:
+    """(02's longest training row, packed if rows are, its floats on meta, what makes batches of it)."""
+    knobs, family = case.knobs, family_of(case.planned["model_type"])
+    encoder = Encoder.load(case.data / "processor", knobs.trust_remote_code)
+    packs = knobs.sample_packing and not family.packing              # where it can't, 05 says so
+    samples = Samples(datasets.load_from_disk(case.data / "train"), encoder,
+                      **packing.needs(net, family) if packs else {})
+    rows = in_turn(samples, knobs.sequence_len if packs else None)
+    row = samples[max(rows, key=lambda row: [sum(tokens[index] for index in row)
+                                             for tokens in (samples.input_tokens, samples.media_tokens)])]
+    row |= {key: value.to("meta") for key, value in row.items()
+            if isinstance(value, torch.Tensor) and value.is_floating_point()}
+    return row, Batcher(encoder.pad_id, encoder.collate, samples.masks)
+
+
+# ---- what takes memory ----
+
+def facts(case: Case, peaks: Callable[[int, bool], Peak]) -> dict:
+    """forecast.json: what a GPU that holds everything has at its peak, with and without checkpointing."""
+    knobs, found = case.knobs, {}
+    for name, checkpointing in SETTINGS.items():
+        peak = peaks(knobs.micro_batch_size, checkpointing)
+        found[name] = {"peak_gib": gib(peak.of(1)), "activations_gib": gib(peak.activations),
+                       "phases_gib": {phase: gib(size) for phase, size in peak.phases.items()}}
+    chosen = found["checkpointed" if knobs.gradient_checkpointing else "kept"]["peak_gib"]
+    state = {"weights_gib": {kind: gib(size) for kind, size in peak.weights.items()},
+             "trained_gib": gib(peak.trained), "gradients_gib": gib(peak.gradients),
+             "optimizer_gib": gib(peak.optimizer)}
+    given = {name: getattr(knobs, name) for name in CHANGED_BY}
+    return {"knobs": given, "peak_gib": chosen, **state, **found}
+
+
+def of_run(run: Path, planned: dict) -> dict | None:
+    """A run's `facts`; None, and a word why, where there is no forecast: no stage depends on one."""
+    try:
+        case = Case.of(run, planned)
+        return facts(case, case.peaks())
+    except (StageError, RuntimeError) as error:      # a mistake, 04 or 05 says again, with what mends it
+        terminal.warn(f"no forecast of memory: {first_line(error)}")
+        return None
+
+
+def gib(size: int) -> float:
+    """Bytes in GiB, for a file."""
+    return round(size / GIB, 4)
+
+
+def print_facts(found: dict) -> None:
+    """The table of forecast.json."""
+    both = [found[name] for name in SETTINGS]
+    rows = [[f"weights: {kind}", size, size] for kind, size in found["weights_gib"].items()]
+    rows += [[name, *[found[f"{name}_gib"]] * 2] for name in ("trained", "gradients", "optimizer")]
+    rows.append(["activations, at most", *(setting["activations_gib"] for setting in both)])
+    rows.append(["peak, not quite their sum", *(setting["peak_gib"] for setting in both)])
+    rows += [[f"  peak in {phase}", *(setting["phases_gib"][phase] for setting in both)]
+             for phase in both[0]["phases_gib"]]
+    given = ", ".join(f"{name} {value}" for name, value in found["knobs"].items() if value)
+    terminal.table(f"forecast: GiB on one GPU, at the longest row ({given})",
+                   ["", "checkpointed", "not checkpointed"], rows)
+
+
+# ---- what fits ----
+
+def most_rows(bytes_of: Callable[[int], int], room: int, most: int = MOST_ROWS) -> int:
+    """The most rows, up to `most`, whose bytes are within room; 0 if one row's aren't.
+
+    Bytes grow with rows, nearly along a straight line, which tells the next number to try.
+    """
+    if bytes_of(1) > room:
+        return 0
+    if bytes_of(most) <= room:
+        return most
+    fits, fails = 1, most
+    while fails - fits > 1:
+        line = fits + (room - bytes_of(fits)) * (fails - fits) // (bytes_of(fails) - bytes_of(fits))
+        rows = min(max(line, fits + 1), fails - 1)
+        if bytes_of(rows) <= room:
+            fits = rows
+        else:
+            fails = rows
+    return fits
+
+
+def print_fit(case: Case, gpus: int, room_gib: float) -> None:
+    """Nothing; the micro-batch that fits each way of using the GPUs, and what to change if none does."""
+    knobs, peaks, room = case.knobs, case.peaks(), int(room_gib * GIB * (1 - RESERVE))
+    print_facts(facts(case, peaks))
+    ways = {"one GPU": lambda peak: peak.of(1)}
+    if gpus > 1:
+        ways[f"each of {gpus}, which holds all"] = lambda peak: peak.of(gpus)
+        if knobs.adapter:
+            ways[f"each of {gpus}, base sharded (fsdp_version: 2)"] = lambda peak: peak.sharded(gpus)
+    rows = []
+    for way, bytes_of in ways.items():
+        at = functools.cache(lambda n: bytes_of(peaks(n, knobs.gradient_checkpointing)))
+        rows.append([way, gib(at(knobs.micro_batch_size)), most_rows(at, room) or "none fits"])
+    terminal.table(f"what fits into {room_gib:g} GiB, with {RESERVE:.0%} left free for what isn't counted",
+                   ["on", f"GiB at micro_batch_size {knobs.micro_batch_size}", "largest that fits"], rows)
+    if peaks(knobs.micro_batch_size, knobs.gradient_checkpointing).of(gpus) > room:
+        for line in changes(case, peaks, gpus, room):
+            terminal.say(line)
+
+
+def changes(case: Case, peaks: Callable[[int, bool], Peak], gpus: int, room: int) -> list[str]:
+    """Lines on the knobs that lower the peak most, with what it would be."""
+    knobs, lines = case.knobs, ["it doesn't fit; what helps:"]
+
+    def line(words: str, peak: Peak) -> str:
+        fits = "fits" if peak.of(gpus) <= room else "doesn't fit, either"
+        return f"  {words}: {peak.of(gpus) / GIB:.2f} GiB, {fits}"
+    if knobs.micro_batch_size > 1:
+        lines.append(line("micro_batch_size: 1", peaks(1, knobs.gradient_checkpointing)))
+    if not knobs.gradient_checkpointing:
+        lines.append(line("gradient_checkpointing: true", peaks(1, True)))
+    if not case.planned["quantisation"] and not case.planned["stored_as"]:
+        few_bits = case.changed(adapter="qlora", load_in_4bit=True)
+        lines.append(line("adapter: qlora, with checkpointing", few_bits.peaks()(1, True)))
+    least = peaks(1, True)
+    left = room - (least.of(gpus) - least.activations)
+    share = left / least.activations
+    if 0 < share < 1:
+        lines.append(f"  shorter rows: with about {share:.0%} of the longest one's tokens it fits "
+                     "(sequence_len, or smaller pictures: processor_kwargs)")
+    return lines

@@ -1,0 +1,215 @@
+"""forecast: the memory that training takes on each GPU, from a configuration alone, before one is rented.
+
+05's own step (model, adapter, fast paths, loss, backward) runs once on hollow tensors (lib/hollow.py), at the
+longest row of 02, and what is alive is counted. No weights are read and none are made.
+
+Fork me to: forecast another optimizer (`Step.__init__` makes its state), or more kinds of GPUs.
+"""
+import contextlib
+import functools
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from lib import adapter, fast, hollow, model, parallel, plan, quant
+from lib.loss import forward_loss
+from lib.roles import Roles
+
+FLOAT32 = 4                               # bytes
+TOWERS = ("vision", "audio")
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Bytes on one GPU that holds everything.
+
+    weights: frozen ones, by role and type. activations: all else, at their highest. phases: the most in each
+    part of a step. layers, layer: frozen weights of the language model's layers, and of the largest one.
+    """
+    weights: dict[str, int]
+    trained: int
+    gradients: int
+    optimizer: int
+    activations: int
+    phases: dict[str, int]
+    layers: int
+    layer: int
+
+    @property
+    def state(self) -> int:
+        """What grows with the model and not with the batch."""
+        return sum(self.weights.values()) + self.trained + self.gradients + self.optimizer
+
+    def of(self, ranks: int) -> int:
+        """The peak where each of several ranks holds everything; gradients are summed some at a time."""
+        bucket = min(self.gradients, parallel.BUCKET * FLOAT32) if ranks > 1 else 0
+        return max(*self.phases.values(), self.state + bucket)
+
+    def sharded(self, ranks: int) -> int:
+        """The peak where frozen layers are spread over ranks (lib/sharding.py): one in use, one on its way."""
+        return self.of(ranks) - self.layers + self.layers // ranks + 2 * self.layer
+
+
+class Step:
+    """A plan's training step on hollow tensors, with knobs of 04 and 05, as on a GPU or on a CPU."""
+
+    def __init__(self, planned: dict, knobs, cuda: bool = True):
+        self.knobs, self.cuda, self.roles = knobs, cuda, Roles.of_plan(planned)
+        self.bf16 = planned["dtype"] == "bfloat16"
+        net = plan.on_meta(planned).requires_grad_(False)
+        keep_in_float32(net)
+        few_bits = in_few_bits(net, planned)
+        if knobs.adapter is None:
+            model.train_roles(net, self.roles, knobs.train_roles)
+        else:
+            net, _ = adapter.put_on(net, planned, knobs, real=False)
+            for parameter in model.trained_parameters(net).values():
+                parameter.data = parameter.data.float()
+        pack(few_bits)
+        self.net, self.count = net.train(), hollow.Hollow()
+        self.count.fill(net)
+        self.trained = model.trained_parameters(net)
+        moments = sum(moments_bytes(p.numel(), knobs.optimizer) for p in self.trained.values())
+        self.moments = self.count.tensor(torch.empty(moments, dtype=torch.uint8, device="meta"))
+        self._watch()
+
+    def _watch(self) -> None:
+        """Nothing; the parts of a step that a table names are told apart from here on."""
+        for name, module in self.net.named_modules():
+            role = self.roles.paths.get(model.base_name(name))
+            if role in TOWERS:
+                self.count.watch(module, f"{role} forward")
+        self.count.watch(self.net.get_output_embeddings(), "loss")
+        for parameter in self.trained.values():
+            parameter.register_post_accumulate_grad_hook(self._gradient_made)
+
+    def _gradient_made(self, parameter: torch.nn.Parameter) -> None:
+        if parameter not in self.learnt:
+            self.learnt.add(parameter)
+            self.count.aside_bytes += parameter.nbytes
+
+    def peak(self, batch: dict[str, torch.Tensor], checkpointing: bool) -> Peak:
+        """The peak of a step with this batch: the second step, when the optimizer has its state."""
+        count, roles = self.count, {self.roles.of(model.base_name(name)) for name in self.trained}
+        for layer in checkpointed(self.net):
+            layer.gradient_checkpointing = False
+        if checkpointing:
+            model.checkpoint_trained_layers(self.net, self.roles, roles)
+        batch = {key: self._as_hollow(value) for key, value in batch.items()}
+        self.learnt: set[torch.nn.Parameter] = set()
+        count.phase, count.aside_bytes = "", 0
+        count.start_again()
+        count.add(batch)
+        with fast.paths(self.net, self.roles), self._kernels(), count:
+            for _ in range(min(2, self.knobs.gradient_accumulation_steps)):
+                count.enter("language forward")
+                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                    loss, _ = forward_loss(self.net, batch)
+                count.enter("backward")
+                loss.backward()
+        del loss, _
+        gradients = sum(p.nbytes for p in self.trained.values())
+        phases = dict(count.phases_bytes)
+        copies = gradients if self.knobs.optimizer == "adamw_torch" else 0
+        phases["update"] = count.live_bytes + copies
+        for p in self.trained.values():
+            p.grad = None
+        return self._as_peak(phases, gradients)
+
+    def _as_hollow(self, value):
+        """A batch's entry, without memory where it is floats."""
+        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return self.count.tensor(value) if floats else value
+
+    def _as_peak(self, phases: dict[str, int], gradients: int) -> Peak:
+        """The Peak of what was counted."""
+        weights, trained = Counter(), sum(p.nbytes for p in self.trained.values())
+        for name, p in self.net.named_parameters():
+            if not p.requires_grad:
+                kind = "quantised" if p.dtype == torch.uint8 else str(p.dtype).removeprefix("torch.")
+                weights[f"{self.roles.of(model.base_name(name))} {kind}"] += p.nbytes
+        moments, held = self.moments.nbytes, sum(weights.values()) + trained
+        sizes = [sum(p.nbytes for p in layer.parameters() if not p.requires_grad) for layer in
+                 checkpointed(self.net, self.roles)]
+        phases = {phase: size for phase, size in phases.items() if phase}
+        activations = self.count.most_besides_bytes - held - moments
+        return Peak(dict(weights), trained, gradients, moments, activations, phases,
+                    layers=sum(sizes), layer=max(sizes, default=0))
+
+    @contextlib.contextmanager
+    def _kernels(self):
+        """CUDA's ways, if the forecast is for one: its kernels', lib/fast.py's, and peft's, which asks for
+        CUDA's autocast by its flag alone, in the layers that run again in the backward, too.
+        """
+        if not self.cuda:
+            yield
+            return
+        short, fast.SHORT = fast.SHORT, 0
+        torch.set_autocast_enabled("cuda", self.bf16)
+        try:
+            with hollow.cuda_kernels():
+                yield
+        finally:
+            fast.SHORT = short
+            torch.set_autocast_enabled("cuda", False)
+
+
+def moments_bytes(elements: int, optimizer: str) -> int:
+    """What AdamW keeps of a tensor: two floats for each element, or two bytes and a scale for each 256."""
+    if optimizer.startswith("adamw_torch") or elements < 4096:
+        return 2 * FLOAT32 * elements
+    return 2 * (elements + FLOAT32 * -(-elements // 256))
+
+
+# ---- the model ----
+
+def checkpointed(net, roles: Roles | None = None) -> list[torch.nn.Module]:
+    """The layers that can be checkpointed; of roles, those of language, which lib/sharding.py shards."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    return [module for name, module in net.named_modules() if isinstance(module, GradientCheckpointingLayer)
+            and (roles is None or roles.of(model.base_name(name)) == "language")]
+
+
+def keep_in_float32(net) -> None:
+    """Nothing; what loading leaves in float32 is so on meta, too."""
+    for part in net._keep_in_fp32_modules_strict or ():
+        for name, parameter in net.named_parameters():
+            if re.search(rf"(^|\.){part}(\.|$)", name):
+                parameter.data = parameter.data.float()
+
+
+def in_few_bits(net, planned: dict) -> list[torch.nn.Module]:
+    """The layers on meta that are bitsandbytes' from here on."""
+    if not planned["quantisation"]:
+        return []
+    from transformers.quantizers import AutoHfQuantizer
+    quantiser = AutoHfQuantizer.from_config(quant.configuration(planned), pre_quantized=False)
+    with plan.quiet():
+        quantiser.preprocess_model(model=net, device_map={"": "cpu"}, dtype=net.dtype)
+        quantiser.postprocess_model(net)
+    net.requires_grad_(False)
+    return [net.get_submodule(name) for name in quant.found_linears(net)]
+
+
+def pack(layers: list[torch.nn.Module]) -> None:
+    """Nothing; the layers' weights take as many bytes as bitsandbytes' and compute as they do."""
+    for layer in layers:
+        shape, elements = tuple(layer.weight.shape), layer.weight.numel()
+        if hasattr(layer, "compute_dtype"):
+            blocks = -(-elements // 64)                              # one scale for each
+            nested = layer.weight.compress_statistics
+            size = -(-elements // 2) + (blocks + FLOAT32 * -(-blocks // 256) if nested else FLOAT32 * blocks)
+        else:
+            size = elements + FLOAT32 * shape[0]
+        layer.weight = torch.nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), False)
+        layer.forward = functools.partial(packed_forward, layer, shape)
+
+
+def packed_forward(layer, shape: tuple[int, int], x: torch.Tensor) -> torch.Tensor:
+    """A quantised layer's output [..., out]."""
+    four = hasattr(layer, "compute_dtype")
+    wide = (layer.compute_dtype if four else None) or x.dtype
+    out = hollow.FewBits.apply(x.to(wide), layer.weight, shape, not four)
+    return (out if layer.bias is None else out + layer.bias.to(wide)).to(x.dtype)

@@ -1,0 +1,91 @@
+"""hub: the rows of data sets that the `datasets` library keeps: of the hub, of its cache, or saved by it."""
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lib.checks import BUILDERS, is_data_id
+from lib.stage import StageError
+
+
+def saved(path: Path, spec: dict) -> Iterator[dict]:
+    """The rows of a folder that datasets' save_to_disk wrote."""
+    import datasets
+    try:
+        found = datasets.load_from_disk(str(path))
+    except (FileNotFoundError, ValueError, KeyError, OSError) as error:
+        raise StageError(f"datasets: {path}: not a whole saved data set ({one_line(error)})",
+                         "write the folder again with datasets' save_to_disk") from None
+    splits = found if isinstance(found, datasets.DatasetDict) else \
+        {name: found for name in names_in(spec["split"]) or ["train"]}
+    split = spec["split"] or (next(iter(splits)) if len(splits) == 1 else None)
+    if split is None or set(names_in(split)) - set(splits):
+        raise StageError(f"datasets: {path} has the splits {', '.join(splits)}, not {split!r}",
+                         f"write split: {next(iter(splits))}")
+    splits = {name: undecoded(rows) for name, rows in splits.items() if name in names_in(split)}
+    chosen = places(spec | {"split": split}, {name: len(rows) for name, rows in splits.items()})
+    for name in dict.fromkeys(name for name, _ in chosen):
+        yield from splits[name].select([place for of, place in chosen if of == name])
+
+
+def loaded(spec: dict) -> Iterator[dict]:
+    """The rows that datasets.load_dataset gives: of the hub, of its cache, or of files here of any kind."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+    datasets.disable_progress_bars()
+    path, split = spec["path"], spec["split"]
+    if path in BUILDERS and not spec["data_files"]:        # datasets would take every file below this folder
+        raise StageError(f"datasets: {path}: names a kind of file, and no file", "add data_files: FILE")
+    try:
+        found = datasets.load_dataset(path, spec["name"], revision=spec["revision"], split=split,
+                                      data_files=spec["data_files"])
+    except (DatasetsError, OSError, ValueError, KeyError, TypeError, AssertionError) as error:
+        fix = "correct path, name, revision, data_files or split; a hub id is owner/name"
+        if is_data_id(path) and (offline() or isinstance(error, ConnectionError)):
+            fix = "load it once where there is a network, without HF_HUB_OFFLINE; or name a file that is here"
+        why = one_line(error.__cause__ or error)
+        raise StageError(f"datasets: {path}: can't be loaded: {why}", fix) from None
+    if isinstance(found, datasets.DatasetDict):
+        if len(found) > 1:
+            raise StageError(f"datasets: {path} has the splits {', '.join(found)}", "write which: "
+                             f"split: {next(iter(found))}")
+        found = next(iter(found.values()))
+    yield from undecoded(found)
+
+
+def undecoded(found):
+    """A data set whose media stay bytes and paths, for lib/media.py to decode."""
+    import datasets
+    for column, feature in found.features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, (datasets.Image, datasets.Audio, datasets.Video)):
+            plain = type(inner)(decode=False)
+            found = found.cast_column(column, plain if inner is feature else datasets.List(plain))
+    return found
+
+
+def offline() -> bool:
+    """Whether this process may not reach the hub."""
+    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+               for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says went wrong, in one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
+
+
+def names_in(split: str | None) -> list[str]:
+    """The splits that a split such as train[:1%]+test names."""
+    return [piece.partition("[")[0].strip() for piece in split.split("+")] if split else []
+
+
+def places(spec: dict, sizes: dict[str, int]) -> list[tuple[str, int]]:
+    """[(name of a split, number in it)] of the rows that an entry's split takes of splits of these sizes."""
+    import datasets
+    try:
+        taken = datasets.ReadInstruction.from_spec(spec["split"]).to_absolute(sizes)
+    except (ValueError, AssertionError) as error:
+        raise StageError(f"datasets: {spec['path']}: split {spec['split']}: {one_line(error)}",
+                         "write train, train[:500], train[90%:] or a sum of these") from None
+    return [(each.splitname, place) for each in taken
+            for place in range(*slice(each.from_, each.to).indices(sizes[each.splitname]))]

@@ -1,0 +1,69 @@
+"""predict: what the trained model answers to the rows of a file, beside their references, and its scores."""
+import json
+from pathlib import Path
+
+from lib import ledger, model, parallel, sources, stage, terminal
+from lib.chat import Encoder
+from lib.evaluate import METRICS, generate
+from lib.messages import RowError
+from lib.plan import quiet
+from lib.rows import Rows
+from lib.stage import StageError
+from lib.template import Template
+
+OWN_TO_A_FILE = ("data_files", "name", "revision", "ds_type", "split", "media_root")
+
+
+def evaluate_file(run: Path, path: str, out: Path) -> None:
+    """Write a line for each sample of a data file, read as the first one of the recipe; say the scores.
+
+    It is the view `06_save.py RUN --evaluate FILE --out FILE`: the run folder stays as it is.
+    """
+    if out.exists():
+        raise StageError(f"--out: {out} is there already", "name another file, or remove that one")
+    work, data = stage.view("06_save", run), stage.view("02_data", run, own=True)
+    plan = ledger.read_json(work.input("03_load_model") / "model.json")
+    encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
+    samples = read(path, data, encoder)                             # what is wrong, before weights are loaded
+    lines, net = [], trained_model(work, plan)
+    with quiet(), terminal.Progress(f"answering {path}", len(samples)) as progress:
+        for place, sample in enumerate(samples, start=1):
+            text, shown, reference = encoder.prompt(sample)
+            answer = generate(net, encoder, text, shown, work.config.max_new_tokens)
+            scores = {name: metric([answer], [reference]) for name, metric in METRICS.items()}
+            lines.append({"sample_id": sample["sample_id"], "row": sample["row"], "answer": answer,
+                          "reference": reference, **scores})
+            progress.update(place)
+    half = out.with_name(f".{out.name}.half")
+    half.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    half.replace(out)
+    answers, references = [[line[side] for line in lines] for side in ("answer", "reference")]
+    means = [[name.replace("_", " "), f"{metric(answers, references):.1%}"]
+             for name, metric in METRICS.items()]
+    terminal.table(f"{len(lines)} answers, in {out}", ["metric", "mean"], means)
+
+
+def read(path: str, data, encoder: Encoder) -> list[dict]:
+    """The samples of a data file; a StageError names the first row that can't be used."""
+    spec = data.config.datasets[0] | {"path": path} | dict.fromkeys(OWN_TO_A_FILE)
+    template = Template(encoder.processor, day=data.config.template_date)
+    reader, found = None, []
+    for number, where, row in sources.rows(spec):
+        try:
+            reader = reader or Rows.of(spec, Path(path).stem, data, template, encoder)
+            found += reader.samples(row, number)
+        except RowError as error:
+            raise StageError(f"--evaluate: {where}: {error.reason}", error.fix) from None
+    if not found:
+        raise StageError(f"--evaluate: {path}: holds no row", "name a file with rows")
+    return found
+
+
+def trained_model(work, plan: dict):
+    """The model with what was trained, for answering."""
+    trained, device = work.input("05_train"), parallel.pick_device()
+    if work.config.adapter is None:
+        plan = plan | {"base_model": str(trained / "model"), "revision": None}
+        return model.load(plan, device, mode="inference")
+    base = model.load(plan, device, mode="inference")
+    return model.attach(base, trained / "adapter", trainable=False).eval()

@@ -1,0 +1,103 @@
+"""resolution: a budget of pixels for each picture, set in the family's own image processor and saved with it.
+
+So training, evaluation and serving see a picture alike. Each strategy is a way in which processors bound what
+they make of one; a family's record names its own. A budget is never exceeded: what can't be had is refused.
+
+Fork me to: bound another processor (a row in STRATEGIES, its name in the family's record).
+"""
+import math
+
+from lib.families import Family
+from lib.stage import StageError
+
+
+def set_budget(processor, family: Family, least: int | None, most: int | None) -> None:
+    """Nothing; the processor makes pictures of `least` to `most` pixels (None: as the checkpoint has it)."""
+    if least is None and most is None:
+        return
+    images = getattr(processor, "image_processor", None)
+    if images is None or family.pixels not in STRATEGIES or family.pixels == "edge" and not edge_of(images):
+        raise StageError(f"image_max_pixels: {family.name} makes every picture of one size",
+                         "remove image_max_pixels and image_min_pixels")
+    strategy, bounded_below = STRATEGIES[family.pixels]
+    if least is not None and not bounded_below:
+        raise StageError(f"image_min_pixels: {family.name} has no lower bound for its pictures",
+                         "remove image_min_pixels")
+    strategy(images, least, most)
+
+
+def area(images, least: int | None, most: int | None, frames: int = 1) -> None:
+    """The two edges of `size` are numbers of pixels, by their names to spite."""
+    bounds = dict(images.size) if isinstance(images.size, dict) else vars(images.size)
+    cell = (images.patch_size * images.merge_size) ** 2
+    if most is not None and most < cell:
+        too_few(most, cell)
+    most = bounds["longest_edge"] if most is None else most * frames
+    least = min(bounds["shortest_edge"], most) if least is None else least * frames
+    images.size = {"shortest_edge": least, "longest_edge": most}
+
+
+def area_of_two(images, least: int | None, most: int | None) -> None:
+    """The same, of a picture that counts twice, as two frames of a clip."""
+    area(images, least, most, frames=2)
+
+
+def edge(images, least: None, most: int) -> None:
+    """`longest_edge` bounds a side: the one of a square of that many pixels."""
+    patch = images.patch_size["height"] if isinstance(images.patch_size, dict) else images.patch_size
+    if most < (4 * patch) ** 2:
+        too_few(most, (4 * patch) ** 2)
+    images.size = {"longest_edge": min(math.isqrt(most), edge_of(images))}
+
+
+def edge_of_tiles(images, least: None, most: int) -> None:
+    """`longest_edge` is a multiple of a tile's, to which every picture is enlarged."""
+    tile = images.max_image_size["longest_edge"]
+    if most < tile**2:
+        too_few(most, tile**2)
+    images.size = {"longest_edge": min(math.isqrt(most) // tile * tile, edge_of(images))}
+
+
+def tiles(images, least: None, most: int) -> None:
+    """`max_patches` tiles of the size that the tower takes."""
+    tile = images.size["height"] * images.size["width"]
+    if most < tile:
+        too_few(most, tile)
+    images.max_patches = min(most // tile, images.max_patches)
+
+
+def tiles_or_tokens(images, least: None, most: int) -> None:
+    """`max_tiles`, and without them tokens that stand for a square of pixels each."""
+    token = (images.encoder_patch_size * images.downsample_factor) ** 2
+    if most < token * images.min_image_tokens:
+        too_few(most, token * images.min_image_tokens)
+    images.max_image_tokens = min(most // token, images.max_image_tokens)
+    images.max_tiles = min(most // images.tile_size**2, images.max_tiles)
+    if images.max_tiles < images.min_tiles:
+        images.do_image_splitting = False
+
+
+def levels(images, least: None, most: int) -> None:
+    """`max_soft_tokens` has five levels; a token stands for a square of pixels."""
+    token = (images.patch_size * images.pooling_kernel_size) ** 2
+    fitting = [level for level in (70, 140, 280, 560, 1120) if level * token <= most]
+    if not fitting:
+        too_few(most, 70 * token)
+    images.max_soft_tokens = fitting[-1]
+
+
+STRATEGIES = {"area": (area, True), "area_of_two": (area_of_two, True), "edge": (edge, False),
+              "edge_of_tiles": (edge_of_tiles, False), "tiles": (tiles, False),
+              "tiles_or_tokens": (tiles_or_tokens, False), "levels": (levels, False)}
+
+
+def edge_of(images) -> int | None:
+    """The longest edge of an image processor's size, None where it has no such bound."""
+    size = images.size
+    return size.get("longest_edge") if isinstance(size, dict) else getattr(size, "longest_edge", None)
+
+
+def too_few(most: int, fewest: int) -> None:
+    """Raises StageError: the processor can't make pictures so small."""
+    raise StageError(f"image_max_pixels: {most:,}: base_model's processor makes no picture of fewer than "
+                     f"{fewest:,} pixels", f"image_max_pixels: {fewest}")

@@ -1,0 +1,180 @@
+"""rows: a data set's rows as measured samples, or a RowError that says why one can't be used.
+
+Fork me to: do something else with what is too long (`Rows.fitted`).
+"""
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lib import media, sources, terminal
+from lib.chat import IGNORE_INDEX, Encoder
+from lib.fetch import FetchError, Fetcher
+from lib.messages import NOUNS, RowError, count, normalise
+from lib.processor import placeholders, tokenizer_of
+from lib.shapes import Shape, tools_of
+from lib.template import Conversation, Labels, Template
+
+TRIES = 8                          # of cutting a text: its last tokens may be others without what followed
+
+
+class TooLong(RowError):
+    """A row that is over sequence_len."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What turns the rows of one data set into samples.
+
+    uses(path, sha256): says to the stage that a file was read, be it good or bad.
+    """
+    spec: dict
+    name: str
+    config: object
+    template: Template
+    encoder: Encoder
+    uses: object
+    shape: Shape
+    labels: Labels
+    root: Path
+    fetcher: Fetcher
+
+    @classmethod
+    def of(cls, spec: dict, name: str, work, template: Template, encoder: Encoder) -> "Rows":
+        """The reader of an entry of `datasets`; what it leaves open is as for all data sets."""
+        knobs = {key: getattr(work.config, key) if spec[key] is None else spec[key]
+                 for key in ("train_on_inputs", "roles_to_train", "train_on_eos")}
+        everyone = ("system", "user", "assistant", "tool")
+        labels = Labels(everyone if knobs["train_on_inputs"] else tuple(knobs["roles_to_train"]),
+                        knobs["train_on_eos"])
+        fetcher = Fetcher(work.run / "media", work.config.url_timeout_seconds,
+                          int(work.config.url_max_mib * 2**20), work.config.url_retries,
+                          tuple(work.config.url_hosts))
+        return cls(spec, name, work.config, template, encoder, work.uses, Shape.of(spec), labels,
+                   sources.root(spec), fetcher)
+
+    def parsed(self, row) -> tuple[list[dict], list, list[dict]] | RowError:
+        """(messages, media as the row gives them, tools) of a row, or what is wrong with it."""
+        try:
+            if isinstance(row, RowError):
+                return row
+            return *normalise(row, self.shape), tools_of(row, self.shape)
+        except RowError as error:
+            return error
+
+    def fetch(self, rows: list) -> None:
+        """Nothing; what the parsed rows name by url is in the run's folder, or known not to be had."""
+        given = [source for row in rows if not isinstance(row, RowError) for source in row[1]]
+        urls = list(dict.fromkeys(url for url in map(media.url_of, given) if url))
+        if urls:
+            with terminal.Progress(f"fetching {count(len(urls), 'url')}", len(urls)) as progress:
+                self.fetcher.fetch_all(urls, progress.update)
+
+    def samples(self, row: tuple | RowError, number: int) -> list[dict]:
+        """The samples of a parsed row (several if the template rewrites earlier turns), or a RowError."""
+        if isinstance(row, RowError):
+            raise row
+        messages, given, tools = row
+        pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
+        if self.config.max_images is not None and pictures > self.config.max_images:
+            raise RowError(f"{count(pictures, 'picture')}, over max_images {self.config.max_images}",
+                           "raise max_images, or remove some with their parts")
+        records, opened = self.read_media(messages, given)
+        template = self.template.with_options(tools, **self.config.chat_template_kwargs)
+        found = []
+        for conversation in template.conversations(messages, self.labels):
+            conversation, sizes = self.fitted(conversation, opened[:conversation.media])
+            found.append({"sample_id": f"{self.name}-{number}" + (f".{len(found)}" if found else ""),
+                          "row": number, "dataset": self.spec["path"], "of": self.name,
+                          "weight": self.spec["weight"], "messages": json.dumps(messages, ensure_ascii=False),
+                          "text": conversation.text,
+                          "spans": [{"start": start, "end": end} for start, end in conversation.spans],
+                          "media": records[:conversation.media], "ends_added": conversation.ends_added,
+                          "put_in": conversation.put_in, "tells_day": conversation.tells_day, **sizes})
+        return found
+
+    def read_media(self, messages: list[dict], given: list) -> tuple[list[dict], list]:
+        """(media records, decoded media), or a RowError. Their files are the stage's inputs, good or bad."""
+        kinds = [part["type"] for message in messages for part in message["content"]
+                 if part["type"] != "text"]
+        records, opened = [], []
+        for kind, source in zip(kinds, given, strict=True):
+            try:
+                if url := media.url_of(source):
+                    record, medium = self.read_fetched(url, kind)
+                else:
+                    record, medium = media.read_medium(source, self.root, kind, self.encoder.sampling)
+            except media.MediaError as error:
+                if isinstance(error.name, Path) and error.name.is_file():
+                    self.uses(error.name)
+                raise RowError(str(error), f"replace that {NOUNS[kind]}, or remove the row") from None
+            for path in media.files_of(record):
+                self.uses(path, sha256=record["sha256"] if record["bytes"] is None else None)
+            records.append(record)
+            opened.append(medium)
+        return records, opened
+
+    def read_fetched(self, url: str, kind: str) -> tuple[dict, object]:
+        """(media record, decoded medium) of a url, or a MediaError with how it was served."""
+        served, shown = "", media.shown(url)
+        try:
+            path, served = self.fetcher.path_of(url)
+            return media.read_medium(path, Path(), kind, self.encoder.sampling)
+        except FetchError as error:
+            raise media.MediaError(shown, str(error)) from None
+        except media.MediaError as error:
+            why = f"{served}: {str(error).removeprefix(f'{error.name}: ')}"
+            self.fetcher.refuse(url, why)
+            raise media.MediaError(shown, why) from None
+
+    def fitted(self, conversation: Conversation, opened: list) -> tuple[Conversation, dict]:
+        """(the conversation, its counts), its text cut where excess_length_strategy says so, or a RowError.
+
+        Only text after the last medium is cut: media are whole, where the template put them.
+        """
+        encoded, cut = self.encode(conversation, opened), 0
+        limit = self.config.sequence_len
+        length = encoded["input_ids"].shape[1]
+        excess = too_long = length - limit
+        while excess > 0 and self.config.excess_length_strategy == "truncate" and cut < TRIES:
+            conversation = self.without_last(conversation, excess)
+            encoded, cut = self.encode(conversation, opened), cut + 1
+            excess = encoded["input_ids"].shape[1] - limit
+        if excess > 0:
+            raise TooLong(f"{count(length, 'token')}, over sequence_len {limit}",
+                          "raise sequence_len, shorten the row, or use smaller pictures")
+        return conversation, {**self.counts(encoded), "cut_tokens": max(0, too_long)}
+
+    def without_last(self, conversation: Conversation, tokens: int) -> Conversation:
+        """The conversation without its last tokens; TooLong where media or nothing to learn would be left."""
+        text, tokenizer = conversation.text, tokenizer_of(self.encoder.processor)
+        known = placeholders(self.encoder.processor).values()
+        behind = max((text.rfind(token) + len(token) for token in known if token in text), default=0)
+        rest = tokenizer(text[behind:], add_special_tokens=False, return_offsets_mapping=True)
+        places = [start for start, _ in rest["offset_mapping"]]
+        stop = behind + places[-tokens] if len(places) > tokens else behind
+        spans = [(start, min(end, stop)) for start, end in conversation.spans if start < stop]
+        if not spans or stop == behind:
+            raise TooLong(f"cut to sequence_len {self.config.sequence_len} behind its last medium, it "
+                          "teaches nothing", "raise sequence_len, or use smaller pictures")
+        return replace(conversation, text=text[:stop], spans=spans)
+
+    def encode(self, conversation: Conversation, opened: list) -> dict:
+        """The tensors of a conversation; a RowError where the processor refuses its media."""
+        try:
+            return self.encoder.encode(conversation.text, conversation.spans, opened)
+        except RowError:
+            raise
+        except ValueError as error:
+            pictures = [medium for medium in opened if media.kind_of(medium) == "image"]
+            sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
+            raise RowError(f"the processor refuses this row: {error} (pictures: {sizes or 'none'})",
+                           "change the picture's size, or remove the row") from None
+
+    def counts(self, encoded: dict) -> dict[str, int]:
+        """The sample's token counts; a RowError if it teaches nothing."""
+        ids, labels = encoded["input_ids"][0], encoded["labels"][0]              # [T]
+        supervised_tokens = int((labels[1:] != IGNORE_INDEX).sum())              # no token predicts the first
+        if supervised_tokens == 0:
+            raise RowError("nothing to learn: no token is trained", "write what the assistant should answer")
+        return {"input_tokens": len(ids), "supervised_tokens": supervised_tokens,
+                "media_tokens": sum(int((ids == media_id).sum()) for media_id in self.encoder.never_trained)}

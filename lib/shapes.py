@@ -1,0 +1,187 @@
+"""shapes: a row of any usual shape as a list of messages in OpenAI's: role, content, and what else they have.
+
+Fork me to: take rows of another shape (`conversation_of`).
+"""
+import functools
+import json
+import re
+from dataclasses import dataclass, field, fields
+
+ROLES = ("system", "user", "assistant", "tool")
+CALLED = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool",
+          "function_response": "tool", **{role: role for role in ROLES}}
+EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")      # of a message, for the template
+CONVERSATIONS = ("messages", "conversations", "conversation")
+PAIRS = (("prompt", "completion"), ("question", "answer"))                # columns of one exchange
+
+
+class RowError(ValueError):
+    """A row that can't be used: RowError(reason, fix), both one line."""
+
+    def __init__(self, reason: str, fix: str):
+        super().__init__(reason)
+        # JSON can hold halves of surrogate pairs, which no file or terminal takes.
+        self.reason, self.fix = (text.encode("utf-8", "backslashreplace").decode() for text in (reason, fix))
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Where a data set keeps what, as its entry in the recipe says it; None and {} mean the usual places."""
+
+    field_messages: str | None = None
+    field_tools: str = "tools"
+    message_property_mappings: dict = field(default_factory=dict)
+    message_field_role: str | None = None
+    message_field_content: str | None = None
+    message_field_training: str = "train"
+    roles: dict = field(default_factory=dict)
+    system_prompt: str | None = None
+
+    @classmethod
+    def of(cls, spec: dict) -> "Shape":
+        """The shape of an entry of `datasets`."""
+        return cls(**{each.name: spec[each.name] for each in fields(cls)})
+
+    def places(self, name: str) -> list[str]:
+        """The keys under which a message may have a property: the one that the recipe names, or the usual."""
+        older = {"role": self.message_field_role, "content": self.message_field_content}
+        usual = {"role": ["role", "from"], "content": ["content", "value"]}
+        given = self.message_property_mappings.get(name) or older.get(name)
+        return [given] if given else usual.get(name, [name])
+
+    def role(self, word) -> str | None:
+        """The role that a row's word means, None for none. The recipe's words go before the usual ones."""
+        return self._called.get(word) if isinstance(word, str) else None
+
+    @functools.cached_property
+    def _called(self) -> dict[str, str]:
+        return CALLED | {word: role for role, words in self.roles.items() for word in listed(words)}
+
+
+def conversation_of(row: dict, shape: Shape) -> list:
+    """The messages of a row, whichever way it writes them, before they are looked at one by one."""
+    if shape.field_messages:
+        found = row.get(shape.field_messages)
+    else:
+        found = next((row[key] for key in CONVERSATIONS if row.get(key)), None)
+    if isinstance(found, list) and found:
+        return [*system_of(row, shape, found), *found]
+    for asked, answered in PAIRS:
+        if not shape.field_messages and not found and row.get(asked) and answered in row:
+            pair = exchange(row, asked, answered, shape.message_field_training)
+            return [*system_of(row, shape, pair), *pair]
+    keys = shortened(", ".join(map(str, row))) or "nothing"
+    wanted = repr(shape.field_messages or "messages")
+    raise RowError(f"no list of messages under {wanted}; the row has {keys}",
+                   "write the conversation there, or name its key with field_messages")
+
+
+def exchange(row: dict, asked: str, answered: str, train: str) -> list:
+    """The messages of a prompt and its completion, each a text or messages; the prompt's don't train."""
+    question, answer = row[asked], row[answered]
+    if isinstance(question, str) and isinstance(answer, str):
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    if isinstance(question, str):
+        question = [{"role": "user", "content": question}]
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    for name, value in ((asked, question), (answered, answer)):
+        if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+            raise RowError(f"{name!r} is {name_of(value)}, neither a text nor a list of messages",
+                           f"write {asked} and {answered} as texts or as lists of messages")
+    return [*({train: False, **message} for message in question), *answer]
+
+
+def system_of(row: dict, shape: Shape, messages: list) -> list:
+    """[the system message] that the row's column or the recipe adds, [] where the messages have their own."""
+    first = messages[0]
+    word = next((first[key] for key in shape.places("role") if first.get(key)), None) \
+        if isinstance(first, dict) else None
+    text = row["system"] if isinstance(row.get("system"), str) and row["system"] else shape.system_prompt
+    return [] if not text or shape.role(word) == "system" else \
+        [{shape.places("role")[0]: "system", shape.places("content")[0]: text}]
+
+
+def with_parts(text: str, kinds: set[str]) -> list[dict]:
+    """A text's parts: each tag such as <image>, of one of these kinds, is a part in its place.
+
+    The newline that sets a tag off at a text's begin or end goes with it: templates write their own.
+    """
+    tag = "|".join(f"<{kind}>" for kind in sorted(kinds)) or r"(?!)"
+    text = re.sub(rf"^((?:{tag})+)\n|\n((?:{tag})+)$", r"\1\2", text)
+    pieces = re.split(f"({tag})", text)
+    return [{"type": piece[1:-1]} if place % 2 else {"type": "text", "text": piece}
+            for place, piece in enumerate(pieces) if piece or len(pieces) == 1]
+
+
+def tools_of(row: dict, shape: Shape = Shape()) -> list[dict]:
+    """The tools that a row offers, a list or the JSON text of one."""
+    tools = row.get(shape.field_tools) or []
+    if isinstance(tools, str):
+        tools = json_or_none(tools)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and name_in(tool) for tool in tools):
+        raise RowError(f"{shape.field_tools!r} is no list of tools, each with a name",
+                       'write [{"type": "function", "function": {"name": …, "parameters": …}}]')
+    return tools
+
+
+def calls_of(given, number: int) -> list[dict]:
+    """A message's tool calls, their arguments as objects: templates would write a JSON text as a text."""
+    calls = json_or_none(given) if isinstance(given, str) else given
+    if not isinstance(calls, list) or not all(isinstance(call, dict) and name_in(call) for call in calls):
+        raise RowError(f"message {number} has tool_calls that are no list of calls, each with a name",
+                       'write [{"type": "function", "function": {"name": …, "arguments": {…}}}]')
+    return [{**call, "function": plain_call(call["function"])} if isinstance(call.get("function"), dict)
+            else plain_call(call) for call in calls]
+
+
+def plain_call(call: dict) -> dict:
+    """A call with its arguments as an object, where they are the JSON text of one."""
+    given = call.get("arguments")
+    read = json_or_none(given) if isinstance(given, str) else given
+    return {**call, "arguments": read} if isinstance(read, dict) else call
+
+
+def name_in(call: dict) -> str | None:
+    """The name of a tool or call, None where it has none."""
+    name = inside(call).get("name")
+    return name if isinstance(name, str) and name else None
+
+
+def inside(call: dict) -> dict:
+    """What a tool or call is, which many rows keep under "function"."""
+    return call["function"] if isinstance(call.get("function"), dict) else call
+
+
+def strings_in(value, keys: bool = False) -> list[str]:
+    """Every text in a JSON value; with `keys`, those of its objects, too."""
+    if isinstance(value, str):
+        return [value]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    own = list(value) if keys and isinstance(value, dict) else []
+    return own + [text for each in inner for text in strings_in(each, keys)]
+
+
+def json_or_none(text: str):
+    """The value of a JSON text, None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def listed(value) -> list:
+    """A list, or one value as a list."""
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def name_of(value) -> str:
+    """What a JSON value is, as in "a list"."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def shortened(text: str) -> str:
+    """At most 80 characters of a text, in one line."""
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:79]}…"

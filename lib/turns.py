@@ -1,0 +1,205 @@
+"""turns: where each turn's text and its end stand in a render, to the character.
+
+A reply is what a render gains by it: the render up to the reply, without the one before it that asks for it.
+Where its text ends is seen by rendering a mark in its place. Any other turn's text is found by such marks
+alone: with them, the render has to be the same but for that text.
+
+Fork me to: find turns in another way (`_reply`, `_asked`).
+"""
+import functools
+import json
+from dataclasses import dataclass
+
+from lib.messages import RowError, has_media, text_parts, texts_of
+from lib.processor import placeholders, special_tokens, tokenizer_of
+from lib.render import MARK, Renderer
+from lib.shapes import inside, strings_in
+from lib.stage import StageError
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The (start, stop) characters of a turn's text, several if media stand among them; where its end ends.
+
+    `end` is the last `stop` where the template writes no end. `text_trained` and `end_trained` say what of it
+    is learnt; `closes`, whether the kit may put an end there.
+    """
+    spans: list[tuple[int, int]]
+    end: int
+    closes: bool = False
+    text_trained: bool = True
+    end_trained: bool = True
+
+    @property
+    def ended(self) -> bool:
+        """Whether the template wrote an end."""
+        return self.end > self.spans[-1][1]
+
+
+class Turns(Renderer):
+    """A processor's chat template, and the turns in its renders.
+
+    stops: the tokens at which the checkpoint's generation stops, beside the tokenizer's eos. They tell which
+    of several tokens ends a turn, and whether a template that writes no end means the next header to be it.
+    """
+
+    def __init__(self, processor, stops: tuple[str, ...] = (), day: str | None = None):
+        super().__init__(processor, day)
+        self.stops = {*stops, tokenizer_of(processor).eos_token}
+        self.special, self.placeholders = special_tokens(processor), placeholders(processor)
+
+    def _reply(self, messages: list[dict], upto: str) -> Turn:
+        """Where the last message, an assistant's, stands in `upto`, the render of these messages."""
+        before, reply = messages[:-1], messages[-1]
+        if reply.get("tool_calls"):
+            return self._calling(before, reply, upto)
+        parts, texts = reply["content"], texts_of(reply)
+        if not parts or parts[-1]["type"] != "text":    # a mark behind the last medium shows the turn's end
+            parts, texts = [*parts, *text_parts("")], [*texts, ""]
+        marks = [{"type": "text", "text": MARK} if part["type"] == "text" else part for part in parts]
+        head, *gaps = self.render([*before, {**reply, "content": marks}]).split(MARK)
+        prompt = self.render(before, prompt=True) if before else head
+        start = next((len(known) for known in (prompt, head) if upto.startswith(known)), None)
+        stop = len(upto) - len(gaps[-1]) if len(gaps) == len(texts) and upto.endswith(gaps[-1]) else 0
+        first = begin_of(texts, upto[:stop])            # before `start` where the prompt opens its thought
+        if start is None or stop < start or first is None or first < start and not upto.startswith(prompt):
+            raise unclear("the chat template's finished turn isn't its prompt, the reply's text and an end")
+        self._refuse_unread(before, upto[:min(first, start)])
+        cuts = self._media_in(upto, start, texts, [head, *gaps]) if has_media(reply) else []
+        edges = [start, *(edge for cut in cuts for edge in cut), stop]
+        spans = list(zip(edges[::2], edges[1::2]))
+        return Turn([(a, b) for a, b in spans[:-1] if a < b] + spans[-1:],
+                    self._end_of_turn(upto, stop), True)
+
+    def _calling(self, before: list[dict], reply: dict, upto: str) -> Turn:
+        """Where a reply with tool calls stands: it ends as a plain one would, and all before is its own."""
+        prompt = self.render(before, prompt=True)
+        plain = self.render([*before, {"role": "assistant", "content": text_parts(MARK)}]).split(MARK)
+        start, stop = len(prompt), len(upto) - len(plain[-1])
+        if has_media(reply) or len(plain) != 2 or not upto.startswith(prompt) or stop < start \
+                or not upto.endswith(plain[-1]):
+            raise unclear("the chat template's turn with tool calls doesn't end as one without")
+        for text in [*texts_of(reply), *calls_in([reply])]:
+            if not stands_in(text, upto[start:stop]):
+                raise lost(text)
+        self._refuse_unread(before, prompt)
+        return Turn([(start, stop)], self._end_of_turn(upto, stop), True)
+
+    def _refuse_unread(self, before: list[dict], read: str) -> None:
+        """RowError where a text isn't read before the reply: some templates keep it for the last question."""
+        for message in before:
+            for text in texts_of(message):
+                if message["role"] != "assistant" and text.strip() not in read:
+                    raise lost(text)
+
+    def _asked(self, messages: list[dict], place: int, full: str) -> Turn | None:
+        """Where the text of a message that is no reply stands in the render of all; None if it has none."""
+        texts = texts_of(messages[place])
+        if not any(text.strip() for text in texts):
+            return None
+        marks = [{"type": "text", "text": MARK} if part["type"] == "text" else part
+                 for part in messages[place]["content"]]
+        marked = [*messages[:place], {**messages[place], "content": marks}, *messages[place + 1:]]
+        head, *gaps = self.render(marked).split(MARK)
+        who = f"message {place} ({messages[place]['role']})"
+        hidden = unclear(f"{who} can't be told from the rest of its render")
+        spans, stop = [], len(head)
+        for text, gap in zip(texts, gaps):
+            shown = next((t for t in (text, text.strip()) if full.startswith(t + gap, stop)), None)
+            if shown is None or len(gaps) != len(texts) or not full.startswith(head):
+                raise hidden
+            spans.append((stop, stop + len(shown)))
+            stop += len(shown) + len(gap)
+        if stop != len(full):
+            raise hidden
+        spans = [(start, end) for start, end in spans if start < end]
+        start, stop = spans[0][0], spans[-1][1]
+        lead = len(full[:start]) - len(full[:start].rstrip(" "))     # a space belongs to the token behind it
+        ends = self.special.match(full, len(full) - len(full[stop:].lstrip()))
+        ended = ends and ends.group() in self.ends
+        return Turn([(start - lead, spans[0][1]), *spans[1:]], ends.end() if ended else stop)
+
+    def _end_of_turn(self, upto: str, stop: int) -> int:
+        """Where the turn ends whose text ends at `stop`: behind the next special token, in most templates."""
+        found = self.special.search(upto, stop)
+        if not found:
+            return max(stop, len(upto.rstrip()))
+        first = found.end()
+        while found:                                    # Cohere ends with two tokens, and stops at the second
+            if found.group() in self.stops:
+                return found.end()
+            found = self.special.match(upto, found.end())
+        return first
+
+    def _media_in(self, upto: str, start: int, texts: list[str], gaps: list[str]) -> list[tuple[int, int]]:
+        """The characters that the template wrote for the media among a reply's texts, wrappers and all."""
+        place, cuts = len(gaps[0]), []
+        known = upto.startswith(gaps[0])
+        if self.special.search(upto, start, place):
+            cuts.append((start, place))
+        for text, gap in zip(texts, gaps[1:]):
+            shown = next((t for t in (text, text.strip()) if upto.startswith(t + gap, place)), None)
+            if not known or shown is None:
+                raise unclear("the media in an assistant's turn can't be told from its text")
+            place += len(shown)
+            cuts.append((place, place + len(gap)))
+            place += len(gap)
+        return [(a, b) for a, b in cuts[:-1] if self.special.search(upto, a, b)]    # the last ends the turn
+
+    @functools.cached_property
+    def _behind_reply(self) -> str | None:
+        """The special token that stands behind a reply's text when another turn follows, if one does."""
+        turns = [{"role": role, "content": text_parts(text)}
+                 for role, text in (("user", "x"), ("assistant", MARK), ("user", "x"))]
+        found = self.special.match(self.render(turns).partition(MARK)[2].lstrip())
+        return found.group() if found else None
+
+    @functools.cached_property
+    def ends(self) -> set[str]:
+        """The tokens that end a turn: those at which generation stops, and what the template puts there."""
+        return self.stops | {self._behind_reply}
+
+    @functools.cached_property
+    def closing(self) -> str:
+        """What ends a turn that the template doesn't: the next header if generation stops at it, else eos."""
+        if self._behind_reply in self.stops and self._behind_reply:
+            return self._behind_reply
+        if tokenizer_of(self.processor).eos_token is None:
+            raise StageError("the chat template ends no turn, and the tokenizer has no eos token to do it",
+                             "name a chat_template that writes an end-of-turn token after each reply")
+        return tokenizer_of(self.processor).eos_token
+
+
+def begin_of(texts: list[str], render: str) -> int | None:
+    """Where the texts begin that a render ends with, in their order; None where it doesn't."""
+    place = len(render.rstrip() if texts[-1].strip() else render)
+    if not render[:place].endswith(texts[-1].strip()):
+        return None
+    for text in reversed(texts):
+        place = render.rfind(text.strip(), 0, place)
+        if place < 0:
+            return None
+    return place
+
+
+def calls_in(messages: list[dict]) -> list[str]:
+    """Every name, key and text of the messages' tool calls."""
+    calls = [inside(call) for message in messages for call in message.get("tool_calls", ())]
+    return [text for call in calls for text in [call["name"], *strings_in(call.get("arguments"), keys=True)]]
+
+
+def stands_in(text: str, render: str) -> bool:
+    """Whether a text stands in a render: as it is, or as JSON writes it."""
+    forms = (text.strip(), *(json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (True, False)))
+    return any(form in render for form in forms)
+
+
+def lost(text: str) -> RowError:
+    """The reject of a row with a text that its render lacks where the model would read it."""
+    return RowError(f"the chat template drops or changes this text: {text[:60]!r}",
+                    "name a chat_template that renders every message as it stands")
+
+
+def unclear(reason: str) -> RowError:
+    """The reject of a row whose replies can't be told from the rest of its render."""
+    return RowError(reason, "name a chat_template whose replies stand as they are given")

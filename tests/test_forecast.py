@@ -1,0 +1,150 @@
+"""The forecast of memory is what really lives in memory, and needs neither weights nor memory of its own."""
+import importlib
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from bench.forecast import measure
+from lib import fit, plan
+from lib.forecast import Step
+from lib.sampler import Batcher
+from tests.runner import Run
+from tests.test_families import find
+
+GIB = 2**30
+
+
+def knobs_for(folder, **given):
+    """The knobs of a recipe on this checkpoint."""
+    given = {"base_model": "a/b", "datasets": [{"path": __file__}], "adapter": "lora"} | given
+    knobs, *_ = importlib.import_module("01_config").configure(Path("forecast.yaml"), json.dumps(given))
+    knobs.base_model = str(folder)
+    return knobs
+
+
+def text_batch(tokens, rows=1, vocabulary=1000):
+    """A batch of noise, whose last quarter is trained."""
+    ids = torch.randint(0, vocabulary, (1, tokens), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :tokens * 3 // 4] = -100
+    row = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
+    return Batcher(0, "cat")([dict(row) for _ in range(rows)])
+
+
+def llama(folder, **sizes):
+    """The folder, with a configuration and no weights in it."""
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=2, vocab_size=1000) | sizes
+    config = LlamaConfig(**sizes)
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
+
+
+# ---- right ----
+
+@pytest.mark.parametrize("name, adapter", [("llava", "lora"), ("llava", "qlora"), ("gemma3", "lora"),
+                                           ("qwen3_vl_moe", "lora")])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_it_is_what_the_same_step_on_real_tensors_holds(name, adapter, checkpointing, tmp_path_factory):
+    subject = find(name, tmp_path_factory)
+    knobs = knobs_for(subject.folder, adapter=adapter, bf16=True)
+    planned = plan.make_plan(knobs)
+    batch = subject.batch(subject.rows((1, "What is it? " * 12, "a red fox " * 12)))
+    found = Step(planned, knobs, cuda=False).peak(batch, checkpointing).of(1)
+    _, measured = measure(planned, knobs, batch, checkpointing)
+    assert found == pytest.approx(measured, rel=0.05) and found >= 0.99 * measured
+
+
+def test_weights_adapter_gradients_and_optimizer_are_those_of_a_sum_by_hand(tmp_path):
+    knobs = knobs_for(llama(tmp_path), lora_r=8, bf16=True)
+    peak = Step(plan.make_plan(knobs), knobs).peak(text_batch(32), True)
+    layer = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3              # q, o; k, v; gate, up, down
+    adapter = 8 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    assert peak.weights == {"embedding bfloat16": 2 * 1000 * 64, "head bfloat16": 2 * 1000 * 64,
+                            "language bfloat16": 2 * (2 * (layer + 2 * 64) + 64)}
+    assert (peak.trained, peak.gradients, peak.optimizer) == (4 * adapter, 4 * adapter, 8 * adapter)
+
+
+def test_four_bits_are_half_a_byte_and_the_scales(tmp_path):
+    knobs = knobs_for(llama(tmp_path), adapter="qlora", bf16=True)
+    peak = Step(plan.make_plan(knobs), knobs).peak(text_batch(32), True)
+    elements = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
+    each = 1 / 2 + 1 / 64 + 4 / 64 / 256
+    assert peak.weights["language quantised"] == pytest.approx(elements * each, rel=0.01)
+
+
+def test_full_fine_tuning_holds_sixteen_bytes_for_each_parameter(tmp_path):
+    knobs = knobs_for(llama(tmp_path), adapter=None, bf16=True)
+    planned = plan.make_plan(knobs)
+    peak = Step(planned, knobs).peak(text_batch(32), True)
+    assert peak.state == 16 * sum(planned["parameters"].values()) and not peak.weights
+
+
+# ---- cheap ----
+
+def test_a_model_of_130_billion_parameters_is_forecast_in_less_memory_than_one_of_its_layers(tmp_path):
+    sizes = dict(hidden_size=16_384, intermediate_size=53_248, num_hidden_layers=40, num_attention_heads=128,
+                 num_key_value_heads=8, vocab_size=32_768)
+    knobs = knobs_for(llama(tmp_path, **sizes), bf16=True)
+    planned = plan.make_plan(knobs)
+    before_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = Step(planned, knobs).peak(text_batch(2048), True)
+    grown_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before_gib
+    assert sum(planned["parameters"].values()) > 128e9 and peak.of(1) > 2 * 128e9
+    assert grown_gib < peak.layer / GIB
+
+
+# ---- what follows ----
+
+def test_sharding_needs_less_and_summing_gradients_over_ranks_more(tmp_path):
+    knobs = knobs_for(llama(tmp_path, num_hidden_layers=16), bf16=True)
+    peak = Step(plan.make_plan(knobs), knobs).peak(text_batch(8), True)
+    assert peak.sharded(8) < peak.sharded(4) < peak.of(1) <= peak.of(8)
+
+
+def test_more_rows_or_kept_activations_take_more(tmp_path):
+    knobs = knobs_for(llama(tmp_path), bf16=True)
+    step = Step(plan.make_plan(knobs), knobs)
+    peaks = {checkpointing: [step.peak(text_batch(64, rows), checkpointing).of(1) for rows in (1, 2, 4, 8)]
+             for checkpointing in (True, False)}
+    assert all(sizes == sorted(set(sizes)) for sizes in peaks.values())
+    assert all(less < more for less, more in zip(peaks[True], peaks[False]))
+
+
+def test_the_micro_batch_that_fits_is_the_largest_and_grows_with_the_room():
+    def bytes_of(rows):
+        return max(100 + 10 * rows, 40 + 17 * rows)               # two parts of a step, by turns the higher
+    found = [fit.most_rows(bytes_of, room) for room in range(60, 2000, 7)]
+    assert found == sorted(found) and found[0] == 0
+    for rows, room in zip(found, range(60, 2000, 7)):
+        assert rows == 0 or bytes_of(rows) <= room < bytes_of(rows + 1)
+    assert fit.most_rows(bytes_of, 10**9) == fit.MOST_ROWS
+
+
+# ---- the script ----
+
+def test_03_writes_the_forecast_which_05_sets_beside_what_it_used(tmp_path, monkeypatch, zoo, capsys):
+    run = Run(tmp_path, monkeypatch, zoo("llava")).upto("04_lora")
+    forecast = run.json("03_load_model/forecast.json")
+    assert forecast["peak_gib"] == forecast["checkpointed"]["peak_gib"] < forecast["kept"]["peak_gib"]
+    assert "forecast.json" not in run.json("03_load_model/stage.json")["wrote"]
+    capsys.readouterr()
+    run("05_train")
+    assert f"forecast for a GPU: {forecast['peak_gib']:.2f} GiB" in capsys.readouterr().out
+
+
+def test_the_view_needs_no_weights_writes_nothing_and_says_what_to_change(tmp_path, monkeypatch, zoo, capsys):
+    base = Path(shutil.copytree(zoo("llava"), tmp_path / "base"))
+    run = Run(tmp_path, monkeypatch, base, gradient_checkpointing=False, bf16=True).upto("02_data")
+    (base / "model.safetensors").unlink()
+    run("03_load_model", "--forecast", "--gpus", "8", "--gib", "0.0005")
+    said = capsys.readouterr().out
+    assert not (run.path / "03_load_model").exists() and "none fits" in said
+    for knob in ("micro_batch_size: 1", "gradient_checkpointing: true", "adapter: qlora, with checkpointing"):
+        assert f"  {knob}: " in said
