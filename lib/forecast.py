@@ -48,7 +48,7 @@ class Peak:
         return max(*self.phases.values(), self.state + bucket)
 
     def sharded(self, ranks: int) -> int:
-        """The peak where frozen layers are spread over ranks (lib/sharding.py): one in use, one on its way."""
+        """The peak where frozen layers are spread over ranks (lib/sharding.py): one in use, one to come."""
         return self.of(ranks) - self.layers + self.layers // ranks + 2 * self.layer
 
 

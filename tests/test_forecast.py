@@ -105,7 +105,7 @@ def test_a_model_of_130_billion_parameters_is_forecast_in_less_memory_than_one_o
 def test_sharding_needs_less_and_summing_gradients_over_ranks_more(tmp_path):
     knobs = knobs_for(llama(tmp_path, num_hidden_layers=16), bf16=True)
     peak = Step(plan.make_plan(knobs), knobs).peak(text_batch(8), True)
-    assert peak.sharded(8) < peak.sharded(4) < peak.of(1) <= peak.of(8)
+    assert peak.sharded(8) < peak.sharded(4) < peak.of(4) and peak.of(1) < peak.of(4) == peak.of(8)
 
 
 def test_more_rows_or_kept_activations_take_more(tmp_path):
