@@ -1,21 +1,27 @@
 """rehearsal: 05's view --check, which takes the loop's own steps but writes nothing.
 
-First the longest step that the run can meet: does it fit, and how long would all of them take? Then 30 steps
-on one batch, which is learnt by heart if labels, gradients and optimizer work together.
+First the model's own answer: what `generate` says step by step, training has to predict from the same text at
+once. Then the longest step that the run can meet: does it fit, and how long would all of them take? Then 30
+steps on one batch, which is learnt by heart if labels, gradients and optimizer work together.
 """
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import torch
+
 from lib import optim, packing, parallel, terminal
+from lib.collator import PER_TOKEN, collate
 from lib.sampler import Row, in_turn, loader, to_device
 
 RATE = {"adapter": 2e-3, "model": 1e-4}   # at least, so that 30 steps suffice where the recipe is cautious
 STEPS, ENOUGH = 30, 0.1                   # loss per token
+ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; the lead that rounding can't undo; share to predict
 
 
 def check(run, optimizer_step: Callable[..., dict]) -> None:
     """Nothing; says what a step costs and that one batch is learnt, or stops and says what is wrong."""
     config, samples, world = run.work.config, run.samples, run.world
+    own_answer(run)
     tokens_of = {row: sum(samples.input_tokens[index] for index in row)
                  for row in in_turn(samples, run.order.room)}
     longest = sorted(tokens_of, key=tokens_of.get, reverse=True)[:run.order.global_batch_size]
@@ -40,6 +46,46 @@ def check(run, optimizer_step: Callable[..., dict]) -> None:
     terminal.say(f"{said}: labels, gradients and optimizer work together", "green")
     if config.learning_rate < rate / 1000:
         terminal.warn(f"learning_rate {config.learning_rate:g} is far below that: the run may learn nothing")
+
+
+@torch.no_grad()
+def own_answer(run) -> None:
+    """Nothing; stops where the model, reading its own answer in a padded batch, would say other tokens.
+
+    It needs no labels to compare with, and sees wrong positions, token types, placeholders and padding.
+    """
+    samples, encoder, device = run.samples, run.samples.encoder, run.world.device
+    text, media, _ = encoder.prompt(samples.records[0])
+    asked = to_device(encoder.encode(text, [], media), device)
+    asked.pop("labels")
+    hidden = [*encoder.never_trained]      # media's own tokens: an untrained model may say them, too
+    run.model.eval()
+    with run.autocast():
+        output = run.model.generate(**asked, do_sample=False, max_new_tokens=ANSWER,
+                                    suppress_tokens=hidden or None, pad_token_id=encoder.pad_id)
+    answer = output[0, asked["input_ids"].shape[1]:].tolist()
+    row = encoder.encode(text, [], media)
+    ids = torch.tensor([answer])                                                 # [1, ANSWER]
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}            # token types: 0, text
+    row |= {key: torch.cat([row[key], more.get(key, torch.zeros_like(ids))], dim=1)
+            for key in PER_TOKEN if key in row}
+    longer = samples.encoded(max(range(len(samples)), key=samples.input_tokens.__getitem__))
+    batch = collate([row] if encoder.batch != "any" else [row, longer], encoder.pad_id, encoder.collate)
+    batch.pop("labels")
+    with run.autocast():
+        logits = run.model(**to_device(batch, device), use_cache=False).logits
+    end = row["input_ids"].shape[1]
+    logits = logits[0, end - len(answer) - 1:end - 1].float()                    # [ANSWER, V]
+    logits[:, hidden] = -torch.inf
+    first, second = logits.topk(2).values.unbind(-1)
+    clear = (first - second > CLEAR * first.abs()).tolist()                      # else rounding may decide
+    same = [a == b for a, b in zip(logits.argmax(-1).tolist(), answer)]
+    judged = [agrees for agrees, counts in zip(same, clear) if counts]
+    said = f"of its own answer, {sum(same)} of {len(answer)} tokens are predicted again from the text"
+    if sum(judged) < ENOUGH_TOKENS * len(judged):
+        run.world.stop(f"{said}: training reads it otherwise than inference", "choose another base_model")
+    terminal.say(said)
+    run.model.train()
 
 
 def prove_packing(run) -> None:

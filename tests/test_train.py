@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 
-from lib import checkpoint, model, optim
+from lib import checkpoint, model, optim, rehearsal
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.golden import fingerprint, read_header
 from lib.parallel import World
@@ -405,6 +406,17 @@ def test_check_learns_one_batch_by_heart_and_writes_nothing(make, capsys):
     assert harness.contents(run.folder) == before
     said = capsys.readouterr().out
     assert "the longest step: " in said and "labels, gradients and optimizer work together" in said
+    same, tokens = map(int, re.search(r"of its own answer, (\d+) of (\d+) tokens are predicted again", said).groups())
+    assert 0.9 * tokens <= same <= tokens <= 16 and tokens > 0
+
+
+def test_check_stops_where_training_reads_the_models_own_answer_otherwise(make, monkeypatch):
+    run, own = make(), rehearsal.collate
+    monkeypatch.setattr(rehearsal, "collate", lambda *words: {
+        key: tensor * 0 if key == "pixel_values" else tensor.flip(1) if key == "input_ids" else tensor
+        for key, tensor in own(*words).items()})                   # as a collator that spoils what it batches
+    with pytest.raises(StageError, match="training reads it otherwise than inference"):
+        run("05_train", "--check")
 
 
 def test_check_says_that_too_little_trains(make):
