@@ -47,15 +47,17 @@ def read(path: str, data, encoder: Encoder) -> list[dict]:
     """The samples of a data file; a StageError names the first row that can't be used."""
     spec = data.config.datasets[0] | {"path": path} | dict.fromkeys(OWN_TO_A_FILE)
     template = Template(encoder.processor, day=data.config.template_date)
-    reader, found = None, []
-    for number, where, row in sources.rows(spec):
+    rows = list(sources.rows(spec))
+    if not rows:
+        raise StageError(f"--evaluate: {path}: holds no row", "name a file with rows")
+    reader, found = Rows.of(spec, Path(path).stem, data, template, encoder), []
+    parsed = [reader.parsed(row) for _, _, row in rows]
+    reader.fetch(parsed)
+    for (number, where, _), row in zip(rows, parsed):
         try:
-            reader = reader or Rows.of(spec, Path(path).stem, data, template, encoder)
             found += reader.samples(row, number)
         except RowError as error:
             raise StageError(f"--evaluate: {where}: {error.reason}", error.fix) from None
-    if not found:
-        raise StageError(f"--evaluate: {path}: holds no row", "name a file with rows")
     return found
 
 
