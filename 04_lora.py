@@ -13,6 +13,7 @@ from collections import Counter
 
 from lib import model, plan, stage, terminal
 from lib.adapter import adapted_experts
+from lib.ledger import read_json
 from lib.roles import Roles
 from lib.stage import StageError
 
@@ -28,7 +29,7 @@ def main(argv=None):
     work = stage.begin(stage.decide("04_lora", run, force=args.force))
     if work is None:
         return
-    planned = json.loads((work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))
+    planned = read_json(work.input("03_load_model") / "model.json")
     # 2. Choose what trains, by role: an adapter's tensors, or the base's own.
     facts = adapter(planned, work) if work.config.adapter else full_fine_tuning(planned, work)
     # 3. Write it down; 05 trains this and compares.

@@ -14,7 +14,6 @@ Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the sche
         of samples (lib/sampler.py).
 """
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from lib import sharding, stage, terminal
 from lib.chat import Encoder
 from lib.evaluate import held_out_loss
 from lib.golden import golden_answers, write_golden
-from lib.ledger import write_json
+from lib.ledger import read_json, write_json
 from lib.loss import forward_loss
 from lib.metrics import Log
 from lib.registry import family_of
@@ -94,8 +93,8 @@ class Run:
 def load(work: stage.Work, world: parallel.World) -> Run:
     """The run as the earlier stages planned it, on this rank's device, as its newest checkpoint left it."""
     config, data = work.config, work.input("02_data")
-    plan = json.loads((work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))
-    planned = json.loads((work.input("04_lora") / "adapter.json").read_text(encoding="utf-8"))
+    plan = read_json(work.input("03_load_model") / "model.json")
+    planned = read_json(work.input("04_lora") / "adapter.json")
     # The model, and what of it trains.
     shards = config.fsdp_version is not None and world.world_size > 1
     at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
@@ -139,7 +138,7 @@ def keep_features(run: Run) -> None:
     if moving := trained & {"vision", "projector"}:
         run.world.stop(f"cache_vision_features: {' and '.join(sorted(moving))} would train, so that the "
                        "features change", "cache_vision_features: false, or train other roles only")
-    plan = json.loads((run.work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))
+    plan = read_json(run.work.input("03_load_model") / "model.json")
     store = features.Store.of(run.work.run, plan, run.work.input("02_data") / "processor")
     features.keep(store, run.model, [run.samples, run.held_out], run.world, run.autocast)
     run.samples.store = run.held_out.store = store

@@ -25,6 +25,7 @@ from lib.card import model_card
 from lib.chat import Encoder
 from lib.compare import compare
 from lib.evaluate import exact_match, generate
+from lib.ledger import read_json
 from lib.media import MediaError
 from lib.messages import RowError
 from lib.metrics import loss_series
@@ -75,11 +76,6 @@ def main(argv=None):
     say_results(check)
     work.finish(volatile=("report.html", "figure.svg"))
     terminal.say(f"look at: {work.path / 'report.html'}", "bold")
-
-
-def read_json(path: Path) -> dict:
-    """A JSON file's content."""
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 # ---- export ----

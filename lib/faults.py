@@ -76,7 +76,7 @@ def relief(knobs, longest_tokens: int, has_media: bool) -> list[str]:
         (knobs.micro_batch_size > 1, f"micro_batch_size=1 gradient_accumulation_steps={accumulated}"),
         (knobs.adapter is None, "adapter=lora"),
         (knobs.adapter == "lora", "adapter=qlora"),
-        (has_media, "fewer pixels by processor_kwargs"),
+        (has_media, "image_max_pixels, for smaller pictures"),
         (True, f"sequence_len below {longest_tokens}, without the rows that are longer"),
         (True, "fewer roles that train"),
     )

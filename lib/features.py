@@ -93,8 +93,9 @@ def keep(store: Store, model, parts: list, world, autocast) -> None:
                 if not roomy:
                     check_room(store.folder, found, samples.media_tokens[index], parts)
                     roomy = True
-                write(found, pictures)
-            write({key: row[key] for key in row.keys() - PIXELS}, store.row(samples.records[index]))
+                write(found, pictures, world.rank)
+            write({key: row[key] for key in row.keys() - PIXELS}, store.row(samples.records[index]),
+                  world.rank)
             progress.update(number + 1)
     model.train()
     world.barrier()
@@ -111,9 +112,9 @@ def check_room(folder: Path, found: dict[str, torch.Tensor], tokens: int, parts:
                          f"{free:.1f} GiB are free", "free some space, or cache_vision_features: false")
 
 
-def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file that is whole or not there."""
-    aside = path.with_suffix(".partial")
+def write(tensors: dict[str, torch.Tensor], path: Path, rank: int) -> None:
+    """A safetensors file that is whole or not there; two ranks may be at the same one."""
+    aside = path.with_suffix(f".{rank}.partial")
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, aside)
     aside.replace(path)
 

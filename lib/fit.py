@@ -174,5 +174,5 @@ def changes(case: Case, peaks: Callable[[int, bool], Peak], gpus: int, room: int
     share = left / least.activations
     if 0 < share < 1:
         lines.append(f"  shorter rows: with about {share:.0%} of the longest one's tokens it fits "
-                     "(sequence_len, or smaller pictures: processor_kwargs)")
+                     "(sequence_len, or smaller pictures: image_max_pixels)")
     return lines

@@ -98,7 +98,7 @@ def test_out_of_memory_names_rows_their_tokens_and_three_knobs(allocate, make):
     (dict(micro_batch_size=4, gradient_checkpointing=False, adapter=None), True,
      ["gradient_checkpointing=true", "micro_batch_size=1 gradient_accumulation_steps=8", "adapter=lora"]),
     (dict(micro_batch_size=1, gradient_checkpointing=True, adapter="qlora"), True,
-     ["fewer pixels by processor_kwargs", "sequence_len below 900, without the rows that are longer",
+     ["image_max_pixels, for smaller pictures", "sequence_len below 900, without the rows that are longer",
       "fewer roles that train"]),
 ])
 def test_the_knobs_that_are_named_are_such_as_may_still_help(knobs, media, expected):
