@@ -6,7 +6,7 @@
 
 Reads:  01_config/config.json; 02_data (one sample); the base model's config and weights.
 Writes: 03_load_model/model.json (class, dtype, quantisation, roles: true on every machine), load.json
-        (seconds, GiB, first loss) and forecast.json (GiB that training takes on a GPU).
+        (seconds, GiB, first loss) and forecast.json (GiB that training takes on such a device).
 Source: the auto classes of transformers; QLoRA (arXiv 2305.14314) where the recipe quantises.
 Fork me to: teach it a family (lib/families.py:FAMILIES), or load in another way (lib/model.py:load).
 """
@@ -48,12 +48,13 @@ def main(argv=None):
     planned = plan.make_plan(work.config)
     write_json(work.path / "model.json", planned)
     print_plan(planned)
-    # 3. Forecast what training will take on a GPU.
-    if forecast := fit.of_run(run, planned):
+    # 3. Forecast what training will take on this kind of device.
+    device = parallel.pick_device()
+    if forecast := fit.of_run(run, planned, device.type):
         write_json(work.path / "forecast.json", forecast)
         fit.print_facts(forecast)
     # 4. Load it for real, by the plan.
-    device, began = parallel.pick_device(), time.monotonic()
+    began = time.monotonic()
     loaded = model.load(planned, device, mode="inference")
     seconds = time.monotonic() - began
     # 5. Run one sample through it: the first loss tells a broken model or template at once.

@@ -23,7 +23,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import checkpoint, fast, faults, features, folder, model, optim, packing, parallel, rehearsal
+from lib import checkpoint, fast, faults, features, fit, folder, model, optim, packing, parallel, rehearsal
 from lib import sharding, stage, terminal
 from lib.chat import Encoder
 from lib.evaluate import held_out_loss
@@ -65,7 +65,7 @@ def main(argv=None):
         with faults.told(run):
             with fast.paths(run.model, run.roles), features.replayed(run.model):
                 log = train(run)
-            log.say_peak(work.config)
+            log.say_peak()
             # 4. Save what was trained, and what a fresh process has to reproduce.
             save(run, log)
 
@@ -96,7 +96,10 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     plan = read_json(work.input("03_load_model") / "model.json")
     planned = read_json(work.input("04_lora") / "adapter.json")
     # The model, and what of it trains.
+    if world.device.type == "cpu":
+        parallel.keep_freed_memory()
     shards = config.fsdp_version is not None and world.world_size > 1
+    kept_share = share_of_kept_layers(work, world, plan, shards)
     at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
     net, roles = model.load(plan, at), Roles.of_plan(plan)
     if config.adapter is None:
@@ -107,7 +110,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     model.compare(parameters, roles, planned["trained_parameters"])
     role_of = {name: roles.of(model.base_name(name)) for name in parameters}
     if config.gradient_checkpointing:
-        model.checkpoint_trained_layers(net, roles, set(role_of.values()))
+        model.checkpoint_trained_layers(net, roles, set(role_of.values()), kept_share)
     if shards:
         sharding.shard(net, roles, world)
     bf16 = plan["dtype"] == "bfloat16"
@@ -130,6 +133,25 @@ def load(work: stage.Work, world: parallel.World) -> Run:
                   samples.kinds)
     return Run(work, world, net, roles, parameters, watch, optimizer, autocast, samples, held_out, order,
                first_step, order.total_steps(config.num_epochs, config.max_steps))
+
+
+def share_of_kept_layers(work: stage.Work, world: parallel.World, plan: dict, shards: bool) -> float:
+    """How many of the layers, as a share, keep their activations for the backward, by the forecast of memory.
+
+    The same on every rank: checkpointed layers of a sharded model are gathered once more.
+    """
+    if work.config.gradient_checkpointing != "auto":
+        return 0.0
+
+    def decide() -> str:
+        room = parallel.free_memory_gib(world.device) * fit.CAUTION
+        if (forecast := fit.of_run(work.run, plan, world.device.type)) is None:
+            return "0"
+        share, peak = fit.kept(forecast, room, world.world_size if shards else None)
+        terminal.say(f"gradient_checkpointing: auto: {share:.0%} of the layers keep their activations "
+                     f"(forecast {peak:.2f} GiB, room for {room:.2f} GiB)")
+        return str(share)
+    return float(world.agree(decide))
 
 
 def keep_features(run: Run) -> None:

@@ -32,7 +32,7 @@ endif
 	$(BIN)/python 06_save.py $(RUN)
 
 test: .venv/ready
-	$(BIN)/python -m pytest tests -q
+	$(BIN)/python -m pytest tests -q --numprocesses auto --maxprocesses 4 --dist worksteal
 
 # Train the demo's base model again, from random weights (about 10 minutes of training; Fashion-MNIST comes by apt-get).
 demo-base: .venv/ready

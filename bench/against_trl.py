@@ -52,7 +52,7 @@ class Case:
 
 CHECKPOINTING = {"TRL": {"gradient_checkpointing": True},
                  "TRL, activations kept": {"gradient_checkpointing": False}}
-OURS = {"ours": {}, "ours, activations kept": {"gradient_checkpointing": False}}
+OURS = {"ours": {}, "ours, checkpointed": {"gradient_checkpointing": True}}
 PACKED = {"sample_packing": True, "sequence_len": 1024, "micro_batch_size": 1,
           "gradient_accumulation_steps": 1}
 QWEN = {"family": "qwen2_vl", "sizes": "70m", "rows": 64, "mixed": False}

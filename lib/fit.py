@@ -21,10 +21,11 @@ from lib.stage import Knobs, StageError
 
 GIB = 2**30
 RESERVE = 0.05                            # of a GPU: CUDA's context and gaps between tensors aren't counted
+CAUTION = 0.7                             # of what is free: long runs leave gaps, libraries take their part
 MOST_ROWS = 256                           # in the micro-batches that are looked at
 SETTINGS = {"checkpointed": True, "kept": False}     # what becomes of layers' activations
-CHANGED_BY = ("micro_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "sample_packing",
-              "optimizer", "sequence_len")
+CHANGED_BY = ("micro_batch_size", "gradient_accumulation_steps", "sample_packing", "sequence_len",
+              "optimizer", "adapter", "lora_r", "lora_target_roles", "train_roles")
 
 
 @dataclass(frozen=True)
@@ -69,29 +70,49 @@ def longest_row(case: Case, net) -> tuple[dict[str, torch.Tensor], Batcher]:
 
 # ---- what takes memory ----
 
-def facts(case: Case, peaks: Callable[[int, bool], Peak]) -> dict:
-    """forecast.json: what a GPU that holds everything has at its peak, with and without checkpointing."""
+def facts(case: Case, peaks: Callable[[int, bool], Peak], device: str) -> dict:
+    """forecast.json: what a device that holds everything has at its peak, with and without checkpointing."""
     knobs, found = case.knobs, {}
     for name, checkpointing in SETTINGS.items():
         peak = peaks(knobs.micro_batch_size, checkpointing)
         found[name] = {"peak_gib": gib(peak.of(1)), "activations_gib": gib(peak.activations),
                        "phases_gib": {phase: gib(size) for phase, size in peak.phases.items()}}
-    chosen = found["checkpointed" if knobs.gradient_checkpointing else "kept"]["peak_gib"]
     state = {"weights_gib": {kind: gib(size) for kind, size in peak.weights.items()},
-             "trained_gib": gib(peak.trained), "gradients_gib": gib(peak.gradients),
-             "optimizer_gib": gib(peak.optimizer)}
-    given = {name: getattr(knobs, name) for name in CHANGED_BY}
-    return {"knobs": given, "peak_gib": chosen, **state, **found}
+             "layers_gib": gib(peak.layers), "layer_gib": gib(peak.layer), "trained_gib": gib(peak.trained),
+             "gradients_gib": gib(peak.gradients), "optimizer_gib": gib(peak.optimizer)}
+    return asked(case.knobs, device) | state | found
 
 
-def of_run(run: Path, planned: dict) -> dict | None:
-    """A run's `facts`; None, and a word why, where there is no forecast: no stage depends on one."""
+def asked(knobs, device: str) -> dict:
+    """What a forecast is of: a kind of device, and the knobs that change it."""
+    return {"device": device, "knobs": {name: getattr(knobs, name) for name in CHANGED_BY}}
+
+
+def of_run(run: Path, planned: dict, device: str) -> dict | None:
+    """A run's `facts` for a kind of device; None, and a word why, where there is no forecast.
+
+    What 03 wrote serves as long as the knobs are those, and the device is of that kind.
+    """
     try:
-        case = Case.of(run, planned)
-        return facts(case, case.peaks())
+        case, path = Case.of(run, planned), run / "03_load_model" / "forecast.json"
+        written = read_json(path) if path.exists() else {}
+        if asked(case.knobs, device).items() <= written.items():
+            return written
+        return facts(case, case.peaks(device == "cuda"), device)
     except (StageError, RuntimeError) as error:      # a mistake, 04 or 05 says again, with what mends it
         terminal.warn(f"no forecast of memory: {first_line(error)}")
         return None
+
+
+def kept(found: dict, room_gib: float, shards: int | None = None) -> tuple[float, float]:
+    """(share, 0 to 1, of the layers whose activations can stay in memory, GiB at the peak), by a forecast.
+
+    shards: ranks that share out the frozen layers. Memory grows with each layer that stays by as much.
+    """
+    saved = found["layers_gib"] * (1 - 1 / shards) - 2 * found["layer_gib"] if shards else 0.0
+    least, most = (found[setting]["peak_gib"] - saved for setting in SETTINGS)
+    share = min(1.0, max(0.0, (room_gib - least) / max(most - least, 1e-9)))
+    return share, least + share * (most - least)
 
 
 def gib(size: int) -> float:
@@ -109,7 +130,7 @@ def print_facts(found: dict) -> None:
     rows += [[f"  peak in {phase}", *(setting["phases_gib"][phase] for setting in both)]
              for phase in both[0]["phases_gib"]]
     given = ", ".join(f"{name} {value}" for name, value in found["knobs"].items() if value)
-    terminal.table(f"forecast: GiB on one GPU, at the longest row ({given})",
+    terminal.table(f"forecast: GiB on one {found['device'].upper()}, at the longest row ({given})",
                    ["", "checkpointed", "not checkpointed"], rows)
 
 
@@ -138,7 +159,7 @@ def most_rows(bytes_of: Callable[[int], int], room: int, most: int = MOST_ROWS) 
 def print_fit(case: Case, gpus: int, room_gib: float) -> None:
     """Nothing; the micro-batch that fits each way of using the GPUs, and what to change if none does."""
     knobs, peaks, room = case.knobs, case.peaks(), int(room_gib * GIB * (1 - RESERVE))
-    print_facts(facts(case, peaks))
+    print_facts(facts(case, peaks, "cuda"))
     ways = {"one GPU": lambda peak: peak.of(1)}
     if gpus > 1:
         ways[f"each of {gpus}, which holds all"] = lambda peak: peak.of(gpus)

@@ -1,7 +1,7 @@
 """loss: cross-entropy on supervised positions only, a chunk of logits at a time, in the model's own forward.
 
 The full logits of a batch ([B, T, V] in float32) are often larger than the model. Here the output head never
-runs on a position that isn't trained, and never on more than CHUNK of them at once.
+runs on a position that isn't trained, and never on more than a chunk of them at once.
 
 Fork me to: change the objective (`trained_head_loss`, which autograd follows; use it for frozen heads, too).
 """
@@ -16,7 +16,8 @@ from lib.chat import IGNORE_INDEX
 from lib.stage import StageError
 
 NOT_INPUTS = ("labels", "positions", "targets", "packed_rows", "features")
-CHUNK = 256                               # rows of logits at once: 256 x 262k x 4 bytes = 256 MiB
+CHUNK = 256                               # rows of logits at once; of a large vocabulary, fewer,
+CHUNK_LOGITS = 2**25                      # so that they are at most 128 MiB in float32
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -35,11 +36,13 @@ def forward_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     count outside: the right one is the whole optimizer step's.
     """
     head, targets, softcap = model.get_output_embeddings(), batch["targets"], softcap_of(model)
-    logits = head.forward
+    logits, vocabulary = head.forward, model.get_input_embeddings().num_embeddings
+    size = max(1, min(CHUNK, CHUNK_LOGITS // vocabulary))
     if isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters()):
         return in_place_of_logits(model, batch, lambda rows: FrozenHeadLoss.apply(
-            rows, head.weight, head.bias, targets, softcap))
-    return in_place_of_logits(model, batch, lambda rows: trained_head_loss(rows, logits, targets, softcap))
+            rows, head.weight, head.bias, targets, softcap, size))
+    return in_place_of_logits(model, batch, lambda rows: trained_head_loss(
+        rows, logits, targets, softcap, size))
 
 
 @torch.no_grad()
@@ -92,14 +95,15 @@ def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def trained_head_loss(rows, head, targets, softcap) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss sum, right count) where the head trains: the backward makes its logits again, by chunks."""
+def trained_head_loss(rows, head, targets, softcap, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(loss sum, right count) where the head trains: the backward makes its logits again, `size` rows a time.
+    """
     def chunk_loss(hidden, wanted):
-        logits = capped(head(hidden).float(), softcap)  # [CHUNK, V]
+        logits = capped(head(hidden).float(), softcap)  # [size, V]
         return F.cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(-1) == wanted).sum()
 
     total, right = 0, 0
-    for hidden, wanted in zip(rows.split(CHUNK), targets.split(CHUNK)):  # no rows: one chunk all the same
+    for hidden, wanted in zip(rows.split(size), targets.split(size)):  # no rows: one chunk all the same
         loss, count = checkpoint(chunk_loss, hidden, wanted, use_reentrant=False)
         total, right = total + loss, right + count
     return total, right
@@ -113,23 +117,25 @@ class FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, weight, bias, targets, softcap):
+    def forward(ctx, rows, weight, bias, targets, softcap, size):
         learns = ctx.needs_input_grad[0]  # not in evaluation, which then costs half
         gradient = torch.empty_like(rows) if learns else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         right = targets.new_zeros(())
-        for start in range(0, rows.shape[0], CHUNK):
-            hidden, wanted = rows[start:start + CHUNK], targets[start:start + CHUNK, None]
-            logits = capped(F.linear(hidden.to(weight.dtype), weight, bias).float(), softcap)  # [CHUNK, V]
-            log_sum = logits.logsumexp(-1, keepdim=True)
-            total += (log_sum - logits.gather(1, wanted)).sum()
-            right += (logits.argmax(-1, keepdim=True) == wanted).sum()
+        for start in range(0, rows.shape[0], size):
+            hidden, wanted = rows[start:start + size], targets[start:start + size, None]
+            logits = capped(F.linear(hidden.to(weight.dtype), weight, bias).float(), softcap)  # [size, V]
+            bend = 1 - (logits / softcap) ** 2 if learns and softcap is not None else None
+            top, answer = logits.max(-1, keepdim=True)
+            right += (answer == wanted).sum()
+            of_wanted = logits.gather(1, wanted)
+            slope = logits.sub_(top).exp_()                        # one exp and no second [size, V]
+            sums = slope.sum(-1, keepdim=True)
+            total += (sums.log() + top - of_wanted).sum()
             if learns:
-                slope = (logits - log_sum).exp_()
-                slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
-                if softcap is not None:
-                    slope *= 1 - (logits / softcap) ** 2
-                gradient[start:start + CHUNK] = slope.to(weight.dtype) @ weight
+                slope.div_(sums).scatter_add_(1, wanted, torch.full_like(sums, -1))
+                slope = slope if bend is None else slope.mul_(bend)
+                gradient[start:start + size] = slope.to(weight.dtype) @ weight
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(right)
         return total, right
@@ -137,4 +143,4 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_total.to(gradient.dtype), None, None, None, None
+        return gradient * grad_total.to(gradient.dtype), None, None, None, None, None

@@ -85,15 +85,11 @@ class Log:
             svg = charts.curve(series, "optimizer step", "loss per token", standalone=True)
             (self.folder / "loss.svg").write_text(svg, encoding="utf-8")
 
-    def say_peak(self, knobs) -> None:
-        """Nothing; says what memory was really used, beside 03's forecast if that was for these knobs."""
-        path, device = self.folder.parent / "03_load_model" / "forecast.json", self.world.device
+    def say_peak(self) -> None:
+        """Nothing; says what memory was really used."""
+        device = self.world.device
         words = f"peak memory {parallel.peak_memory_gib(device):.2f} GiB"
-        words += "" if device.type == "cuda" else " of this process, with its libraries"
-        forecast = ledger.read_json(path) if path.exists() else {"knobs": {"none": None}}
-        if vars(knobs).items() >= forecast["knobs"].items():
-            words += f"; forecast for a GPU: {forecast['peak_gib']:.2f} GiB"
-        terminal.say(words)
+        terminal.say(words + ("" if device.type == "cuda" else " of this process, with its libraries"))
 
     def _append(self, name: str, row: dict) -> None:
         if self.world.is_leader:

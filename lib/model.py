@@ -95,20 +95,21 @@ def trained_parameters(model) -> dict[str, torch.nn.Parameter]:
     return trained
 
 
-def checkpoint_trained_layers(model, roles: Roles, trained_roles: set[str]) -> int:
+def checkpoint_trained_layers(model, roles: Roles, trained_roles: set[str], kept_share: float = 0.0) -> int:
     """Turn on gradient checkpointing in the layers of these roles and of language; returns how many.
 
-    Language even where it is frozen, since the gradients of whatever trains pass through it; but for its last
-    layer, whose backward is the first to run. The library's own switch makes every input embedding require
-    gradients, a frozen tower's included, which then builds a graph and runs twice: here it stays out.
-    Non-reentrant (PyTorch docs, torch.utils.checkpoint).
+    Language even where it is frozen, since the gradients of whatever trains pass through it. The last layers
+    keep their activations, a share of all and at least one: their backward is the first to run. The library's
+    own switch makes every input embedding require gradients, a frozen tower's included, which then builds a
+    graph and runs twice: here it stays out. Non-reentrant (PyTorch docs, torch.utils.checkpoint).
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
     wanted = {*trained_roles, "language"}
     layers = [(module, roles.of(base_name(name))) for name, module in model.named_modules()
               if isinstance(module, GradientCheckpointingLayer)]
-    last = [module for module, role in layers if role == "language"][-1:]
-    layers = [module for module, role in layers if role in wanted and module not in last]
+    layers = [(role == "language", module) for module, role in layers if role in wanted]
+    layers = [module for _, module in sorted(layers, key=lambda pair: pair[0])]  # language's are the last
+    layers = layers[:len(layers) - max(1, int(kept_share * len(layers)))]
     for module in layers:
         module.gradient_checkpointing = True
         module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)

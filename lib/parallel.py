@@ -3,6 +3,7 @@
 No wrapper module is needed: every rank holds the model, and after a step's last micro-batch the gradients are
 summed over ranks, some tensors at a time. A rank whose rows had no picture, or that had no row, adds zeros.
 """
+import ctypes
 import json
 import os
 import resource
@@ -11,11 +12,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import psutil
 import torch
 import torch.distributed as dist
 
 from lib.stage import StageError
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # of malloc.h
 BUCKET = 2**26                            # gradient elements that are summed over ranks at once: 256 MiB
 
 
@@ -139,6 +142,24 @@ def pick_device(local_rank: int = 0) -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def keep_freed_memory() -> None:
+    """Nothing; from here on, the C library keeps what this process frees, for what it asks for next.
+
+    By itself glibc hands large tensors' pages back to the system, and gets each anew, zeroed, in every step.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def free_memory_gib(device: torch.device) -> float:
+    """Memory that this process may still take: its GPU's, or its share of what this machine has free."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**30
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return psutil.virtual_memory().available / processes / 2**30
 
 
 def peak_memory_gib(device: torch.device) -> float:

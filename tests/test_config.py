@@ -431,8 +431,9 @@ def test_config_json_holds_every_knob_and_stages_json_names_every_knob(folder):
     not_identity = stages.pop("not_identity")
     assert list(stages) == list(STAGES) and set().union(*stages.values()) == set(KNOBS)
     assert set(not_identity) == {"logging_steps", "evals_per_epoch", "saves_per_epoch", "save_steps",
-                                 "save_total_limit", "dataloader_num_workers", "use_tensorboard", "fsdp_version",
-                                 "wandb_project", "wandb_entity", "wandb_name"}
+                                 "save_total_limit", "dataloader_num_workers", "gradient_checkpointing",
+                                 "use_tensorboard", "fsdp_version", "wandb_project", "wandb_entity",
+                                 "wandb_name"}
 
 
 def test_the_recipe_is_printed_by_stage_and_what_is_no_default_has_a_star(folder, capsys):

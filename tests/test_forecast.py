@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from bench.forecast import measure
-from lib import fit, plan
+from lib import fit, parallel, plan, stage
 from lib.forecast import Step
 from lib.sampler import Batcher
 from tests.runner import Run
@@ -129,14 +129,27 @@ def test_the_micro_batch_that_fits_is_the_largest_and_grows_with_the_room():
 
 # ---- the script ----
 
-def test_03_writes_the_forecast_which_05_sets_beside_what_it_used(tmp_path, monkeypatch, zoo, capsys):
+def test_05_checkpoints_as_many_layers_as_03s_forecast_says_it_must(tmp_path, monkeypatch, zoo, capsys):
     run = Run(tmp_path, monkeypatch, zoo("llava")).upto("04_lora")
     forecast = run.json("03_load_model/forecast.json")
-    assert forecast["peak_gib"] == forecast["checkpointed"]["peak_gib"] < forecast["kept"]["peak_gib"]
+    assert forecast["device"] == "cpu"
+    assert forecast["checkpointed"]["peak_gib"] < forecast["kept"]["peak_gib"]
     assert "forecast.json" not in run.json("03_load_model/stage.json")["wrote"]
-    capsys.readouterr()
-    run("05_train")
-    assert f"forecast for a GPU: {forecast['peak_gib']:.2f} GiB" in capsys.readouterr().out
+    work, world = stage.view("05_train", run.path), parallel.World(0, 1, torch.device("cpu"))
+    train, plan = importlib.import_module("05_train"), run.json("03_load_model/model.json")
+    for setting, share in (("kept", 1.0), ("checkpointed", 0.0)):
+        room = forecast[setting]["peak_gib"] / fit.CAUTION
+        monkeypatch.setattr(parallel, "free_memory_gib", lambda device: room)
+        assert train.share_of_kept_layers(work, world, plan, shards=False) == pytest.approx(share)
+        assert f"auto: {share:.0%} of the layers" in capsys.readouterr().out
+
+
+def test_activations_stay_layer_by_layer_as_room_grows_and_the_last_ones_first(zoo):
+    found = {"checkpointed": {"peak_gib": 2.0}, "kept": {"peak_gib": 4.0}, "layers_gib": 1.0, "layer_gib": 0.1}
+    assert [fit.kept(found, room) for room in (1, 2, 3, 4, 9)] == [
+        (0, 2), (0, 2), (0.5, 3), (1, 4), (1, 4)]
+    share, peak = fit.kept(found, 2.0, shards=4)                  # 0.75 less of frozen layers, 0.2 more in use
+    assert (round(share, 3), round(peak, 3)) == (0.275, 2.0)
 
 
 def test_the_view_needs_no_weights_writes_nothing_and_says_what_to_change(tmp_path, monkeypatch, zoo, capsys):
