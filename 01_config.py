@@ -44,6 +44,7 @@ Key = str | None
 Modules = str | list[str] | None
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"]
 Rate = float | None
+Rerun = bool | Literal["auto", "offload"]
 Role = Literal["language", "vision", "audio", "projector", "cross_attention", "head", "embedding", "experts",
                "router"]
 Roles = list[Role]
@@ -170,7 +171,7 @@ class Recipe:
     sample_packing: bool             = knob(False, "05", "fill rows of sequence_len with samples")
     cache_vision_features: bool      = knob(False, "05", "run a frozen tower once for each picture")
     group_by_length: bool            = knob(False, "05", "samples of a step are of similar length")
-    gradient_checkpointing: Switch   = knob("auto", "05", "auto: if memory is short", identity=False)
+    gradient_checkpointing: Rerun    = knob("auto", "05", "auto: if memory is short", identity=False)
     seed: int                        = knob(42, "02 04 05", "of split, adapter, order", low=0, high=2**32 - 1)
     golden_rows: int                 = knob(4, "05", "held-out rows whose logits 06 compares", low=1)
     early_stopping_patience: Steps   = knob(None, "05", "evaluations without a better one; null: any", low=1)

@@ -110,7 +110,8 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     model.compare(parameters, roles, planned["trained_parameters"])
     role_of = {name: roles.of(model.base_name(name)) for name in parameters}
     if config.gradient_checkpointing:
-        model.checkpoint_trained_layers(net, roles, set(role_of.values()), kept_share)
+        model.checkpoint_trained_layers(net, roles, set(role_of.values()), kept_share,
+                                        offload=config.gradient_checkpointing == "offload")
     if shards:
         sharding.shard(net, roles, world)
     bf16 = plan["dtype"] == "bfloat16"

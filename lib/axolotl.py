@@ -25,6 +25,7 @@ REPLACED = {  # a knob: its values, what they become, why that is the same
                             "another kernel with the same result"),
     "optimizer": ("adamw_8bit", "adamw_bnb_8bit", "the same one under another name"),
     "excess_length_strategy": ("raise", "error", "the same under another name"),
+    "gradient_checkpointing": ("unsloth", "offload", "the same under another name"),
     "lr_scheduler": ("constant_with_warmup", "constant", "every schedule here begins with the warm-up"),
 }
 
@@ -35,7 +36,7 @@ REFUSED = {  # a knob: its values, why they can't be had, the value that can
                   "is not built yet, and its steps are others", "adamw_torch_fused"),
     "lr_scheduler": ("cosine_with_restarts cosine_with_min_lr polynomial rex one_cycle "
                      "inverse_sqrt warmup_stable_decay", "is not built yet", "cosine"),
-    "gradient_checkpointing": ("offload offload_disk unsloth", "is not built yet", True),
+    "gradient_checkpointing": ("offload_disk", "is not built yet", "offload"),
     "peft_init_lora_weights": ("pissa olora loftq eva corda",
                                "rewrites the base, so the adapter would not fit the published one", True),
     "lora_target_modules": ("all-linear", "would reach into the vision tower", None),
@@ -60,7 +61,7 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "chat_template_jinja": ("a second key for the template; write its text into chat_template",),
     "fp16": ("float16", False),
     "float16": ("float16", False),
-    "activation_offloading": ("activations in host memory", False),
+    "activation_offloading": ("activations in host memory; gradient_checkpointing: offload does it", False),
     "device_map": ("one model over several devices", "auto"),
     "max_memory": ("one model over several devices",),
     "gpu_memory_limit": ("a limit to a GPU's memory",),

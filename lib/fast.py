@@ -147,7 +147,7 @@ class AdaptedLinear(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             g = grad.reshape(-1, grad.shape[-1])
             gu = g @ up                                                          # [N, r]
-            grad_a, grad_b = gu.T @ rows, (u.T @ g).T * ctx.scaling              # g lies in memory as it is read
+            grad_a, grad_b = gu.T @ rows, (u.T @ g).T * ctx.scaling
             dx = None
             if ctx.needs_input_grad[0]:
                 dx = (g @ weight).addmm_(gu, down).view(*grad.shape[:-1], -1).to(ctx.types[0])

@@ -72,7 +72,7 @@ def relief(knobs, longest_tokens: int, has_media: bool) -> list[str]:
     """The three knobs that save most memory here; first come those that leave the training as it is."""
     accumulated = knobs.micro_batch_size * knobs.gradient_accumulation_steps
     ways = (
-        (knobs.gradient_checkpointing is not True, "gradient_checkpointing=true"),
+        (knobs.gradient_checkpointing in (False, "auto"), "gradient_checkpointing=true"),
         (knobs.micro_batch_size > 1, f"micro_batch_size=1 gradient_accumulation_steps={accumulated}"),
         (knobs.adapter is None, "adapter=lora"),
         (knobs.adapter == "lora", "adapter=qlora"),

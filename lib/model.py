@@ -2,6 +2,7 @@
 
 Scripts 03 to 06 load through here, by the plan (lib/plan.py), and each load is compared with it.
 """
+import contextlib
 import functools
 from pathlib import Path
 
@@ -95,13 +96,15 @@ def trained_parameters(model) -> dict[str, torch.nn.Parameter]:
     return trained
 
 
-def checkpoint_trained_layers(model, roles: Roles, trained_roles: set[str], kept_share: float = 0.0) -> int:
+def checkpoint_trained_layers(model, roles: Roles, trained_roles: set[str], kept_share: float = 0.0,
+                              offload: bool = False) -> int:
     """Turn on gradient checkpointing in the layers of these roles and of language; returns how many.
 
     Language even where it is frozen, since the gradients of whatever trains pass through it. The last layers
     keep their activations, a share of all and at least one: their backward is the first to run. The library's
     own switch makes every input embedding require gradients, a frozen tower's included, which then builds a
-    graph and runs twice: here it stays out. Non-reentrant (PyTorch docs, torch.utils.checkpoint).
+    graph and runs twice: here it stays out. Non-reentrant (PyTorch docs, torch.utils.checkpoint). offload:
+    what a checkpointed layer keeps, its input, waits in host memory.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
     wanted = {*trained_roles, "language"}
@@ -112,8 +115,15 @@ def checkpoint_trained_layers(model, roles: Roles, trained_roles: set[str], kept
     layers = layers[:len(layers) - max(1, int(kept_share * len(layers)))]
     for module in layers:
         module.gradient_checkpointing = True
-        module._gradient_checkpointing_func = functools.partial(checkpoint, use_reentrant=False)
+        module._gradient_checkpointing_func = functools.partial(checkpointed, offload)
     return len(layers)
+
+
+def checkpointed(offload: bool, function, *args):
+    """What a layer's `function` makes of args, of which alone the backward will make it again."""
+    host = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
+    with host if offload else contextlib.nullcontext():
+        return checkpoint(function, *args, use_reentrant=False)
 
 
 # ---- full fine-tuning ----

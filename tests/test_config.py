@@ -232,7 +232,7 @@ lora_model_dir: ./old | lora_modules_to_save: [lm_head, embed_tokens] | activati
 fsdp: [full_shard] | plugins: [mine.Plugin] | resume_from_checkpoint: ./checkpoint-5
 wandb_log_model: checkpoint | optimizer: paged_adamw_32bit | optimizer: adamw_torch_8bit
 optimizer: adamw_torch_4bit | lr_scheduler: rex | chat_template: chatml | deepspeed: ds.json | rl: dpo
-peft_init_lora_weights: pissa | gradient_checkpointing: offload | loraplus_lr_embedding: 1e-6
+peft_init_lora_weights: pissa | gradient_checkpointing: offload_disk | loraplus_lr_embedding: 1e-6
 unfrozen_parameters: [lm_head] | float16: true | liger_use_token_scaling: true
 """
 

@@ -386,6 +386,27 @@ def test_gradient_checkpointing_changes_nothing_and_leaves_the_frozen_tower_alon
     assert not any(has_graph for _, has_graph in calls), "a frozen tower built a graph"
 
 
+def test_the_last_layers_keep_their_activations_and_offloaded_inputs_change_nothing(tmp_path, tmp_path_factory):
+    subject = find("llava", tmp_path_factory)
+    net, _ = subject.adapter(tmp_path)
+    rows = subject.rows((1, "What is it?", "a red fox"))
+    plain_loss, plain = step(subject, net.train(), rows)
+    layers = list(net.get_base_model().model.language_model.layers)
+    for share, number in ((1.0, 0), (0.5, len(layers) - len(layers) // 2), (0.0, len(layers) - 1)):
+        for layer in layers:
+            layer.gradient_checkpointing = False
+        assert model.checkpoint_trained_layers(net, subject.roles, {"language"}, share, offload=True) == number
+        assert [layer.gradient_checkpointing for layer in layers] == [i < number for i in range(len(layers))]
+        moved = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.autograd.graph, "save_on_cpu", lambda pin_memory: (
+                torch.autograd.graph.saved_tensors_hooks(
+                    lambda tensor: (moved.append(tensor.shape), tensor.clone())[1], lambda tensor: tensor)))
+            loss, found = step(subject, net, rows)
+        assert loss == plain_loss and all(torch.equal(found[name], plain[name]) for name in plain)
+        assert len(moved) == number and all(len(shape) == 3 for shape in moved)   # inputs, and nothing else
+
+
 def test_the_librarys_own_switch_would_run_a_frozen_tower_twice_with_a_graph(tmp_path, tmp_path_factory):
     subject = find("llava", tmp_path_factory)      # so the test above can fail
     net, _ = subject.adapter(tmp_path)
