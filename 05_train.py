@@ -146,11 +146,10 @@ def keep_features(run: Run) -> None:
 
 def go_on(state: dict, per_rank: int, world: parallel.World) -> tuple[int, int]:
     """(step, samples a step) of a checkpoint: other ranks share them otherwise, another recipe is refused."""
-    size = state["global_batch_size"]
-    if per_rank * state["world_size"] != size:
+    if per_rank != state["per_rank"]:
         world.stop(f"micro_batch_size x gradient_accumulation_steps is {per_rank}; the checkpoint was made "
-                   f"with {size // state['world_size']}", "change them back, or start over with --force")
-    return state["step"], size
+                   f"with {state['per_rank']}", "change them back, or start over with --force")
+    return state["step"], state["global_batch_size"]
 
 
 # ---- the loop ----
@@ -273,7 +272,9 @@ def evaluate(run: Run, batches: Iterable[dict], log: Log, step: int) -> None:
 def save_checkpoint(run: Run, saves: checkpoint.Writer, log: Log, step: int) -> None:
     """Nothing; rank 0 begins to write checkpoints/step-N."""
     if run.world.is_leader:
-        state = {"global_batch_size": run.order.global_batch_size, "world_size": run.world.world_size}
+        config = run.work.config
+        per_rank = config.micro_batch_size * config.gradient_accumulation_steps  # at the first start, too
+        state = {"global_batch_size": run.order.global_batch_size, "per_rank": per_rank}
         saves.save(step, run.parameters, run.optimizer, state, also_keep=to_keep(run, log))
 
 

@@ -11,32 +11,8 @@ import torch
 
 from lib import checkpoint, folder, ledger, metrics, stage
 from tests.crash import Recorder, State
-from tests.minikit import build_kit, start
 
 RUN = Path("runs/demo")
-
-
-@pytest.fixture(scope="module")
-def whole_kit(tmp_path_factory) -> Path:
-    """A miniature kit whose 01 to 05 have run."""
-    root = tmp_path_factory.mktemp("whole") / "kit"
-    build_kit(root)
-    here = os.getcwd()
-    os.chdir(root)
-    for stem in stage.STAGES[:5]:
-        assert start(f"{stem}.py recipe.json runs/demo" if stem[:2] == "01" else f"{stem}.py").returncode == 0
-    os.chdir(here)
-    return root
-
-
-@pytest.fixture
-def kit(whole_kit, tmp_path, monkeypatch) -> Path:
-    """A copy of it, which is the current folder and the kit of this process."""
-    root = tmp_path / "kit"
-    shutil.copytree(whole_kit, root)
-    monkeypatch.chdir(root)
-    monkeypatch.setattr(ledger, "ROOT", root)
-    return root
 
 
 def each_state(recorder: Recorder, monkeypatch, at_least: int):
@@ -78,7 +54,7 @@ def save(path: Path, step: int) -> None:
     p.grad = torch.ones_like(p)
     optimizer.step()
     with checkpoint.Writer(path, keep=1) as saves:
-        saves.save(step, {"p": p}, optimizer, {"global_batch_size": 4, "world_size": 1})
+        saves.save(step, {"p": p}, optimizer, {"global_batch_size": 4, "per_rank": 4})
 
 
 def files(path: Path) -> dict[str, bytes]:

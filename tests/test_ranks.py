@@ -14,7 +14,7 @@ from torch.distributed.run import get_args_parser
 from lib import checkpoint, parallel, stage
 from lib.parallel import World, buckets
 from tests import harness
-from tests.runner import Run, colour_rows, fork, ranks, row, text_rows
+from tests.runner import Run, assert_trained, colour_rows, fork, ranks, row, text_rows
 from tests.test_resume import after_two, stop_at
 
 TWO = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}    # on two ranks: 4 samples a step
@@ -36,10 +36,6 @@ def train_on_two(run, *words, before=lambda: None):
     """What both ranks did, in the run's folder."""
     run.chdir(run.folder)
     return ranks(2, "05_train", "run", *words, before=before)
-
-
-def assert_trained(children):
-    assert [child.code for child in children] == [0, 0], children[0].said + children[1].said
 
 
 def assert_same(one, two):

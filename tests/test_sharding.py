@@ -3,14 +3,10 @@ import re
 
 import pytest
 
-from tests.runner import Run, colour_rows, fork, ranks, text_rows
+from tests.runner import Run, assert_trained, colour_rows, fork, ranks, text_rows
 from tests.test_ranks import ONE, TWO, assert_same
 
 MIXED = [*colour_rows(4), *text_rows(3)]
-
-
-def assert_trained(children):
-    assert all(child.code == 0 for child in children), "".join(child.said for child in children)
 
 
 @pytest.fixture
