@@ -58,11 +58,11 @@ def main(argv=None):
         # 2. Load model, adapter and samples by the plans of the earlier stages, and the newest checkpoint.
         run = load(work, world)
         # 3. Train.
-        if work.config.sample_packing:
-            rehearsal.prove_packing(run)
-        if work.config.cache_vision_features:
-            keep_features(run)
         with faults.told(run):
+            if work.config.sample_packing:
+                rehearsal.prove_packing(run)
+            if work.config.cache_vision_features:
+                keep_features(run)
             with fast.paths(run.model, run.roles), features.replayed(run.model):
                 log = train(run)
             log.say_peak(work.config)
@@ -163,7 +163,7 @@ def train(run: Run) -> Log:
     batches, held_out = micro_batches(run), held_out_batches(run)
     progress = terminal.Progress("training", total, done=run.first_step)
     saves = checkpoint.Writer(run.work.path, config.save_total_limit)
-    with progress, saves, stage.asked_to_stop() as asked:
+    with stage.asked_to_stop() as asked, progress, saves:         # noted also while a checkpoint is written
         if run.first_step == 0:
             evaluate(run, held_out, log, step=0)
         for step in range(run.first_step, total):

@@ -33,6 +33,30 @@ def zoo(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def prepared(tmp_path_factory, zoo):
+    """A function: a variant's name and rows -> a run of them with 04_lora finished, made once for all tests."""
+    from tests.runner import Run
+
+    made = {}
+
+    def prepared(name, rows):
+        key = name, json.dumps(rows)
+        if key not in made:
+            with pytest.MonkeyPatch.context() as patch:
+                made[key] = Run(tmp_path_factory.mktemp("prepared"), patch, zoo(name), rows).upto("04_lora")
+        return made[key]
+    return prepared
+
+
+@pytest.fixture
+def make_run(prepared, tmp_path, monkeypatch):
+    """A function: a variant's name, rows and knobs -> a run in a folder of its own, with 04_lora finished."""
+    def make_run(name, rows=None, **knobs):
+        return prepared(name, rows).twin(tmp_path / f"{len(list(tmp_path.iterdir()))}", monkeypatch, **knobs)
+    return make_run
+
+
+@pytest.fixture(scope="session")
 def script():
     """A function: a numbered script's stem -> its module; `script("02_data").main(argv)` runs the stage."""
     return importlib.import_module

@@ -32,6 +32,7 @@ class Run:
     def __init__(self, folder: Path, monkeypatch, base: Path, rows: list[dict] | None = None, **knobs):
         monkeypatch.chdir(folder)
         self.folder, self.path, self.chdir = folder, folder / "run", monkeypatch.chdir
+        self.given = base, rows, knobs
         write_rows(folder, colour_rows() if rows is None else rows)
         given = KNOBS | {"base_model": str(base)} | knobs
         recipe = [f"{knob}: {json.dumps(value)}" for knob, value in given.items()]
@@ -49,6 +50,15 @@ class Run:
         for each in STEMS[:STEMS.index(stem) + 1]:
             self(each, *(overrides if each == "01_config" else ()))
         return self
+
+    def twin(self, folder: Path, monkeypatch, **knobs) -> "Run":
+        """A run of the same rows in a folder of its own, up to 04_lora; what other knobs leave as it is, is copied."""
+        folder.mkdir()
+        base, rows, given = self.given
+        twin = Run(folder, monkeypatch, base, rows, **given | knobs)
+        for stem in STEMS[1:4]:
+            shutil.copytree(self.path / stem, twin.path / stem)
+        return twin.upto("04_lora")
 
     def json(self, name: str) -> dict:
         """A JSON file of the run folder."""
