@@ -29,7 +29,7 @@ def zoo(tmp_path_factory):
     from tests.zoo import build
 
     root = tmp_path_factory.mktemp("zoo")
-    return functools.cache(lambda name: build(name, root / name))
+    return functools.cache(lambda name, dtype="float32": build(name, root / f"{name}-{dtype}", dtype=dtype))
 
 
 @pytest.fixture(scope="session")
@@ -39,11 +39,12 @@ def prepared(tmp_path_factory, zoo):
 
     made = {}
 
-    def prepared(name, rows):
-        key = name, json.dumps(rows)
+    def prepared(name, rows, dtype="float32"):
+        key = name, json.dumps(rows), dtype
         if key not in made:
+            base = zoo(name, dtype)
             with pytest.MonkeyPatch.context() as patch:
-                made[key] = Run(tmp_path_factory.mktemp("prepared"), patch, zoo(name), rows).upto("04_lora")
+                made[key] = Run(tmp_path_factory.mktemp("prepared"), patch, base, rows).upto("04_lora")
         return made[key]
     return prepared
 
@@ -51,8 +52,9 @@ def prepared(tmp_path_factory, zoo):
 @pytest.fixture
 def make_run(prepared, tmp_path, monkeypatch):
     """A function: a variant's name, rows and knobs -> a run in a folder of its own, with 04_lora finished."""
-    def make_run(name, rows=None, **knobs):
-        return prepared(name, rows).twin(tmp_path / f"{len(list(tmp_path.iterdir()))}", monkeypatch, **knobs)
+    def make_run(name, rows=None, dtype="float32", **knobs):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        return prepared(name, rows, dtype).twin(folder, monkeypatch, **knobs)
     return make_run
 
 

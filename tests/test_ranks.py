@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
-from lib import checkpoint, features, parallel, stage
+from lib import checkpoint, features, folder, parallel, stage
 from lib.parallel import World, buckets
 from tests import harness
 from tests.runner import assert_trained, child_of, colour_rows, fork, ranks, row, text_rows, torchrun
@@ -163,7 +163,7 @@ def test_a_training_killed_on_two_ranks_goes_on_to_the_byte(make):
     assert_trained(train_on(2, whole))
     train_on(2, killed, before=after_two())
     partial = killed.path / "05_train.partial"
-    assert stage.newest_checkpoint(partial).name == "step-2"
+    assert folder.newest_checkpoint(partial).name == "step-2"
     assert checkpoint.read_state(partial / "checkpoints/step-2") == {
         "step": 2, "global_batch_size": 4, "per_rank": 2}
     assert_trained(train_on(2, killed))
@@ -175,7 +175,7 @@ def test_a_training_goes_from_two_ranks_to_one_and_back(make):
     one("05_train")
     train_on(2, many, before=after_two())
     child, = train_on(1, many, before=after_two())                 # the same 4 samples a step
-    assert stage.newest_checkpoint(many.path / "05_train.partial").name == "step-4", child.said
+    assert folder.newest_checkpoint(many.path / "05_train.partial").name == "step-4", child.said
     leader, other = train_on(2, many)
     assert_trained([leader, other])
     assert "goes on from" in leader.said
@@ -264,10 +264,9 @@ def ask(sign):
 def test_a_signal_to_one_of_two_nodes_stops_both_after_the_step_and_they_go_on(make):
     one, two = make(MIXED, num_epochs=2, **ONE), make(MIXED, num_epochs=2, saves_per_epoch=0, **TWO)
     one("05_train")
-    checkpoints = two.path / "05_train.partial/checkpoints"
     for step, (sign, code) in enumerate([(signal.SIGTERM, 143), (signal.SIGINT, 130)], start=1):
         first, _ = on_nodes(2, two, on_rank(1, at_step(1, ask(sign))))
-        assert [path.name for path in checkpoints.iterdir()][-1] == f"step-{step}"
+        assert folder.newest_checkpoint(two.path / "05_train.partial").name == f"step-{step}"
         assert f"error: 05_train interrupted: step-{step} is kept" in first.said.splitlines()
         assert f"exitcode  : {code} " in first.said
     assert_trained(on_nodes(2, two))
