@@ -58,11 +58,11 @@ def main(argv=None):
         # 2. Load model, adapter and samples by the plans of the earlier stages, and the newest checkpoint.
         run = load(work, world)
         # 3. Train.
-        if work.config.sample_packing:
-            rehearsal.prove_packing(run)
-        if work.config.cache_vision_features:
-            keep_features(run)
         with faults.told(run):
+            if work.config.sample_packing:
+                rehearsal.prove_packing(run)
+            if work.config.cache_vision_features:
+                keep_features(run)
             with fast.paths(run.model, run.roles), features.replayed(run.model):
                 log = train(run)
             log.say_peak()
@@ -169,11 +169,10 @@ def keep_features(run: Run) -> None:
 
 def go_on(state: dict, per_rank: int, world: parallel.World) -> tuple[int, int]:
     """(step, samples a step) of a checkpoint: other ranks share them otherwise, another recipe is refused."""
-    size = state["global_batch_size"]
-    if per_rank * state["world_size"] != size:
+    if per_rank != state["per_rank"]:
         world.stop(f"micro_batch_size x gradient_accumulation_steps is {per_rank}; the checkpoint was made "
-                   f"with {size // state['world_size']}", "change them back, or start over with --force")
-    return state["step"], size
+                   f"with {state['per_rank']}", "change them back, or start over with --force")
+    return state["step"], state["global_batch_size"]
 
 
 # ---- the loop ----
@@ -187,7 +186,7 @@ def train(run: Run) -> Log:
     batches, held_out = micro_batches(run), held_out_batches(run)
     progress = terminal.Progress("training", total, done=run.first_step)
     saves = checkpoint.Writer(run.work.path, config.save_total_limit)
-    with progress, saves, stage.asked_to_stop() as asked:
+    with stage.asked_to_stop() as asked, progress, saves:         # noted also while a checkpoint is written
         if run.first_step == 0:
             evaluate(run, held_out, log, step=0)
         for step in range(run.first_step, total):
@@ -296,7 +295,9 @@ def evaluate(run: Run, batches: Iterable[dict], log: Log, step: int) -> None:
 def save_checkpoint(run: Run, saves: checkpoint.Writer, log: Log, step: int) -> None:
     """Nothing; rank 0 begins to write checkpoints/step-N."""
     if run.world.is_leader:
-        state = {"global_batch_size": run.order.global_batch_size, "world_size": run.world.world_size}
+        config = run.work.config
+        per_rank = config.micro_batch_size * config.gradient_accumulation_steps  # at the first start, too
+        state = {"global_batch_size": run.order.global_batch_size, "per_rank": per_rank}
         saves.save(step, run.parameters, run.optimizer, state, also_keep=to_keep(run, log))
 
 

@@ -103,7 +103,7 @@ def prune(path: Path, step: int, keep: int, also: Collection[int] = ()) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """What the loop knew when it wrote this checkpoint: step, global_batch_size, world_size."""
+    """What the loop knew when it wrote this checkpoint: step, global_batch_size, per_rank (the recipe's)."""
     return json.loads((path / "state.json").read_text(encoding="utf-8"))
 
 

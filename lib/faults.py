@@ -95,6 +95,7 @@ def dead_worker(run, said: str) -> StageError:
 
 def lost_rank(run) -> StageError:
     """Which rank speaks, and that another one has ended."""
-    who = f"rank {run.world.rank} of {run.world.world_size}"
-    return StageError(f"{who} has lost another rank in step {run.now[0] + 1}",
+    step, rows = run.now
+    when = f"in step {step + 1}" if rows else "before the first step"
+    return StageError(f"rank {run.world.rank} of {run.world.world_size} has lost another rank {when}",
                       "that rank says why; the same command goes on from the newest checkpoint")

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib import terminal
+from lib import ledger, terminal
 from lib.stage import StageError
 
 BY_LAYER = ("deepstack_features",)        # a list of layers; other lists are of pictures
@@ -68,19 +68,20 @@ class Store:
 
 def keep(store: Store, model, parts: list, world, autocast) -> None:
     """Compute and write what the store lacks of all samples' features and rows; ranks share the work."""
-    missing = {}
+    missing: dict[Path, dict[Path, tuple]] = {}     # a picture's samples together, for one rank to compute it
     for samples in parts:
         for index in range(len(samples)):
             record = samples.records[index]
             if odd := {medium["kind"] for medium in record["media"]} - {"image"}:
                 world.stop(f"cache_vision_features: {samples.ids[index]} has a medium of kind {odd.pop()}",
                            "cache_vision_features: false; only pictures' features are kept")
-            files = [path for path in (store.row(record), store.pictures(record)) if path is not None]
-            if not all(path.exists() for path in files):
-                missing.setdefault(tuple(files), (samples, index))
+            row, pictures = store.row(record), store.pictures(record)
+            if not (row.exists() and (pictures is None or pictures.exists())):
+                missing.setdefault(pictures or row, {})[row] = samples, index
     for kind in ("rows", "pictures"):
         (store.folder / kind).mkdir(parents=True, exist_ok=True)
-    mine = list(missing.values())[world.rank::world.world_size]
+    world.barrier()                                 # all ranks have found the same to be missing
+    mine = [pair for group in list(missing.values())[world.rank::world.world_size] for pair in group.values()]
     model.eval()
     with terminal.Progress("keeping vision features", len(mine)) as progress:
         fields, roomy = None, False
@@ -93,9 +94,8 @@ def keep(store: Store, model, parts: list, world, autocast) -> None:
                 if not roomy:
                     check_room(store.folder, found, samples.media_tokens[index], parts)
                     roomy = True
-                write(found, pictures, world.rank)
-            write({key: row[key] for key in row.keys() - PIXELS}, store.row(samples.records[index]),
-                  world.rank)
+                write(found, pictures)
+            write({key: row[key] for key in row.keys() - PIXELS}, store.row(samples.records[index]))
             progress.update(number + 1)
     model.train()
     world.barrier()
@@ -112,10 +112,11 @@ def check_room(folder: Path, found: dict[str, torch.Tensor], tokens: int, parts:
                          f"{free:.1f} GiB are free", "free some space, or cache_vision_features: false")
 
 
-def write(tensors: dict[str, torch.Tensor], path: Path, rank: int) -> None:
-    """A safetensors file that is whole or not there; two ranks may be at the same one."""
-    aside = path.with_suffix(f".{rank}.partial")
+def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file that is whole or not there, also after a power cut."""
+    aside = path.with_suffix(".partial")
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, aside)
+    ledger.sync(aside)
     aside.replace(path)
 
 

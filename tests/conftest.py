@@ -7,18 +7,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that would reach out fails at once
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import contextlib
 import functools
 import importlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-# The engine starts a thread for each kind of device when it first runs, and a process with such threads can't
-# fork and train. Fake tensors (lib/hollow.py) register CUDA, there or not; so it runs before there are any.
-torch.ones(1, requires_grad=True).sum().backward()
+from lib import ledger, stage
+from tests.minikit import build_kit, start
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple")
 
@@ -29,7 +29,33 @@ def zoo(tmp_path_factory):
     from tests.zoo import build
 
     root = tmp_path_factory.mktemp("zoo")
-    return functools.cache(lambda name: build(name, root / name))
+    return functools.cache(lambda name, dtype="float32": build(name, root / f"{name}-{dtype}", dtype=dtype))
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, zoo):
+    """A function: a variant's name and rows -> a run of them with 04_lora finished, made once for all tests."""
+    from tests.runner import Run
+
+    made = {}
+
+    def prepared(name, rows, dtype="float32"):
+        key = name, json.dumps(rows), dtype
+        if key not in made:
+            base = zoo(name, dtype)
+            with pytest.MonkeyPatch.context() as patch:
+                made[key] = Run(tmp_path_factory.mktemp("prepared"), patch, base, rows).upto("04_lora")
+        return made[key]
+    return prepared
+
+
+@pytest.fixture
+def make_run(prepared, tmp_path, monkeypatch):
+    """A function: a variant's name, rows and knobs -> a run in a folder of its own, with 04_lora finished."""
+    def make_run(name, rows=None, dtype="float32", **knobs):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        return prepared(name, rows, dtype).twin(folder, monkeypatch, **knobs)
+    return make_run
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +82,28 @@ def write_colours(folder: Path, rows: int = len(COLOURS)) -> Path:
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return data
+
+
+@pytest.fixture(scope="session")
+def whole_kit(tmp_path_factory) -> Path:
+    """A miniature kit whose six stages have run, each started by the command that the stage before it named."""
+    root, command = tmp_path_factory.mktemp("whole") / "kit", "python 01_config.py recipe.json runs/demo"
+    build_kit(root)
+    with contextlib.chdir(root):
+        for stem in stage.STAGES:
+            assert command.startswith(f"python {stem}.py")
+            done = start(command)
+            assert done.returncode == 0, done.stderr
+            assert f"{stem} finished in" in done.stdout
+            command = done.stdout.rpartition("next: ")[2].strip()
+    return root
+
+
+@pytest.fixture
+def kit(whole_kit, tmp_path, monkeypatch) -> Path:
+    """A copy of the whole kit, which is the current folder and the kit of this process."""
+    root = tmp_path / "kit"
+    shutil.copytree(whole_kit, root)
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(ledger, "ROOT", root)
+    return root

@@ -12,7 +12,12 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from PIL import Image
+
+# The engine starts a thread for each kind of device when it first runs, and a process with such threads can't
+# fork and train. Fake tensors (lib/hollow.py) register CUDA, there or not; so it runs before there are any.
+torch.ones(1, requires_grad=True).sum().backward()
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple", "brown")
 KNOBS = {"adapter": "lora", "lora_r": 4, "bf16": False, "learning_rate": 1e-3, "num_epochs": 1,
@@ -27,6 +32,7 @@ class Run:
     def __init__(self, folder: Path, monkeypatch, base: Path, rows: list[dict] | None = None, **knobs):
         monkeypatch.chdir(folder)
         self.folder, self.path, self.chdir = folder, folder / "run", monkeypatch.chdir
+        self.given = base, rows, knobs
         write_rows(folder, colour_rows() if rows is None else rows)
         given = KNOBS | {"base_model": str(base)} | knobs
         recipe = [f"{knob}: {json.dumps(value)}" for knob, value in given.items()]
@@ -44,6 +50,15 @@ class Run:
         for each in STEMS[:STEMS.index(stem) + 1]:
             self(each, *(overrides if each == "01_config" else ()))
         return self
+
+    def twin(self, folder: Path, monkeypatch, **knobs) -> "Run":
+        """A run of the same rows in a folder of its own, up to 04_lora; what other knobs leave as it is, is copied."""
+        folder.mkdir()
+        base, rows, given = self.given
+        twin = Run(folder, monkeypatch, base, rows, **given | knobs)
+        for stem in STEMS[1:4]:
+            shutil.copytree(self.path / stem, twin.path / stem)
+        return twin.upto("04_lora")
 
     def json(self, name: str) -> dict:
         """A JSON file of the run folder."""
@@ -120,6 +135,22 @@ class Child:
 
 def fork(stem: str, *words: str, before=lambda: None, **environ: str) -> Child:
     """A process that runs `stem.py words` from the current folder, as `python stem.py words` would."""
+    def script():
+        os.environ.update(environ)
+        become(stem, words, before)
+    return child_of(script)
+
+
+def become(stem: str, words: tuple[str, ...], before) -> None:
+    """Nothing; this process has run `stem.py words`, or ends with its exit code."""
+    from lib import stage, terminal
+    terminal.QUIET = terminal.console.quiet = os.environ.get("RANK", "0") != "0"
+    before()
+    stage.run_script(lambda: importlib.import_module(stem).main(list(words)))
+
+
+def child_of(work) -> Child:
+    """A process forked from this one, which calls `work` and ends."""
     output = tempfile.TemporaryFile("w+", encoding="utf-8")
     pid = os.fork()
     if pid:
@@ -127,11 +158,7 @@ def fork(stem: str, *words: str, before=lambda: None, **environ: str) -> Child:
     code = 0
     try:
         sys.stdout = sys.stderr = output
-        os.environ.update(environ)
-        from lib import stage, terminal
-        terminal.QUIET = terminal.console.quiet = environ.get("RANK", "0") != "0"
-        before()
-        stage.run_script(lambda: importlib.import_module(stem).main(list(words)))
+        work()
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
@@ -142,12 +169,35 @@ def fork(stem: str, *words: str, before=lambda: None, **environ: str) -> Child:
         os._exit(code)
 
 
-def ranks(number: int, stem: str, *words: str, before=lambda: None) -> list[Child]:
-    """So many ranks of one training, all ended, in torchrun's environment; one that fails ends all."""
+def torchrun(nodes: int, stem: str, *words: str, before=lambda: None) -> list[Child]:
+    """torchrun of so many nodes, all on this machine, one rank each; they run, and print what their ranks do.
+
+    Its agents, their meeting and their signals are torchrun's own; only the ranks are forked, as in `fork`.
+    """
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    def rank():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)              # not the agent's
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        become(stem, words, before)
+
+    together = ["--nnodes", str(nodes), "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    return [child_of(lambda: elastic_launch(config_from_args(parse_args(
+        [*together, "--node-rank", str(node), "--start-method", "fork", f"{stem}.py"]))[0], rank)())
+        for node in range(nodes)]
+
+
+def free_port() -> str:
+    """A port of this machine that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        return str(free.getsockname()[1])
+
+
+def ranks(number: int, stem: str, *words: str, before=lambda: None) -> list[Child]:
+    """So many ranks of one training, all ended, in torchrun's environment; one that fails ends all."""
+    world = {"WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     children = [fork(stem, *words, before=before, RANK=str(rank), LOCAL_RANK=str(rank), **world)
                 for rank in range(number)]
     running = list(children)
@@ -160,3 +210,8 @@ def ranks(number: int, stem: str, *words: str, before=lambda: None) -> list[Chil
             for other in running:
                 other.kill(signal.SIGTERM)
     return children
+
+
+def assert_trained(children: list[Child]) -> None:
+    """Nothing; all of them have ended well."""
+    assert all(child.code == 0 for child in children), "".join(child.said for child in children)

@@ -1,5 +1,6 @@
 """After a power cut at any moment of a checkpoint or a stage, the next start finds all that was promised."""
 
+import functools
 import json
 import os
 import random
@@ -8,40 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from lib import checkpoint, folder, ledger, metrics, stage
+from lib import checkpoint, features, folder, ledger, metrics, stage
 from tests.crash import Recorder, State
-from tests.minikit import build_kit, start
 
 RUN = Path("runs/demo")
-
-
-@pytest.fixture(scope="module")
-def whole_kit(tmp_path_factory) -> Path:
-    """A miniature kit whose 01 to 05 have run."""
-    root = tmp_path_factory.mktemp("whole") / "kit"
-    build_kit(root)
-    here = os.getcwd()
-    os.chdir(root)
-    for stem in stage.STAGES[:5]:
-        assert start(f"{stem}.py recipe.json runs/demo" if stem[:2] == "01" else f"{stem}.py").returncode == 0
-    os.chdir(here)
-    return root
-
-
-@pytest.fixture
-def kit(whole_kit, tmp_path, monkeypatch) -> Path:
-    """A copy of it, which is the current folder and the kit of this process."""
-    root = tmp_path / "kit"
-    shutil.copytree(whole_kit, root)
-    monkeypatch.chdir(root)
-    monkeypatch.setattr(ledger, "ROOT", root)
-    return root
 
 
 def each_state(recorder: Recorder, monkeypatch, at_least: int):
     """The states, one after the other in their folder; what is done to them need not reach the disk."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+    monkeypatch.setattr(ledger, "source", functools.cache(ledger.source))  # no code changes here
     count = 0
     for count, state in enumerate(recorder.states(random.Random(7)), 1):
         state.build(recorder.root)
@@ -78,7 +57,7 @@ def save(path: Path, step: int) -> None:
     p.grad = torch.ones_like(p)
     optimizer.step()
     with checkpoint.Writer(path, keep=1) as saves:
-        saves.save(step, {"p": p}, optimizer, {"global_batch_size": 4, "world_size": 1})
+        saves.save(step, {"p": p}, optimizer, {"global_batch_size": 4, "per_rank": 4})
 
 
 def files(path: Path) -> dict[str, bytes]:
@@ -170,6 +149,17 @@ def test_a_training_that_ends_is_finished_or_goes_on_from_its_checkpoint(kit, mo
             assert whole(final) and (final / "adapter/weights").read_text() == "trained"
         else:
             assert state.mark != "finished" and not folder.damage(Path(decision.checkpoint))
+
+
+# ---- kept features ----
+
+def test_a_file_of_kept_features_is_whole_or_not_there(tmp_path, monkeypatch):
+    with Recorder(tmp_path) as recorder:
+        for name in ("one", "two"):
+            features.write({"pooler_output": torch.arange(4.0)}, tmp_path / f"{name}.safetensors")
+    for _ in each_state(recorder, monkeypatch, at_least=20):
+        for path in tmp_path.glob("*.safetensors"):
+            assert load_file(path)["pooler_output"].tolist() == [0, 1, 2, 3]
 
 
 # ---- the model of the disk itself ----

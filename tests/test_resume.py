@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -15,20 +16,16 @@ from lib import checkpoint, folder, golden, metrics, stage
 from lib.golden import fingerprint
 from lib.metrics import cut_back
 from lib.stage import StageError
-from tests.runner import Run, fork
+from tests.runner import fork
 
 # Two epochs of 7 samples, 4 a step: 4 steps, with a checkpoint after each, and dropout to be repeated.
 KNOBS = {"num_epochs": 2, "save_steps": 1, "lora_dropout": 0.2}
 
 
 @pytest.fixture
-def make(tmp_path, monkeypatch, zoo):
+def make(make_run):
     """A function: knobs -> a run in a folder of its own, with 04_lora finished."""
-    def make(**knobs):
-        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        folder.mkdir()
-        return Run(folder, monkeypatch, zoo("llava"), **KNOBS | knobs).upto("04_lora")
-    return make
+    return partial(make_run, "llava", **KNOBS)
 
 
 def die():
@@ -70,11 +67,12 @@ MOMENTS = {
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, zoo):
+def finished(prepared, tmp_path_factory):
     """What training leaves where nothing happens to it: (metrics.jsonl, the adapter), as bytes."""
-    folder = tmp_path_factory.mktemp("finished")
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        return left_by(Run(folder, monkeypatch, zoo("llava"), **KNOBS).upto("05_train"))
+    with pytest.MonkeyPatch.context() as patch:
+        run = prepared("llava", None).twin(tmp_path_factory.mktemp("finished") / "0", patch, **KNOBS)
+        run("05_train")
+        return left_by(run)
 
 
 def left_by(run):

@@ -14,36 +14,9 @@ import pytest
 
 from lib import folder, ledger, stage
 from lib.stage import StageError
-from tests.minikit import PARTS, Done, build_kit, start, started
+from tests.minikit import PARTS, Done, start, started
 
 RUN = Path("runs/demo")
-
-
-@pytest.fixture(scope="session")
-def whole_kit(tmp_path_factory) -> Path:
-    """A kit whose six stages have run, each started by the command that the stage before it named."""
-    root = tmp_path_factory.mktemp("whole") / "kit"
-    build_kit(root)
-    here, command = os.getcwd(), "python 01_config.py recipe.json runs/demo"
-    os.chdir(root)
-    for stem in stage.STAGES:
-        assert command.startswith(f"python {stem}.py")
-        done = start(command)
-        assert done.returncode == 0, done.stderr
-        assert f"{stem} finished in" in done.stdout
-        command = done.stdout.rpartition("next: ")[2].strip()
-    os.chdir(here)
-    return root
-
-
-@pytest.fixture
-def kit(whole_kit, tmp_path, monkeypatch) -> Path:
-    """A copy of the whole kit, which is the current folder and the kit of this process."""
-    root = tmp_path / "kit"
-    shutil.copytree(whole_kit, root)
-    monkeypatch.chdir(root)
-    monkeypatch.setattr(ledger, "ROOT", root)
-    return root
 
 
 def actions(**options) -> dict[str, str]:
