@@ -38,6 +38,18 @@ def script():
     return importlib.import_module
 
 
+@pytest.fixture(scope="session")
+def browser():
+    """A real headless browser (tests/browser.py), started once."""
+    from tests.browser import CHROMIUM, Browser
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    started = Browser()
+    yield started
+    started.close()
+
+
 @pytest.fixture
 def colours():
     """A function: folder -> its data.jsonl of questions about pictures, which are squares of one colour."""
