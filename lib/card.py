@@ -209,8 +209,11 @@ def recipe_of(facts: Facts) -> list[tuple[str, str]]:
 
 
 def without_folders(value) -> str:
-    """A knob's value as JSON, of paths of this machine only the last part, without what is left open."""
-    return re.sub(r'"(?:~|\.{1,2})?/(?:[^"/]+/)*', '"', json.dumps(filled(value), ensure_ascii=False))
+    """A knob's value as JSON, a line for each data set; of paths of this machine only the last part."""
+    of_sets = isinstance(value, list) and value and isinstance(value[0], dict)
+    lines = [json.dumps(filled(each), ensure_ascii=False) for each in (value if of_sets else [value])]
+    text = "".join(f"\n  - {line}" for line in lines) if of_sets else lines[0]
+    return re.sub(r'"(?:~|\.{1,2})?/(?:[^"/]+/)*', '"', text)
 
 
 def filled(value):
@@ -237,5 +240,5 @@ def licence_in_words(plan: dict) -> str:
     """A sentence on the licence."""
     said = licence_of(plan)
     name = said.get("license_name", said.get("license"))
-    own = f" ({name})" if name else "; its own card doesn't say which"
-    return f"The licence is the base model's{own}, together with that of the data."
+    own = name or "which its card doesn't name"
+    return f"The licence is that of the base model ({own}) together with that of the data."

@@ -80,7 +80,7 @@ def small(html):
 
 
 def folded(summary, html):
-    """What is only seen when it is asked for; in print always."""
+    """What is only seen, and printed, when it is asked for."""
     return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
 

@@ -116,7 +116,7 @@ def roles(facts: Facts) -> str:
     """Parameters by role, how many of them train, and where."""
     method, parameters = facts.method, facts.plan["parameters"]
     rows = [[role, parameters.get(role, 0), method["modules"].get(role, 0), trained,
-             next(iter(method["first_hits"].get(role, [])), None)]
+             ".".join(next(iter(method["first_hits"].get(role, [])), "").split(".")[-3:])]
             for role, trained in method["trained_parameters"].items()]
     rows += [[role, number, None, None, "frozen"] for role, number in parameters.items()
              if role not in method["trained_parameters"]]
