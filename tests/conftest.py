@@ -16,6 +16,8 @@ import pytest
 import torch
 from PIL import Image
 
+from lib.folder import being_written, unlock
+
 # The engine starts a thread for each kind of device when it first runs, and a process with such threads can't
 # fork and train. Fake tensors (lib/hollow.py) register CUDA, there or not; so it runs before there are any.
 torch.ones(1, requires_grad=True).sum().backward()
@@ -36,6 +38,14 @@ def zoo(tmp_path_factory):
 def script():
     """A function: a numbered script's stem -> its module; `script("02_data").main(argv)` runs the stage."""
     return importlib.import_module
+
+
+@pytest.fixture(autouse=True)
+def unlocked():
+    """A stage that stopped within the test has left no lock, as if its process had ended."""
+    yield
+    for path in being_written():
+        unlock(path)
 
 
 @pytest.fixture(scope="session")
