@@ -3,7 +3,7 @@
 Fork me to: say more about the data, the licence or the intended use.
 """
 import json
-import re
+import os
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -43,6 +43,7 @@ CONTENT = {"vision": '[{"type": "image", "path": "photo.jpg"}, {"type": "text", 
            "audio": '[{"type": "audio", "path": "speech.wav"}, {"type": "text", "text": "What is said?"}]',
            "language": '"What follows one?"'}
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)                      # that vLLM's --max-lora-rank may be
+PRIVATE = ("output_dir", "url_hosts", "wandb_project", "wandb_entity", "wandb_name")
 OWN_PROCESSOR = ("image_max_pixels", "image_min_pixels", "processor_kwargs")
 
 
@@ -203,24 +204,27 @@ def datasets(facts: Facts) -> list[tuple[str, dict]]:
             for path, counts in facts.data["datasets"].items()]
 
 
-def recipe_of(facts: Facts) -> list[tuple[str, str]]:
-    """[(knob, value as JSON)] of those that the recipe sets."""
-    return [(knob, without_folders(facts.config[knob])) for knob in facts.config if knob in facts.given]
+def recipe_of(facts: Facts, given: bool = True) -> list[tuple[str, str]]:
+    """[(knob, value as JSON)] that the recipe sets, or of all others; without what is nobody's business."""
+    return [(knob, without_folders(value)) for knob, value in facts.config.items()
+            if (knob in facts.given) == given and knob not in PRIVATE]
 
 
 def without_folders(value) -> str:
     """A knob's value as JSON, a line for each data set; of paths of this machine only the last part."""
     of_sets = isinstance(value, list) and value and isinstance(value[0], dict)
-    lines = [json.dumps(filled(each), ensure_ascii=False) for each in (value if of_sets else [value])]
-    text = "".join(f"\n  - {line}" for line in lines) if of_sets else lines[0]
-    return re.sub(r'"(?:~|\.{1,2})?/(?:[^"/]+/)*', '"', text)
+    lines = [json.dumps(public(each), ensure_ascii=False) for each in (value if of_sets else [value])]
+    return "".join(f"\n  - {line}" for line in lines) if of_sets else lines[0]
 
 
-def filled(value):
-    """A value whose dicts have only what was set."""
+def public(value):
+    """A value whose paths tell no folder, and whose dicts have only what was set."""
     if isinstance(value, dict):
-        return {key: filled(inner) for key, inner in value.items() if inner not in (None, {}, [])}
-    return [filled(inner) for inner in value] if isinstance(value, list) else value
+        return {key: public(inner) for key, inner in value.items() if inner not in (None, {}, [])}
+    if isinstance(value, list):
+        return [public(inner) for inner in value]
+    is_path = isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or os.path.exists(value))
+    return Path(value).name if is_path else value
 
 
 def licence_of(plan: dict) -> dict[str, str]:

@@ -8,7 +8,6 @@ import statistics
 from pathlib import Path
 
 from lib import ledger, terminal
-from lib.card import filled
 from lib.metrics import loss_series, read_lines
 from lib.program import command
 from lib.stage import StageError
@@ -28,7 +27,7 @@ def compare(runs: list[Path]) -> None:
                              f"run first: {command('05_train', run)}")
     names = [str(run) for run in runs]
     knobs = [ledger.read_json(run / "01_config" / "config.json") for run in runs]
-    apart = [[knob, *(json.dumps(filled(each[knob])) if knob in each else NOTHING for each in knobs)]
+    apart = [[knob, *(json.dumps(each[knob]) if knob in each else NOTHING for each in knobs)]
              for knob in dict.fromkeys(knob for each in knobs for knob in each)
              if knob not in OF_THE_FOLDER and any(each.get(knob) != knobs[0].get(knob) for each in knobs)]
     if apart:

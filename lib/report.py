@@ -105,8 +105,7 @@ def learnt(preview: Path, encoder) -> str:
 
 def recipe(facts: Facts) -> str:
     """What the recipe sets, and all other knobs on demand."""
-    rest = [(knob, card.without_folders(value)) for knob, value in facts.config.items()
-            if knob not in facts.given]
+    rest = card.recipe_of(facts, given=False)
     return (page.table(["knob", "value"], card.recipe_of(facts), "ll")
             + page.folded(f"{len(rest)} more, as they are by default",
                           page.table(["knob", "value"], rest, "ll")))

@@ -15,17 +15,19 @@ def seen(processor, image: Image.Image) -> list[Image.Image]:
         rows, columns = made["image_grid_thw"][0, 1:].tolist()
     elif "image_position_ids" in made:
         columns, rows = (made["image_position_ids"][0].amax(0) + 1).tolist()
-    elif made["pixel_values"].dim() >= 4:
-        return [as_picture(tile, images) for tile in made["pixel_values"].flatten(0, -4) if tile.any()]
     else:
-        return []
+        pixels = torch.as_tensor(made["pixel_values"]) if "pixel_values" in made else torch.empty(0)
+        whole = pixels.dim() >= 4 and pixels.shape[-3] == 3
+        return [as_picture(tile, images) for tile in pixels.flatten(0, -4) if tile.any()] if whole else []
     return [image.resize((columns * images.patch_size, rows * images.patch_size), Image.Resampling.BICUBIC)]
 
 
 def as_picture(pixels: torch.Tensor, images) -> Image.Image:
     """A processor's pixels [3, height, width] with its normalisation undone."""
-    mean, std = (torch.tensor(each).reshape(-1, 1, 1) for each in (images.image_mean, images.image_std))
-    pixels = pixels.float() * std + mean if images.do_normalize else pixels.float()
+    pixels = pixels.float()
+    if images.do_normalize:
+        mean, std = (torch.tensor(each).reshape(-1, 1, 1) for each in (images.image_mean, images.image_std))
+        pixels = pixels * std + mean
     return Image.fromarray((pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
 
 

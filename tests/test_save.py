@@ -264,8 +264,15 @@ def test_the_card_takes_the_licence_of_the_bases_card(tmp_path, facts):
 def test_a_knobs_value_tells_no_folder_of_this_machine():
     value = [{"path": "/home/me/data/rows.jsonl", "name": None, "weight": 2.0}, {"path": "owner/data"}]
     assert card.without_folders(value) == '\n  - {"path": "rows.jsonl", "weight": 2.0}\n  - {"path": "owner/data"}'
-    assert [card.without_folders(path) for path in ("/a/b", "~/a/b", "../a/b", "./b", "a/b")] == [
-        '"b"', '"b"', '"b"', '"b"', '"a/b"']
+    assert [card.without_folders(path) for path in ("/a/b", "~/a/b", "../a/b", "./b", "lib/card.py", "a/b")] == [
+        '"b"', '"b"', '"b"', '"b"', '"card.py"', '"a/b"']
+
+
+def test_neither_card_nor_page_tells_private_hosts_or_whose_the_project_is(facts):
+    secret = {"url_hosts": ["pictures.example.internal"], "wandb_entity": "us", "output_dir": "runs/secret"}
+    told = dataclasses.replace(facts, config=facts.config | secret, given=[*facts.given, *secret])
+    text = card.model_card("adapter", told) + report.recipe(told)
+    assert "lora_r" in text and "internal" not in text and "wandb" not in text and "secret" not in text
 
 
 def test_a_text_only_adapter_says_so_and_nothing_is_answered_without_held_out_rows(make, monkeypatch, capsys):
