@@ -20,10 +20,11 @@ from pathlib import Path
 import datasets
 
 from lib import fresh, media, merge, model, page, parallel, report, stage, terminal
-from lib.card import Facts, model_card
+from lib.card import model_card
 from lib.chat import Encoder
 from lib.compare import compare
 from lib.evaluate import exact_match, generate
+from lib.facts import Facts
 from lib.ledger import read_json
 from lib.media import MediaError
 from lib.messages import RowError

@@ -57,7 +57,7 @@ def write_previews(folder: Path, encoder: Encoder, train: list[dict], held_out: 
 
 def datasets(report: dict) -> str:
     """The tables of data sets, of what was rejected, and of what the template says by itself."""
-    html = page.table(summary.DATASET_COLUMNS, summary.dataset_rows(report))
+    html = page.table(summary.DATASET_COLUMNS, summary.dataset_rows(report["datasets"].items()))
     if report["rejects"]:
         html += page.paragraph("What can't be used, by the way in which it is mended:") + page.table(
             ["rows", "such as", "mend it"], [list(kind.values()) for kind in report["rejects"]])

@@ -6,9 +6,9 @@ import json
 from difflib import SequenceMatcher
 from pathlib import Path
 
-from lib import answers, card, page, summary, terminal, tokens
-from lib.card import Facts
+from lib import answers, facts, page, serving, summary, terminal, tokens
 from lib.charts import curve
+from lib.facts import Facts
 from lib.ledger import read_json
 from lib.metrics import loss_series, read_lines
 from lib.plan import public_name
@@ -20,25 +20,25 @@ PARTS = ("trained", "gradients", "optimizer")
 COMPARED = 400                            # characters of an answer: enough to say which came nearer
 
 
-def write_report(work, facts: Facts, encoder, rows: list[dict]) -> None:
+def write_report(work, told: Facts, encoder, rows: list[dict]) -> None:
     """report.html, and figure.svg for a README. rows: held-out ones, as lib/answers.py takes them."""
     timings = read_lines(work.input("05_train") / "timings.jsonl")
-    html = page.document(f"{public_name(facts.plan)}, fine-tuned", [
-        ("Result", result(facts, timings)),
+    html = page.document(f"{public_name(told.plan)}, fine-tuned", [
+        ("Result", result(told, timings)),
         ("Answers", answers.cards(rows, nearer)),
         ("Curves", curves(work.input("05_train") / "metrics.jsonl", timings)),
-        ("Data", data(facts) + learnt(work.input("02_data") / "preview.jsonl", encoder)),
-        ("Recipe", recipe(facts)),
-        ("What trained", roles(facts)),
+        ("Data", data(told) + learnt(work.input("02_data") / "preview.jsonl", encoder)),
+        ("Recipe", recipe(told)),
+        ("What trained", roles(told)),
         ("Memory", memory(work, timings)),
-        ("Proof", proof(facts.check)),
-        ("Use it", use(facts)),
-    ], f"{facts.plan['family']}, {facts.plan['class']}. {card.licence_in_words(facts.plan)}",
+        ("Proof", proof(told.check)),
+        ("Use it", use(told)),
+    ], f"{told.plan['family']}, {told.plan['class']}. {facts.licence_in_words(told.plan)}",
         page.MEDIA_SHOWN[work.config.report_media])
     (work.path / "report.html").write_text(html, encoding="utf-8")
     if rows:
         best = sorted(rows, key=lambda row: (row["base_right"], not row["tuned_right"]))
-        caption = f"exact match on {facts.check['rows']} rows: {score(facts.check)}"
+        caption = f"exact match on {told.check['rows']} rows: {score(told.check)}"
         figure = answers.figure(best, "Held-out rows, before and after", caption)
         (work.path / "figure.svg").write_text(figure, encoding="utf-8")
 
@@ -56,17 +56,17 @@ def nearer(row: dict) -> float:
     return after - before
 
 
-def result(facts: Facts, timings: list[dict]) -> str:
+def result(told: Facts, timings: list[dict]) -> str:
     """Key figures, and which weights these are."""
-    seconds, trained = sum(line["seconds"] for line in timings), facts.method["trained_parameters"].values()
-    total = sum(facts.plan["parameters"].values())
-    kind = next(iter(facts.check["exports"]))
+    seconds, trained = sum(line["seconds"] for line in timings), told.method["trained_parameters"].values()
+    total = sum(told.plan["parameters"].values())
+    kind = next(iter(told.check["exports"]))
     return page.tiles([
-        (score(facts.check), f"exact match on {facts.check['rows']} held-out rows"),
-        (facts.data["counts"]["train_samples"], "training samples"),
+        (score(told.check), f"exact match on {told.check['rows']} held-out rows"),
+        (told.data["counts"]["train_samples"], "training samples"),
         (sum(trained), f"trained parameters, {sum(trained) / total:.2%} of the base's"),
-        (terminal.duration(seconds), f"in {facts.saved['trained_steps']:,} steps"),
-    ]) + page.note(f"{facts.method['method']}. {card.origin(kind, facts)}")
+        (terminal.duration(seconds), f"in {told.saved['trained_steps']:,} steps"),
+    ]) + page.note(f"{told.method['method']}. {facts.origin(kind, told)}")
 
 
 def curves(metrics: Path, timings: list[dict]) -> str:
@@ -83,14 +83,13 @@ def curves(metrics: Path, timings: list[dict]) -> str:
                for key, name in names.items()}, "optimizer step", label) for label, lines, names in small))
 
 
-def data(facts: Facts) -> str:
+def data(told: Facts) -> str:
     """The data sets, by names that tell no folder, and what was rejected."""
-    report = {"datasets": dict(card.datasets(facts))}
-    counts = facts.data["counts"]
+    counts = told.data["counts"]
     more = [f"{name.replace('_', ' ')}: {counts[name]:,}" for name in
             ("tokens_per_picture", "rows_over_sequence_len", "samples_cut_to_sequence_len",
              "replies_ended_by_the_kit", "rows_that_tell_the_day") if counts[name]]
-    table = page.table(summary.DATASET_COLUMNS, summary.dataset_rows(report))
+    table = page.table(summary.DATASET_COLUMNS, summary.dataset_rows(facts.datasets(told)))
     return table + (page.note("; ".join(more)) if more else "")
 
 
@@ -103,17 +102,17 @@ def learnt(preview: Path, encoder) -> str:
                                                                    ("media", row["media_tokens"])])
 
 
-def recipe(facts: Facts) -> str:
+def recipe(told: Facts) -> str:
     """What the recipe sets, and all other knobs on demand."""
-    rest = card.recipe_of(facts, given=False)
-    return (page.table(["knob", "value"], card.recipe_of(facts), "ll")
+    rest = facts.recipe_of(told, given=False)
+    return (page.table(["knob", "value"], facts.recipe_of(told), "ll")
             + page.folded(f"{len(rest)} more, as they are by default",
                           page.table(["knob", "value"], rest, "ll")))
 
 
-def roles(facts: Facts) -> str:
+def roles(told: Facts) -> str:
     """Parameters by role, how many of them train, and where."""
-    method, parameters = facts.method, facts.plan["parameters"]
+    method, parameters = told.method, told.plan["parameters"]
     rows = [[role, parameters.get(role, 0), method["modules"].get(role, 0), trained,
              ".".join(next(iter(method["first_hits"].get(role, [])), "").split(".")[-3:])]
             for role, trained in method["trained_parameters"].items()]
@@ -163,11 +162,11 @@ def proof(check: dict) -> str:
     return page.paragraph(words) + page.table(PROOF_COLUMNS, proofs(check)) + "".join(map(page.note, same))
 
 
-def use(facts: Facts) -> str:
+def use(told: Facts) -> str:
     """How each export is loaded and served."""
     html = ""
-    for kind in facts.check["exports"]:
-        html += page.heading(f"{kind}/") + page.code(card.loading(kind, facts))
+    for kind in told.check["exports"]:
+        html += page.heading(f"{kind}/") + page.code(serving.loading(kind, told))
         html += "".join(page.paragraph(words) + (page.code(command) if command else "")
-                        for words, command in card.serving(kind, facts))
+                        for words, command in serving.serving(kind, told))
     return html

@@ -1,6 +1,7 @@
 """summary: what the rows came to, in numbers: report.json, and tables of the terminal and of pages."""
 import json
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from lib import terminal
@@ -56,11 +57,11 @@ def by_dataset(train: list[dict], held_out: list[dict], rejects: list[dict]) -> 
     return found
 
 
-def dataset_rows(report: dict) -> list[list]:
-    """The lines of DATASET_COLUMNS, and their sum where there are several."""
-    rows = [[path, *numbers.values()] for path, numbers in report["datasets"].items()]
+def dataset_rows(datasets: Iterable[tuple[str, dict]]) -> list[list]:
+    """The lines of DATASET_COLUMNS for (name, numbers), and their sum where there are several."""
+    rows = [[name, *numbers.values()] for name, numbers in datasets]
     if len(rows) > 1:
-        *sums, longest = zip(*(numbers.values() for numbers in report["datasets"].values()))
+        *sums, longest = zip(*(numbers for _, *numbers in rows))
         rows.append(["all", *map(sum, sums), max(longest)])
     return rows
 
@@ -84,7 +85,7 @@ def say(report: dict) -> None:
     terminal.table("02_data", ["what", "count"],
                    [[name.replace("_", " "), count] for name, count in report["counts"].items()])
     if len(report["datasets"]) > 1:
-        terminal.table("by data set", DATASET_COLUMNS, dataset_rows(report))
+        terminal.table("by data set", DATASET_COLUMNS, dataset_rows(report["datasets"].items()))
     if said := report["template_says"]:
         terminal.table("what the chat template says by itself", ["rows", "words"],
                        [[each["rows"], shortened(each["words"])] for each in said])

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib import answers, card, fresh, model, proof, report, stage
+from lib import answers, card, facts, fresh, model, proof, report, serving, stage
 from lib.chat import Encoder
 from lib.evaluate import anls, contains, edits, exact_match, generate
 from lib.ledger import stamp
@@ -226,10 +226,10 @@ def test_the_card_says_what_the_base_is_how_it_was_made_and_how_good_it_is(adapt
 
 
 @pytest.fixture
-def facts(adapter_run):
+def told(adapter_run):
     """What the cards of a run tell."""
     work = stage.view("06_save", adapter_run.path)
-    return card.Facts.of(work, adapter_run.json("03_load_model/model.json"), adapter_run.json("06_save/check.json"))
+    return facts.Facts.of(work, adapter_run.json("03_load_model/model.json"), adapter_run.json("06_save/check.json"))
 
 
 @pytest.mark.parametrize("part, change, kind, words", [
@@ -245,32 +245,32 @@ def facts(adapter_run):
     ("saved", {"step": 2, "best": {"eval_loss": 0.5}}, "adapter", "step 2 of 4, whose eval_loss was the best (0.5)"),
     ("saved", {"step": 3, "trained_steps": 3}, "adapter", "step 3 of 4, where training stopped early"),
 ])
-def test_the_card_says_only_what_holds(part, change, kind, words, facts):
-    assert words not in card.model_card(kind, facts)
-    changed = dataclasses.replace(facts, **{part: getattr(facts, part) | change})
+def test_the_card_says_only_what_holds(part, change, kind, words, told):
+    assert words not in card.model_card(kind, told)
+    changed = dataclasses.replace(told, **{part: getattr(told, part) | change})
     text = card.model_card(kind, changed)
     assert words in text
-    assert ("--enable-lora" in text) == (kind == "adapter" and not card.needs_merging(changed))
+    assert ("--enable-lora" in text) == (kind == "adapter" and not serving.needs_merging(changed))
 
 
-def test_the_card_takes_the_licence_of_the_bases_card(tmp_path, facts):
+def test_the_card_takes_the_licence_of_the_bases_card(tmp_path, told):
     said = "---\nlicense: other\nlicense_name: gemma\nlicense_link: there\n---\n# Base\n"
     (tmp_path / "README.md").write_text(said, encoding="utf-8")
-    text = card.model_card("adapter", dataclasses.replace(facts, plan=facts.plan | {"base_model": str(tmp_path)}))
+    text = card.model_card("adapter", dataclasses.replace(told, plan=told.plan | {"base_model": str(tmp_path)}))
     assert "\nlicense: other\nlicense_name: gemma\nlicense_link: there\n" in text
     assert "the base model (gemma)" in text
 
 
 def test_a_knobs_value_tells_no_folder_of_this_machine():
     value = [{"path": "/home/me/data/rows.jsonl", "name": None, "weight": 2.0}, {"path": "owner/data"}]
-    assert card.without_folders(value) == '\n  - {"path": "rows.jsonl", "weight": 2.0}\n  - {"path": "owner/data"}'
-    assert [card.without_folders(path) for path in ("/a/b", "~/a/b", "../a/b", "./b", "lib/card.py", "a/b")] == [
+    assert facts.without_folders(value) == '\n  - {"path": "rows.jsonl", "weight": 2.0}\n  - {"path": "owner/data"}'
+    assert [facts.without_folders(path) for path in ("/a/b", "~/a/b", "../a/b", "./b", "lib/card.py", "a/b")] == [
         '"b"', '"b"', '"b"', '"b"', '"card.py"', '"a/b"']
 
 
-def test_neither_card_nor_page_tells_private_hosts_or_whose_the_project_is(facts):
+def test_neither_card_nor_page_tells_private_hosts_or_whose_the_project_is(told):
     secret = {"url_hosts": ["pictures.example.internal"], "wandb_entity": "us", "output_dir": "runs/secret"}
-    told = dataclasses.replace(facts, config=facts.config | secret, given=[*facts.given, *secret])
+    told = dataclasses.replace(told, config=told.config | secret, given=[*told.given, *secret])
     text = card.model_card("adapter", told) + report.recipe(told)
     assert "lora_r" in text and "internal" not in text and "wandb" not in text and "secret" not in text
 
