@@ -43,6 +43,7 @@ Kernel = Literal["sdpa", "eager"]
 Key = str | None
 Modules = str | list[str] | None
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"]
+PagesHold = Literal["none", "eval", "all"]
 Rate = float | None
 Rerun = bool | Literal["auto", "offload"]
 Role = Literal["language", "vision", "audio", "projector", "cross_attention", "head", "embedding", "experts",
@@ -191,6 +192,7 @@ class Recipe:
     dataloader_num_workers: int      = knob(0, "05", "processes that encode", low=0, identity=False)
 
     # What comes out
+    report_media: PagesHold          = knob("all", "02 06", "whose pictures pages may embed")
     answer_rows: int                 = knob(64, "06", "held-out rows answered before and after", low=0)
     max_new_tokens: int              = knob(64, "06", "longest answer", "tokens", low=1)
     merge: bool                      = knob(False, "06", "write the merged model, too")
@@ -413,6 +415,7 @@ def main(argv: list[str] | None = None) -> None:
     work.uses(recipe_path, sha256)
     known = knobs_of(Recipe)
     readers = {stem: [name for name, (_, meta) in known.items() if stem in meta["stages"]] for stem in STAGES}
+    readers["given"] = sorted(given)
     readers["not_identity"] = [name for name, (_, meta) in known.items() if not meta["identity"]]
     write_json(work.path / "config.json", asdict(k))
     write_json(work.path / "stages.json", readers)

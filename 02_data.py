@@ -11,8 +11,9 @@ Fork me to: take another shape of row (lib/shapes.py), train other words (lib/te
 """
 from pathlib import Path
 
-from lib import preview, registry, samples, sources, stage, terminal
+from lib import preview, registry, samples, sources, stage, summary, terminal
 from lib.chat import Encoder
+from lib.ledger import read_json
 from lib.messages import RowError, count
 from lib.plan import load_config
 from lib.processor import complete, load_processor, stop_tokens, tokenizer_of
@@ -57,12 +58,11 @@ def main(argv=None):
     # 6. Write the samples, and pages on which a person sees what will be learnt.
     samples.save(train, work.path / "train")
     samples.save(held_out, work.path / "eval")
-    counts = preview.write_report(work.path / "report.json", train, held_out, rejects)
-    preview.write_previews(work.path, encoder, train, counts)
-    terminal.table("02_data", ["what", "count"], [[name.replace("_", " "), n] for name, n in counts.items()])
-    preview.show_own_words(train + held_out)
+    report = summary.write_report(work.path / "report.json", train, held_out, rejects)
+    preview.write_previews(work.path, encoder, train, held_out, report, config)
+    summary.say(report)
     preview.show(train[:1], encoder.processor)
-    work.finish()
+    work.finish(volatile=("preview.html",))
 
 
 def show(work, number: int) -> None:
@@ -70,6 +70,8 @@ def show(work, number: int) -> None:
     import datasets
     encoder = Encoder.load(work.path / "processor", work.config.trust_remote_code)
     train = datasets.load_from_disk(str(work.path / "train"))
+    summary.say(read_json(work.path / "report.json"))
+    preview.show_extremes(train.select_columns(["sample_id", *summary.SUMS]).to_list())
     preview.show(list(train.select(range(min(number, len(train))))), encoder.processor)
 
 
@@ -141,7 +143,7 @@ def measure(reader: Rows, work, rejects: list) -> list[dict]:
 
 def stop_at_rejects(work, rejects: list[dict], kept: int) -> None:
     """Show what can't be used; stop where the recipe says so or nothing is left. All rows were looked at."""
-    kinds = [[kind["rows"], kind["such_as"], kind["fix"]] for kind in preview.kinds_of(rejects)[:8]]
+    kinds = [[kind["rows"], kind["such_as"], kind["fix"]] for kind in summary.kinds_of(rejects)[:8]]
     terminal.table(f"{count(len(rejects), 'row')} can't be used", ["rows", "such as", "fix"], kinds)
     stops = {True: work.config.excess_length_strategy == "error", False: work.config.on_bad_row == "error"}
     bad = [reject for reject in rejects if stops[reject["too_long"]] or not kept]

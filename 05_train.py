@@ -78,6 +78,7 @@ class Run:
     model: torch.nn.Module
     roles: Roles
     parameters: dict[str, torch.nn.Parameter]                      # what trains
+    role_of: dict[str, str]                                        # of each of them
     watch: optim.GradientWatch
     optimizer: torch.optim.Optimizer
     autocast: Callable
@@ -132,8 +133,8 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     room = config.sequence_len if config.sample_packing else None
     order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length,
                   samples.kinds)
-    return Run(work, world, net, roles, parameters, watch, optimizer, autocast, samples, held_out, order,
-               first_step, order.total_steps(config.num_epochs, config.max_steps))
+    return Run(work, world, net, roles, parameters, role_of, watch, optimizer, autocast, samples, held_out,
+               order, first_step, order.total_steps(config.num_epochs, config.max_steps))
 
 
 def share_of_kept_layers(work: stage.Work, world: parallel.World, plan: dict, shards: bool) -> float:
@@ -240,16 +241,17 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
     world.sum_gradients(run.parameters.values())
     kinds = {kind for row in rows for index in row for kind in samples.media[index]}
     run.watch.look(run.parameters, world, kinds)
-    norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)
-    found, norm = world.sum(found).tolist(), float(norm)          # the step's one wait for the device
-    if not (skipped := faults.not_finite(run, step, shares, found, norm)):
+    norms = optim.clip_gradients(run.parameters, run.role_of, config.max_grad_norm)
+    found = world.sum(found).tolist()                             # the step's one wait for the device
+    norms = {name: float(norm) for name, norm in norms.items()}
+    if not (skipped := faults.not_finite(run, step, shares, found, norms["grad_norm"])):
         for group in run.optimizer.param_groups:
             group["lr"] = rate * group["share"]
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
     loss, right = (sum(micro_batch[i] for share in found for micro_batch in share) for i in (0, 1))
     return {"loss": loss / step_tokens, "token_accuracy": right / step_tokens, "learning_rate": rate,
-            "grad_norm": norm, "supervised_tokens": step_tokens, "tokens": tokens, "waited": waited,
+            **norms, "supervised_tokens": step_tokens, "tokens": tokens, "waited": waited,
             "seconds": time.monotonic() - began, "skipped": skipped}
 
 

@@ -10,26 +10,25 @@ Reads:  05_train (adapter or model, golden.safetensors, metrics.jsonl), 02_data,
 Writes: 06_save/adapter/ or model/ (with tokenizer, processor, README.md), merged/ if asked, check.json,
         report.html, figure.svg.
 Source: PEFT's adapter format; the proof is lib/proof.py, on plain transformers and peft.
-Fork me to: change the model card (lib/card.py), the page (`write_report`), or what counts as a right answer
+Fork me to: change the model card (lib/card.py), the page (lib/report.py), or what counts as a right answer
         (lib/evaluate.py).
 """
 import json
-import re
 import shutil
 from pathlib import Path
 
 import datasets
 
-from lib import fresh, media, merge, model, parallel, report, stage, terminal
+from lib import fresh, media, merge, model, page, parallel, report, stage, terminal
 from lib.card import model_card
 from lib.chat import Encoder
 from lib.compare import compare
 from lib.evaluate import exact_match, generate
+from lib.facts import Facts
 from lib.ledger import read_json
 from lib.media import MediaError
 from lib.messages import RowError
-from lib.metrics import loss_series
-from lib.plan import public_name, quiet
+from lib.plan import quiet
 from lib.predict import evaluate_file
 from lib.stage import StageError
 from lib.template import Template
@@ -71,8 +70,10 @@ def main(argv=None):
     check = fresh.checked(found, rows, plan)
     (work.path / "check.json").write_text(json.dumps(check, indent=1) + "\n", encoding="utf-8")
     # 4. Describe it: a model card in every export, one page for people.
-    describe(work, plan, check, exports)
-    write_report(work, plan, check, answer_cards(rows, found["answers"]))
+    facts = Facts.of(work, plan, check)
+    describe(work, facts, exports)
+    pictures = page.may_show(work.config.report_media, held_out=True)
+    report.write_report(work, facts, encoder, answered(rows, found["answers"], pictures))
     say_results(check)
     work.finish(volatile=("report.html", "figure.svg"))
     terminal.say(f"look at: {work.path / 'report.html'}", "bold")
@@ -102,20 +103,16 @@ def held_out_rows(work, encoder: Encoder) -> list[dict]:
 
 # ---- card and page ----
 
-def describe(work, plan: dict, check: dict, exports: list[Path]) -> None:
+def describe(work, facts: Facts, exports: list[Path]) -> None:
     """README.md in every export, and the first one's beside them."""
-    counts = read_json(work.input("02_data") / "report.json")["counts"]
-    trained = read_json(work.input("04_lora") / "adapter.json")
-    day = work.config.template_date if counts["rows_that_tell_the_day"] else None
     for folder in exports:
-        card = model_card(folder.name, plan, counts, trained, check, day)
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        (folder / "README.md").write_text(model_card(folder.name, facts), encoding="utf-8")
     shutil.copy(exports[0] / "README.md", work.path / "README.md")
 
 
-def answer_cards(rows: list[dict], answers: list[dict]) -> list[dict]:
-    """The rows as lib/report.py shows them: pictures, question, reference, both answers with their marks."""
-    return [{"pictures": [media.poster(medium) for medium in row["media"]],
+def answered(rows: list[dict], answers: list[dict], pictures: bool) -> list[dict]:
+    """The rows as lib/answers.py shows them: pictures, question, reference, both answers with their marks."""
+    return [{"pictures": [media.poster(medium) for medium in row["media"]] if pictures else [],
              "question": last_question(json.loads(row["messages"])), "reference": row["reference"], **found,
              **{f"{which}_right": bool(exact_match([found[which]], [row["reference"]])) for which in found}}
             for row, found in zip(rows, answers, strict=True)]
@@ -127,57 +124,9 @@ def last_question(messages: list[dict]) -> str:
     return " ".join(part["text"] for m in asked for part in m["content"] if part["type"] == "text")
 
 
-def write_report(work, plan: dict, check: dict, cards: list[dict]) -> None:
-    """report.html, and figure.svg for a README: what was trained, on what, how well, proved how."""
-    config = read_json(work.run / "01_config" / "config.json")
-    counts = read_json(work.input("02_data") / "report.json")["counts"]
-    trained = read_json(work.input("04_lora") / "adapter.json")
-    scores = check["exact_match"]
-    score = f"{scores['base']:.0%} -> {scores['tuned']:.0%}" if cards else "no held-out rows"
-    losses = loss_series(work.input("05_train") / "metrics.jsonl")
-    data = [[what.replace("_", " "), count] for what, count in counts.items()]
-    knobs = [[knob, None if value is None else without_folders(value)] for knob, value in config.items()]
-    roles = [[role, trained["modules"].get(role, 0), n] for role, n in trained["trained_parameters"].items()]
-    page = report.page(f"{public_name(plan)}, fine-tuned", [
-        ("Result", report.tiles([(score, f"exact match on {check['rows']} held-out rows"),
-                                 (sum(trained["trained_parameters"].values()), "trained parameters"),
-                                 (counts["train_samples"], "training samples"),
-                                 (trained["method"], "method")])),
-        ("Answers", report.answers(cards)),
-        ("Loss", report.curve(losses, "optimizer step", "loss per token")),
-        ("Recipe", report.table(["knob", "value"], knobs)),
-        ("What trained", report.table(["role", "modules", "parameters"], roles)),
-        ("Data", report.table(["what", "count"], data)),
-        ("Proof", report.paragraph("A fresh process loaded each export with plain transformers and peft and "
-                                   "compared its logits with those right after training.")
-         + report.table(PROOF_COLUMNS, proofs(check))),
-        ("How to load it", report.code((work.path / "README.md").read_text(encoding="utf-8"))),
-    ], subtitle=f"{plan['family']}, {plan['class']}")
-    (work.path / "report.html").write_text(page, encoding="utf-8")
-    if cards:
-        best = sorted(cards, key=lambda card: (card["base_right"], not card["tuned_right"]))[:8]
-        caption = f"exact match on {check['rows']} rows: {score}"
-        figure = report.figure(best, "Held-out rows, before and after", caption)
-        (work.path / "figure.svg").write_text(figure, encoding="utf-8")
-
-
-def without_folders(value) -> str:
-    """A knob's value as JSON, of paths of this machine only the last part: the page is for others, too."""
-    return re.sub(r'"/(?:[^"/]+/)*', '"', json.dumps(value))
-
-
-PROOF_COLUMNS = ["export", "largest logit difference", "largest logit", "same argmax"]
-
-
-def proofs(check: dict) -> list[list]:
-    """A line for each export, as the page and the terminal show it."""
-    return [[name, f"{found['max_logit_difference']:.3g}", f"{found['max_logit']:.3g}",
-             f"{found['argmax_agreement']:.1%}"] for name, found in check["exports"].items()]
-
-
 def say_results(check: dict) -> None:
     """The result as a table."""
-    terminal.table("in a fresh process", PROOF_COLUMNS, proofs(check))
+    terminal.table("in a fresh process", report.PROOF_COLUMNS, report.proofs(check))
     if check["rows"]:
         terminal.table(f"exact match on {check['rows']} held-out rows", ["before", "after"],
                        [[f"{check['exact_match'][which]:.1%}" for which in ("base", "tuned")]])

@@ -230,6 +230,7 @@ def with_ours(net, roles, made: Made, knobs, world) -> dict:
     every_step = SimpleNamespace(of_step=lambda step: made.rows)
     run = train.Run(
         work=SimpleNamespace(config=knobs), world=world, model=net, roles=roles, parameters=parameters,
+        role_of=role_of,
         watch=optim.GradientWatch(role_of, {"image"}),
         optimizer=optim.make_optimizer(parameters, role_of, knobs),
         autocast=partial(torch.autocast, world.device.type, torch.bfloat16), samples=made, held_out=made,

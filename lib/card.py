@@ -1,67 +1,50 @@
-"""card: the README.md of an export: what it is, how to load it, how good it is, what it was made from.
+"""card: the README.md of an export: what it is, how to load and serve it, how good it is, what it is made of.
 
 Fork me to: say more about the data, the licence or the intended use.
 """
 from importlib.metadata import version
 
+from lib.facts import Facts, clock, datasets, licence_in_words, licence_of, origin, recipe_of
 from lib.plan import public_name
-
-LOADING = {
-    "adapter": """\
-from peft import PeftModel
-from transformers import AutoProcessor, {cls}
-
-BASE = "{base}"    # the base model: a hub id, or the folder where you have it
-FOLDER = "."    # the folder of this card
-
-model = {cls}.from_pretrained(BASE, {revision}dtype="{dtype}")
-model = PeftModel.from_pretrained(model, FOLDER)
-processor = AutoProcessor.from_pretrained(FOLDER)""",
-    "model": """\
-from transformers import AutoProcessor, {cls}
-
-FOLDER = "."    # the folder of this card
-
-model = {cls}.from_pretrained(FOLDER, dtype="{dtype}")
-processor = AutoProcessor.from_pretrained(FOLDER)""",
-}
+from lib.serving import loading, serving
 
 
-def model_card(kind: str, plan: dict, counts: dict, trained: dict, check: dict, day: str | None) -> str:
-    """The card of an adapter, model or merged model, as Markdown; it tells no path of this machine.
-
-    counts: 02's report; trained: 04's adapter.json; check: 06's check.json; day: what the chat template told
-    in training, if it tells the day.
-    """
+def model_card(kind: str, facts: Facts) -> str:
+    """The card of an adapter, model or merged model, as Markdown; it tells no path of this machine."""
+    plan, check, counts = facts.plan, facts.check, facts.data["counts"]
     base, adapter, scores = public_name(plan), kind == "adapter", check["exact_match"]
     sees = {"vision", "audio"} & plan["parameters"].keys()
-    what = "LoRA adapter for" if adapter else "model made from"
+    about = {"base_model": base, "base_model_relation": "adapter" if adapter else "finetune",
+             **licence_of(plan), "library_name": "peft" if adapter else "transformers",
+             "pipeline_tag": "image-text-to-text" if sees else "text-generation"}
+    header = "".join(f"{name}: {value}\n" for name, value in about.items())
     revision = f" at revision `{plan['revision']}`" if plan["revision"] else ""
-    snippet = LOADING["adapter" if adapter else "model"].format(
-        base=base, cls=plan["class"], dtype=plan["dtype"],
-        revision=f'revision="{plan["revision"]}", ' if plan["revision"] else "")
     results = "No row was held out, so none was answered."
     if check["rows"]:
         results = (f"Exact match by greedy generation on {check['rows']} held-out rows: {scores['base']:.1%} "
                    f"before, {scores['tuned']:.1%} after.")
-    clock = (f" Its chat template writes today's date into a prompt; in training that was {day}."
-             if day else "")
+    serve = "\n\n".join(f"{words}\n\n```\n{command}\n```" if command else words
+                        for words, command in serving(kind, facts))
+    data = "".join(f"| {name} | {each['train_samples']:,} | {each['held_out_samples']:,} | "
+                   f"{each['rejected_rows']:,} |\n" for name, each in datasets(facts))
+    recipe = "\n".join(f"{knob}: {value}" for knob, value in recipe_of(facts))
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
     return f"""---
-base_model: {base}
-library_name: {"peft" if adapter else "transformers"}
-pipeline_tag: {"image-text-to-text" if sees else "text-generation"}
----
+{header}---
 
 # {base}, fine-tuned
 
-A {what} `{base}`{revision}.
+A {"LoRA adapter for" if adapter else "model made from"} `{base}`{revision}. {origin(kind, facts)}
 
 ## Load it
 
 ```python
-{snippet}
+{loading(kind, facts)}
 ```
+
+## Serve it
+
+{serve}
 
 ## Results
 
@@ -71,7 +54,14 @@ A {what} `{base}`{revision}.
 ## Made from
 
 {counts["train_samples"]:,} samples; {counts["held_out_samples"]:,} were held out, and \
-{counts["rejected_rows"]:,} rows rejected. Method: {trained["method"]}.{clock}
+{counts["rejected_rows"]:,} rows rejected. Method: {facts.method["method"]}.{clock(facts)}
 
-Versions: {versions}. The licence is the base model's, together with that of the data.
+| data set | samples | held out | rejected |
+|---|---|---|---|
+{data}
+```yaml
+{recipe}
+```
+
+Versions: {versions}. {licence_in_words(plan)}
 """

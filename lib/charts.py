@@ -1,13 +1,16 @@
 """Charts as SVG, as strings: histograms and curves, inside a page or as a file of their own (05's loss.svg).
 
 Apart from lib/report.py, because training draws a curve: so an edit of a page is none of training's source.
-Fork me to: change the colours (LIGHT, DARK, CHART_CSS), or draw another chart.
+Fork me to: change the colours (LIGHT, DARK, charts.css), or draw another chart.
 """
 import math
 import re
 import statistics
 from html import escape
 from itertools import pairwise
+from pathlib import Path
+
+from lib.scale import Scale, number, round_step
 
 # `good` is the one accent: what is trained, and what training made right. `s0`.. are the lines of a chart.
 LIGHT = {"paper": "#ffffff", "wash": "#f3f4f6", "rule": "#dfe2e7", "muted": "#59616b", "ink": "#14171a",
@@ -16,22 +19,6 @@ LIGHT = {"paper": "#ffffff", "wash": "#f3f4f6", "rule": "#dfe2e7", "muted": "#59
 DARK = {"paper": "#111417", "wash": "#1d2126", "rule": "#2e343b", "muted": "#a0a9b4", "ink": "#e9ebee",
         "good": "#55d6a8", "learnt": "#143d30", "bad": "#ff9182",
         "s0": "#55d6a8", "s1": "#ffab66", "s2": "#86b1ff", "s3": "#d09bf5"}
-CHART_CSS = """
-svg text { font: 13px system-ui, -apple-system, "Segoe UI", Roboto, Arial, sans-serif; fill: var(--muted) }
-svg .ink { fill: var(--ink) } svg .good { fill: var(--good) } svg .bad { fill: var(--bad) }
-svg .strong { font-weight: 650 } svg .title { font-size: 22px } svg .answer { font-size: 15px }
-svg .end { text-anchor: end } svg .mid { text-anchor: middle }
-svg .paper { fill: var(--paper); stroke: var(--rule) } svg .wash { fill: var(--wash) }
-svg .frame { fill: none; stroke: var(--rule) }
-svg .bar { fill: var(--s0) } svg .grid { stroke: var(--rule) }
-svg .mark { stroke: var(--ink); stroke-dasharray: 3 3 }
-svg .line { fill: none; stroke-width: 2; stroke-linejoin: round } svg circle.line { fill: var(--paper) }
-svg .s0 { stroke: var(--s0) } svg .s1 { stroke: var(--s1) }
-svg .s2 { stroke: var(--s2) } svg .s3 { stroke: var(--s3) }
-svg .d1 { stroke-dasharray: 7 4 } svg .d2 { stroke-dasharray: 2 3 } svg .d3 { stroke-dasharray: 10 3 2 3 }
-svg line, svg polyline { vector-effect: non-scaling-stroke }
-svg .raw { stroke-width: 1; opacity: .35 } svg .raw, svg circle { stroke-dasharray: none }
-"""
 
 
 def histogram(values, label, unit="tokens", marks=()):
@@ -67,7 +54,7 @@ def _bins(values):
     """(start, step, counts) of about 16 bins of a round width; whole numbers a bin each sit in its middle."""
     low, high = min(values), max(values)
     whole = all(float(value).is_integer() for value in values)
-    step = _round_step((high - low) / 16 or (not whole and abs(high) / 16) or 1)
+    step = round_step((high - low) / 16 or (not whole and abs(high) / 16) or 1)
     step = max(step, 1) if whole else step
     start = math.floor(low / step) * step - (0.5 if whole and step == 1 else 0)
     counts = [0] * (int((high - start) / step) + 1)
@@ -148,44 +135,6 @@ def _line(points, x, y, colour):
     return path(raw, "raw ") + path(smooth)
 
 
-class Scale:
-    """Places of values along a line of pixels; ticks are round values, and snap ends the scale on two."""
-
-    def __init__(self, values, start, end, log=False, snap=True):
-        low, high = (math.log10(f(values)) if log else f(values) for f in (min, max))
-        if not log and 0 <= low <= high / 2:
-            low = 0
-        if high - low <= 1e-9 * max(abs(high), abs(low)):  # one value: give it room on both sides
-            room = 1 if log else abs(low) / 2 or 1
-            low, high = low - room, high + room
-        if log and high - low <= 3:
-            powers = range(math.floor(low), math.ceil(high) + 1)
-            rounds = [power + math.log10(factor) for power in powers for factor in (1, 2, 5)]
-        else:
-            step = _round_step((high - low) / 5)
-            step = max(step, 1) if log else step
-            rounds = [n * step for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
-        slack = 1e-9 * (high - low)
-        if snap:
-            low = max(value for value in rounds if value <= low + slack)
-            high = min(value for value in rounds if value >= high - slack)
-        ticks = [value for value in rounds if low - slack <= value <= high + slack]
-        self.ticks = [10 ** tick for tick in ticks] if log else ticks
-        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
-
-    def at(self, value):
-        """The pixel of a value."""
-        value = math.log10(value) if self.log else value
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-
-def _round_step(step):
-    """The next of 1, 2, 5, 10, 20, 50 … that is no smaller than step."""
-    step = max(step, 1e-300)
-    power = 10 ** math.floor(math.log10(step))
-    return next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= step * (1 - 1e-9))
-
-
 def _grid(x, y, x_label):
     html = [f'<text class="mid" x="{(x.start + x.end) / 2}" y="{y.start + 41}">{escape(x_label)}</text>']
     for tick in y.ticks:
@@ -195,19 +144,6 @@ def _grid(x, y, x_label):
     html += [f'<text class="mid" x="{x.at(tick):.1f}" y="{y.start + 20}">{number(tick)}</text>'
              for tick in x.ticks]
     return "".join(html)
-
-
-def number(value, digits=9):
-    """A number as short as it can be: 1,024 and 12.5k, 0.05 and 2e-4."""
-    if not math.isfinite(value):
-        return str(value)
-    if 0 < abs(value) < 1e-3 or abs(value) >= 1e15:
-        mantissa, exponent = f"{value:.{min(digits, 3) - 1}e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= max(unit, 1e4):
-            return f"{value / unit:.{digits}g}{letter}"
-    return f"{value:,.{digits}g}"
 
 
 def _is_usable(value):
@@ -224,7 +160,8 @@ def drawing(width, height, label, body, standalone=False, margin=16):
     """An <svg>. Standalone it carries its own paper and colours, for it may be shown on any ground."""
     if not standalone:
         return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
-    light, dark = (re.sub(r"var\(--(\w+)\)", lambda name: colours[name[1]], CHART_CSS)
+    style = Path(__file__).with_name("charts.css").read_text(encoding="utf-8")
+    light, dark = (re.sub(r"var\(--(\w+)\)", lambda name: colours[name[1]], style)
                    for colours in (LIGHT, DARK))
     wide, high = width + 2 * margin, height + 2 * margin
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{-margin} {-margin} {wide} {high}" '

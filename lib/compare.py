@@ -3,14 +3,17 @@
 Fork me to: compare another figure (`figures`).
 """
 import json
+import math
+import statistics
 from pathlib import Path
 
 from lib import ledger, terminal
-from lib.metrics import loss_series
+from lib.metrics import loss_series, read_lines
 from lib.program import command
 from lib.stage import StageError
 
 NOTHING = "-"
+BARS, COLUMNS = "▁▂▃▄▅▆▇█", 12
 OF_THE_FOLDER = ("output_dir",)                              # differs in every run, and tells nothing
 
 
@@ -39,17 +42,35 @@ def compare(runs: list[Path]) -> None:
 def figures(run: Path) -> dict[str, str]:
     """{figure: its value in words} of one trained run; what 06 finds out only where it has finished."""
     losses = loss_series(run / "05_train" / "metrics.jsonl")
-    text = (run / "05_train" / "timings.jsonl").read_text(encoding="utf-8")
-    timings = [json.loads(line) for line in text.splitlines()]
+    timings = read_lines(run / "05_train" / "timings.jsonl")
+    counts = ledger.read_json(run / "02_data" / "report.json")["counts"]
     seconds = sum(line["seconds"] for line in timings)
     tokens = sum(line["tokens_per_second"] * line["seconds"] for line in timings)
+    peak = max((line["peak_memory_gib"] for line in timings), default=0)
     check = run / "06_save" / "check.json" if ledger.finished(run / "06_save") else None
     scores = ledger.read_json(check)["exact_match"] if check else {"base": None, "tuned": None}
-    return {"steps": str(len(losses["training"])),
-            "last training loss": f"{losses['training'][-1][1]:.4f}",
-            "last held-out loss": f"{losses['held out'][-1][1]:.4f}" if "held out" in losses else NOTHING,
+    held_out = losses.get("held out", [])
+    return {"training samples": f"{counts['train_samples']:,}",
+            "tokens per picture": f"{counts['tokens_per_picture']:,}",
+            "longest sample": f"{counts['longest_sample_tokens']:,} tokens",
+            "steps": str(len(losses["training"])),
+            "training loss": drawn(losses["training"]),
+            "held-out loss": drawn(held_out),
+            "best held-out loss": f"{min(held_out, key=lambda p: p[1])[1]:.4f}" if held_out else NOTHING,
             "exact match before": NOTHING if scores["base"] is None else f"{scores['base']:.1%}",
             "exact match after": NOTHING if scores["tuned"] is None else f"{scores['tuned']:.1%}",
-            "time in steps": terminal.duration(seconds),
-            "tokens per second": f"{tokens / seconds:,.0f}",
-            "peak memory": f"{max(line['peak_memory_gib'] for line in timings):.2f} GiB"}
+            "time in steps": terminal.duration(seconds) if timings else NOTHING,
+            "tokens per second": f"{tokens / seconds:,.0f}" if timings else NOTHING,
+            "peak memory": f"{peak:.2f} GiB" if timings else NOTHING}
+
+
+def drawn(points: list[tuple[int, float]]) -> str:
+    """A curve as a line of bars from its lowest to its highest value, between the first and the last."""
+    values = [value for _, value in points if math.isfinite(value)]
+    if not values:
+        return NOTHING
+    size = math.ceil(len(values) / COLUMNS)
+    means = [statistics.fmean(values[n:n + size]) for n in range(0, len(values), size)]
+    low, high = min(means), max(means)
+    bars = "".join(BARS[round((mean - low) / ((high - low) or 1) * (len(BARS) - 1))] for mean in means)
+    return f"{values[0]:.3f} {bars} {values[-1]:.4f}"

@@ -40,7 +40,8 @@ class Log:
     def step(self, step: int, figures: dict) -> None:
         """Write what one optimizer step found, and how long it took."""
         epoch = round(step / self.steps_per_epoch, 4)
-        exact = ("skipped",) if figures["skipped"] else EXACT
+        by_role = (key for key in figures if key.startswith("grad_norm_"))
+        exact = ("skipped",) if figures["skipped"] else (*EXACT, *by_role)
         self.write({"step": step, "epoch": epoch} | {key: figures[key] for key in exact})
         seconds = figures["seconds"]
         timing = {"step": step, "seconds": round(seconds, 4),
@@ -118,9 +119,15 @@ def cut_back(path: Path, last_step: int) -> None:
     half.replace(path)
 
 
+def read_lines(path: Path) -> list[dict]:
+    """The objects of a JSONL file; [] where there is none, since what is volatile may be gone."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
+
+
 def loss_series(metrics: Path) -> dict[str, list[tuple[int, float]]]:
     """{name: [(step, loss)]} of training and held-out losses."""
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = read_lines(metrics)
     series = {"training": [(r["step"], r["loss"]) for r in rows if "loss" in r],
               "held out": [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]}
     return {name: points for name, points in series.items() if points}

@@ -61,6 +61,18 @@ def learning_rate(knobs, step: int, total_steps: int) -> float:
     return knobs.learning_rate * factor
 
 
+def clip_gradients(parameters: dict[str, torch.nn.Parameter], roles: dict[str, str],
+                   max_norm: float) -> dict[str, torch.Tensor]:
+    """{"grad_norm": of all, "grad_norm_ROLE": of each role's, where several train}, before clipping to it."""
+    gradients: dict[str, list] = {}
+    for name, p in parameters.items():
+        gradients.setdefault(roles[name], []).append(p.grad)
+    norms = {f"grad_norm_{role}": torch.nn.utils.get_total_norm(found) for role, found in gradients.items()}
+    total = torch.linalg.vector_norm(torch.stack(list(norms.values())))
+    torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, total)
+    return {"grad_norm": total, **(norms if len(norms) > 1 else {})}
+
+
 LEARNS_FROM = {"vision": {"image", "video"}, "audio": {"audio"},    # without such a medium, no gradient
                "projector": {"image", "video", "audio"}, "cross_attention": {"image", "video", "audio"}}
 

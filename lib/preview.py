@@ -1,89 +1,128 @@
-"""preview: what training will see, for a person: in the terminal, on a page, as JSON, and in numbers."""
-import json
-from collections import Counter
+"""preview: what training will see, for a person: on a page, in the terminal, and as JSON."""
+import heapq
 from pathlib import Path
 
+from PIL import Image
 from rich.text import Text
 
-from lib import report, terminal
+from lib import charts, page, summary, terminal, tokens
 from lib.chat import Encoder
 from lib.media import poster
-from lib.messages import shortened
 from lib.processor import placeholders, tokenizer_of
 from lib.samples import write_lines
+from lib.seen import in_words, seen
 
-PREVIEW_ROWS = 16
-MOST_WORDS = 20                           # more kinds than these are no template's, they vary with the rows
-
-
-def write_report(path: Path, train: list[dict], held_out: list[dict], rejects: list[dict]) -> dict[str, int]:
-    """The counts of everything, written as report.json together with those by data set and kind of reject."""
-    every = train + held_out
-    sums = {name: sum(sample[name] for sample in every)
-            for name in ("input_tokens", "media_tokens", "supervised_tokens")}
-    counts = {"train_samples": len(train), "held_out_samples": len(held_out), "rejected_rows": len(rejects),
-              "rows_over_sequence_len": sum(reject["too_long"] for reject in rejects),
-              "samples_cut_to_sequence_len": sum(sample["cut_tokens"] > 0 for sample in every),
-              **sums, "tokens_per_picture": tokens_per_picture(every),
-              "longest_sample_tokens": max(sample["input_tokens"] for sample in every),
-              "replies_ended_by_the_kit": sum(sample["ends_added"] for sample in every),
-              "rows_that_tell_the_day": len({row_of(sample) for sample in every if sample["tells_day"]})}
-    content = {"counts": counts, "by_dataset": dict(Counter(sample["dataset"] for sample in every)),
-               "rejects": kinds_of(rejects),
-               "template_says": [{"words": words, "rows": rows} for words, rows in own_words(every)]}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    return counts
+FIRST, EXTREMES, HELD_OUT = 16, 3, 3      # samples shown of each kind
+MOST_MEDIA = 8                            # of one sample
 
 
-def tokens_per_picture(samples: list[dict]) -> int:
-    """The average of those samples that have pictures and no other media, 0 where none has."""
-    seen = [sample for sample in samples if {medium["kind"] for medium in sample["media"]} == {"image"}]
-    pictures = sum(len(sample["media"]) for sample in seen)
-    return round(sum(sample["media_tokens"] for sample in seen) / pictures) if pictures else 0
+def share(sample: dict) -> float:
+    """Which part of a sample's tokens is trained."""
+    return sample["supervised_tokens"] / sample["input_tokens"]
 
 
-def row_of(sample: dict) -> tuple[str, int]:
-    """The row that a sample was made of: several may be of one."""
-    return sample["dataset"], sample["row"]
+def extremes(samples: list[dict]) -> dict[str, list[dict]]:
+    """The samples in which mistakes show first; each once, whatever its data set's weight."""
+    samples = [sample for sample in samples if "~" not in sample["sample_id"]]
+    return {"longest": heapq.nlargest(EXTREMES, samples, key=lambda sample: sample["input_tokens"]),
+            "shortest": heapq.nsmallest(EXTREMES, samples, key=lambda sample: sample["input_tokens"]),
+            "least trained": heapq.nsmallest(EXTREMES, samples, key=share)}
 
 
-def own_words(samples: list[dict]) -> list[tuple[str, int]]:
-    """[(what the chat template says by itself, in how many rows)], the most frequent first."""
-    said = {(row_of(sample), words) for sample in samples for words in sample["put_in"]}
-    numbers = Counter(words for _, words in said)
-    return sorted(numbers.items(), key=lambda item: (-item[1], item[0]))[:MOST_WORDS]
+# ---- the page --------------------------------------------------------------------------------------------
 
 
-def show_own_words(samples: list[dict]) -> None:
-    """Print what the chat template says by itself: no row holds it, and the model reads it all the same."""
-    if found := own_words(samples):
-        terminal.table("what the chat template says by itself", ["rows", "words"],
-                       [[rows, shortened(words)] for words, rows in found])
-
-
-def kinds_of(rejects: list[dict]) -> list[dict]:
-    """[{rows, such_as, fix}], the most frequent kind first: what is mended in one way is of one kind."""
-    first = {reject["fix"]: f"{reject['where']}: {reject['reason']}" for reject in reversed(rejects)}
-    numbers = Counter(reject["fix"] for reject in rejects)
-    return [{"rows": number, "such_as": first[fix], "fix": fix} for fix, number in numbers.most_common()]
-
-
-def write_previews(folder: Path, encoder: Encoder, train: list[dict], counts: dict[str, int]) -> None:
-    """preview.jsonl (the first rows as tensors) and preview.html (the same to look at, with histograms)."""
-    rows = [preview_row(encoder, sample) for sample in train[:PREVIEW_ROWS]]
-    write_lines(folder / "preview.jsonl", rows)
-    media_tokens = tokenizer_of(encoder.processor).convert_ids_to_tokens(list(encoder.never_trained))
-    cards = [sample_card(sample, row, media_tokens) for sample, row in zip(train, rows)]
+def write_previews(folder: Path, encoder: Encoder, train: list[dict], held_out: list[dict], report: dict,
+                   knobs) -> None:
+    """preview.jsonl (the first rows as tensors) and preview.html (what to look at before training)."""
+    cards = Cards(encoder, knobs.report_media)
+    firsts = "".join(cards.of(sample) for sample in train[:FIRST])
+    write_lines(folder / "preview.jsonl", [cards.rows[sample["sample_id"]] for sample in train[:FIRST]])
+    kinds = "".join(page.heading(f"The {name}") + "".join(map(cards.of, found))
+                    for name, found in extremes(train).items())
+    held = "".join(cards.of(sample, held_out=True) for sample in held_out[:HELD_OUT])
     words = {"train_samples": "samples to train on", "held_out_samples": "held out",
-             "rejected_rows": "rows rejected", "supervised_tokens": "trained tokens"}
-    lengths = [report.histogram([sample[f"{name}_tokens"] for sample in train], f"{word} per sample")
-               for name, word in (("input", "tokens"), ("supervised", "trained tokens"))]
-    page = report.page("What the model will learn", [
-        ("In short", report.tiles([(counts[name], word) for name, word in words.items()])),
-        ("Samples", report.TOKEN_KEY + "".join(cards)),
-        ("Lengths", "".join(lengths)),
-    ], subtitle=f"The first {len(rows)} samples as training sees them.")
-    (folder / "preview.html").write_text(page, encoding="utf-8")
+             "rejected_rows": "rows rejected", "supervised_tokens": "trained tokens",
+             "longest_sample_tokens": "tokens in the longest"}
+    html = page.document("What the model will learn", [
+        ("In short", page.tiles([(report["counts"][name], word) for name, word in words.items()])),
+        ("Data sets", datasets(report)),
+        ("Lengths", histograms(train, knobs.sequence_len)),
+        ("First samples", tokens.KEY + firsts),
+        ("Extremes", kinds),
+        *([("Held out", held)] if held else []),
+    ], "Samples exactly as training sees them.", page.MEDIA_SHOWN[knobs.report_media])
+    (folder / "preview.html").write_text(html, encoding="utf-8")
+
+
+def datasets(report: dict) -> str:
+    """The tables of data sets, of what was rejected, and of what the template says by itself."""
+    html = page.table(summary.DATASET_COLUMNS, summary.dataset_rows(report["datasets"].items()))
+    if report["rejects"]:
+        html += page.paragraph("What can't be used, by the way in which it is mended:") + page.table(
+            ["rows", "such as", "mend it"], [list(kind.values()) for kind in report["rejects"]])
+    if report["template_says"]:
+        html += page.paragraph("What the chat template says by itself; no row holds it:") + page.table(
+            ["rows", "words"], [[said["rows"], said["words"]] for said in report["template_says"]])
+    return html
+
+
+def histograms(samples: list[dict], sequence_len: int) -> str:
+    """How long samples are, how much of them is media and how much trained, and how large pictures are."""
+    with_media = [sample["media_tokens"] for sample in samples if sample["media"]]
+    sides = [max(medium["width"], medium["height"]) for sample in samples for medium in sample["media"]
+             if medium["kind"] == "image"]
+    html = charts.histogram([sample["input_tokens"] for sample in samples], "tokens per sample",
+                            marks=[(sequence_len, "sequence_len")])
+    html += charts.histogram([100 * share(sample) for sample in samples], "trained share of a sample", "%")
+    if with_media:
+        html += charts.histogram(with_media, "media tokens per sample that has media")
+    if sides:
+        html += charts.histogram(sides, "longer side of a picture, as given", "pixels")
+    return html
+
+
+class Cards:
+    """Samples as HTML, each in full once and then by a link; `rows` has them as plain data."""
+
+    def __init__(self, encoder: Encoder, report_media: str):
+        self.encoder, self.report_media, self.rows = encoder, report_media, {}
+        never_trained = list(encoder.never_trained)
+        self.media_tokens = tokenizer_of(encoder.processor).convert_ids_to_tokens(never_trained)
+
+    def of(self, sample: dict, held_out: bool = False) -> str:
+        """A sample's card: its counts, its media as the model sees them, every token."""
+        name = sample["sample_id"]
+        facts = [(f"row {sample['row']} of", sample["dataset"]), ("tokens", sample["input_tokens"]),
+                 ("media", sample["media_tokens"]), ("trained", sample["supervised_tokens"]),
+                 ("trained share", f"{share(sample):.1%}")]
+        if name in self.rows:
+            return tokens.card(name, "", page.link(name, "shown above"), facts)
+        row = self.rows[name] = preview_row(self.encoder, sample)
+        shown = page.may_show(self.report_media, held_out)
+        media = "".join(self.medium(record, f"{record['kind']} {number} of {name}", shown)
+                        for number, record in enumerate(sample["media"][:MOST_MEDIA], start=1))
+        if len(sample["media"]) > MOST_MEDIA:
+            media += page.note(f"and {len(sample['media']) - MOST_MEDIA} more")
+        view = tokens.view(row["tokens"], row["input_ids"], row["labels"], self.media_tokens)
+        return tokens.card(name, media, view, facts, anchor=page.anchor(name))
+
+    def medium(self, record: dict, name: str, shown: bool) -> str:
+        """A medium with a caption: a picture as the model sees it, frames of a clip, a sound's loudness."""
+        (medium,) = self.encoder.open([record])
+        if record["kind"] == "image":
+            pictures = seen(self.encoder.processor, medium)
+            caption, pictures = in_words(record, pictures), pictures or [medium]
+        elif record["kind"] == "audio":
+            pictures, caption = [poster(record)], f"{record['seconds']:.1f} s of sound"
+        else:
+            frames, every = medium.frames, -(-len(medium.frames) // MOST_MEDIA)
+            pictures = [Image.fromarray(frame) for frame in frames[::every]]
+            caption = f"{len(frames)} frames of a clip of {record['seconds']:.1f} s"
+        if not shown:
+            return page.withheld(caption)
+        sizes = {"max_side": page.MOST_PIXELS, "enlarged_to": 256} if record["kind"] == "image" else {}
+        return page.shot([page.picture(each, name, **sizes) for each in pictures], caption)
 
 
 def preview_row(encoder: Encoder, sample: dict) -> dict:
@@ -96,14 +135,7 @@ def preview_row(encoder: Encoder, sample: dict) -> dict:
             "images": len(sample["media"]), "media_tokens": sample["media_tokens"]}
 
 
-def sample_card(sample: dict, row: dict, media_tokens: list[str]) -> str:
-    """A sample on the page: its counts, its media, every token."""
-    pictures = "".join(report.picture(poster(medium), f"{medium['kind']} {number} of {row['sample_id']}")
-                       for number, medium in enumerate(sample["media"], start=1))
-    facts = [(f"row {row['row']}", row["dataset"]), ("tokens", sample["input_tokens"]),
-             ("trained", sample["supervised_tokens"]), ("media", sample["media_tokens"])]
-    tokens = report.token_view(row["tokens"], row["input_ids"], row["labels"], media_tokens)
-    return report.sample_card(row["sample_id"], pictures, tokens, facts)
+# ---- the terminal ----------------------------------------------------------------------------------------
 
 
 def show(samples: list[dict], processor) -> None:
@@ -116,3 +148,11 @@ def show(samples: list[dict], processor) -> None:
         terminal.say(f"{sample['sample_id']}: {sample['input_tokens']} tokens, {sample['media_tokens']} of "
                      f"them media, {sample['supervised_tokens']} trained (green)", "bold")
         terminal.console.print(text)
+
+
+def show_extremes(samples: list[dict]) -> None:
+    """Print which samples are the longest, the shortest and the least trained."""
+    terminal.table("where mistakes show first", ["", "sample", "tokens", "media", "trained", "share"],
+                   [[name, sample["sample_id"], sample["input_tokens"], sample["media_tokens"],
+                     sample["supervised_tokens"], f"{share(sample):.1%}"]
+                    for name, found in extremes(samples).items() for sample in found])

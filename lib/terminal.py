@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
+WIDEST = 60               # a column of plain lines; a longer cell sticks out, and pushes no other line apart
 QUIET = os.environ.get("RANK", "0") != "0"
 console = Console(highlight=False, quiet=QUIET)
 _stderr = Console(highlight=False, stderr=True)
@@ -57,7 +58,7 @@ def table(title: str, columns: list[str], rows: list[list]) -> None:
         console.print(drawn)
         return
     say(title)
-    widths = [max(map(len, column)) for column in zip(columns, *cells)]
+    widths = [min(WIDEST, max(map(len, column))) for column in zip(columns, *cells)]
     for row in [columns, *cells]:
         line = [cell.rjust(w) if to_right else cell.ljust(w) for cell, w, to_right in zip(row, widths, right)]
         say("  " + "  ".join(line).rstrip())

@@ -18,6 +18,7 @@ import pytest
 from PIL import Image
 
 from lib import ledger, stage
+from lib.folder import being_written, unlock
 from tests.minikit import build_kit, start
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple")
@@ -62,6 +63,26 @@ def make_run(prepared, tmp_path, monkeypatch):
 def script():
     """A function: a numbered script's stem -> its module; `script("02_data").main(argv)` runs the stage."""
     return importlib.import_module
+
+
+@pytest.fixture(autouse=True)
+def unlocked():
+    """A stage that stopped within the test has left no lock, as if its process had ended."""
+    yield
+    for path in being_written():
+        unlock(path)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """A real headless browser (tests/browser.py), started once."""
+    from tests.browser import CHROMIUM, Browser
+
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    started = Browser()
+    yield started
+    started.close()
 
 
 @pytest.fixture

@@ -428,7 +428,8 @@ def test_config_json_holds_every_knob_and_stages_json_names_every_knob(folder):
     values = json.loads(Path("runs/a/01_config/config.json").read_text(encoding="utf-8"))
     stages = json.loads(Path("runs/a/01_config/stages.json").read_text(encoding="utf-8"))
     assert set(values) == set(KNOBS) and values["output_dir"] == "runs/a"
-    not_identity = stages.pop("not_identity")
+    not_identity, given = stages.pop("not_identity"), stages.pop("given")
+    assert "base_model" in given and "lora_r" not in given
     assert list(stages) == list(STAGES) and set().union(*stages.values()) == set(KNOBS)
     assert set(not_identity) == {"logging_steps", "evals_per_epoch", "saves_per_epoch", "save_steps",
                                  "save_total_limit", "dataloader_num_workers", "gradient_checkpointing",

@@ -1,6 +1,7 @@
 """02_data: the same samples from any file, everything counted, nothing lost, the same bytes every time."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ import pyarrow
 import pytest
 from PIL import Image
 
-from lib import samples
+from lib import ledger, samples
 from lib.chat import Encoder
+from lib.processor import load_processor
+from lib.seen import seen
 from lib.stage import StageError
 from tests import harness
 from tests.conftest import COLOURS, write_colours
@@ -295,6 +298,51 @@ def test_the_page_shows_the_pictures_and_every_token(kit):
     assert "http" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.parametrize("holds, pictures", [("none", 0), ("eval", 2), ("all", len(COLOURS))])
+def test_the_page_holds_the_pictures_that_report_media_allows_and_says_so(holds, pictures, kit):
+    kit.run("val_set_size=2")
+    before = ledger.digest(kit.out)
+    kit.run("val_set_size=2", f"report_media={holds}")
+    page = (kit.out / "preview.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image') == pictures and f"(report_media: {holds})" in page
+    assert page.count("not in this page") == len(COLOURS) - pictures
+    assert ledger.digest(kit.out) == before                        # so that what was trained stays up to date
+
+
+def test_the_page_shows_the_longest_the_shortest_and_the_least_trained_samples_and_every_data_set(kit):
+    words = ["short", "long " * 90, "middle " * 20]
+    rows = [{"messages": [{"role": "user", "content": f"{each}?"}, ANSWER]} for each in words * 9]
+    write_jsonl(Path("more.jsonl"), rows)
+    kit.run(datasets=[{"path": "data.jsonl"}, {"path": "more.jsonl"}])
+    page = (kit.out / "preview.html").read_text(encoding="utf-8")
+    shown = re.findall(r"<h3[^>]*>(The \w+(?: \w+)?|[\w.-]+)</h3>", page.partition("Extremes</h2>")[2])
+    assert shown[:4] == ["The longest", "more-1", "more-4", "more-7"]
+    assert shown[8:] == ["The least trained", "more-1", "more-4", "more-7"] and shown[4] == "The shortest"
+    assert page.count("shown above") >= 3                          # in full once
+    assert all(f"<td>{name}</td>" in page for name in ("data.jsonl", "more.jsonl", "all"))
+    for name in ("tokens per sample", "trained share of a sample", "media tokens per sample that has media",
+                 "longer side of a picture, as given"):
+        assert f"Histogram of {name}" in page
+    report = json.loads((kit.out / "report.json").read_text(encoding="utf-8"))
+    assert [each["train_samples"] for each in report["datasets"].values()] == [len(COLOURS), len(rows)]
+
+
+@pytest.mark.parametrize("name, size", [("llava", (32, 32)), ("qwen2_5_vl", (64, 48)), ("gemma4_e2b", (108, 84))])
+def test_a_picture_is_shown_at_the_size_that_the_model_gets(name, size, zoo):
+    processor = load_processor(zoo(name))
+    image = Image.linear_gradient("L").resize((640, 480)).convert("RGB")
+    (shown,) = seen(processor, image)
+    assert shown.size == size
+    assert shown.getpixel((0, 0))[0] < 20 and shown.getpixel((0, size[1] - 1))[0] > 235
+
+
+def test_the_tiles_of_a_picture_are_shown_as_they_are(zoo):
+    image = Image.new("RGB", (640, 480), "red")
+    tiles = seen(load_processor(zoo("smolvlm2")), image)
+    assert [tile.size for tile in tiles] == [(32, 32)] * 5
+    assert all(tile.getpixel((16, 16)) == (255, 0, 0) for tile in tiles)
+
+
 def test_two_runs_write_the_same_bytes(kit):
     def outputs() -> dict[str, str]:
         ledger = json.loads((kit.out / "stage.json").read_text(encoding="utf-8"))
@@ -304,7 +352,7 @@ def test_two_runs_write_the_same_bytes(kit):
     first = outputs()
     kit.script("02_data").main(["run", "--force"])
     assert outputs() == first
-    assert first.keys() >= {"report.json", "rejects.jsonl", "preview.html", "preview.jsonl"}
+    assert first.keys() >= {"report.json", "rejects.jsonl", "preview.jsonl"}
     assert first.keys() >= {"train/state.json", "eval/state.json", "processor/encoder.json"}
 
 
@@ -342,6 +390,7 @@ def test_show_prints_samples_and_writes_nothing(kit, capsys):
     shown = capsys.readouterr().out
     for number, colour in enumerate(COLOURS):
         assert f"data-{number}: " in shown and f"ASSISTANT: {colour}</s>" in shown
+    assert "train samples" in shown and "where mistakes show first" in shown and "least trained" in shown
     assert harness.contents(kit.folder) == before
 
 

@@ -4,15 +4,13 @@ import base64
 import io
 import math
 import re
-import shutil
-import subprocess
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
-from lib import report
+from lib import answers, charts, page, tokens
 
 HOSTILE = "<script>alert('x')</script> \"&amp; <img src=x onerror=y>"
 VOID = {"meta", "img", "br", "link"}
@@ -58,22 +56,22 @@ def row(question="Which digit is this?", base="shirt", tuned="7", **others):
             "base_right": False, "tuned_right": True, **others}
 
 
-def tokens(names, labels=None, media=()):
+def read(names, labels=None, media=()):
     ids = list(range(100, 100 + len(names)))
-    return Reader(report.token_view(names, ids, labels or [-100] * len(names), media)).tokens
+    return Reader(tokens.view(names, ids, labels or [-100] * len(names), media)).tokens
 
 
 def everything(text):
     """A page on which every function shows the text."""
-    view = report.token_view([text, text, "<image>"], [1, 2, 3], [-100, 2, -100], {"<image>"})
-    sample = report.sample_card(text, report.picture(PHOTO, text), view, {text: text})
+    view = tokens.view([text, text, "<image>"], [1, 2, 3], [-100, 2, -100], {"<image>"})
+    sample = tokens.card(text, page.picture(PHOTO, text), view, [(text, text)])
     series = {text: [(n, n % 7) for n in range(100)], "other": [(1, 2)]}
     rows = [row(text, text, text), row(), row(pictures=[PHOTO, DIGIT])]
-    return report.page(text, [
-        (text, report.tiles([(text, text)]) + report.table([text], [[text]]) + report.paragraph(text)),
-        ("Samples", report.TOKEN_KEY + sample),
-        ("Charts", report.histogram([1, 2, 3], text, text, [(2, text)]) + report.curve(series, text, text)),
-        ("Answers", report.answers(rows) + report.code(text)),
+    return page.document(text, [
+        (text, page.tiles([(text, text)]) + page.table([text], [[text]]) + page.paragraph(text)),
+        ("Samples", tokens.KEY + sample),
+        ("Charts", charts.histogram([1, 2, 3], text, text, [(2, text)]) + charts.curve(series, text, text)),
+        ("Answers", answers.cards(rows) + page.code(text)),
     ], text)
 
 
@@ -91,14 +89,14 @@ def places(html):
 # ------------------------------------------------------------------------------------------- the page
 
 def test_text_is_escaped_wherever_it_goes_in():
-    page = Reader(everything(HOSTILE))
-    assert not page.all("script") and all("onerror" not in attributes for _, attributes in page.tags)
-    assert page.text.count(HOSTILE) >= 15
+    shown = Reader(everything(HOSTILE))
+    assert not shown.all("script") and all("onerror" not in attributes for _, attributes in shown.tags)
+    assert shown.text.count(HOSTILE) >= 15
 
 
 def test_text_in_a_standalone_figure_is_escaped():
-    for svg in (report.figure([row(HOSTILE, HOSTILE, HOSTILE), row()], HOSTILE, HOSTILE),
-                report.curve({HOSTILE: [(1, 2)]}, HOSTILE, HOSTILE, standalone=True)):
+    for svg in (answers.figure([row(HOSTILE, HOSTILE, HOSTILE), row()], HOSTILE, HOSTILE),
+                charts.curve({HOSTILE: [(1, 2)]}, HOSTILE, HOSTILE, standalone=True)):
         root = ElementTree.fromstring(svg)
         assert HOSTILE in "".join(root.itertext())
         assert not [element for element in root.iter() if "script" in element.tag]
@@ -106,8 +104,8 @@ def test_text_in_a_standalone_figure_is_escaped():
 
 def test_a_page_refers_to_nothing_outside_itself():
     html = everything("text")
-    page = Reader(html)
-    links = [tag[name] for _, tag in page.tags for name in ("src", "href") if name in tag]
+    shown = Reader(html)
+    links = [tag[name] for _, tag in shown.tags for name in ("src", "href") if name in tag]
     assert links and all(link.startswith(("data:image/", "#")) for link in links)
     assert not re.search(r"https?://|url\(|@import", re.sub(r'"data:[^"]*"', "", html))
 
@@ -118,21 +116,21 @@ def test_a_page_forbids_itself_scripts_and_fetches():
 
 
 def test_a_page_is_balanced_and_every_picture_and_drawing_has_a_description():
-    page = Reader(everything("text"))
-    assert all(image["alt"] for image in page.all("img"))
-    assert all(svg["aria-label"] and svg["role"] == "img" for svg in page.all("svg"))
+    shown = Reader(everything("text"))
+    assert all(image["alt"] for image in shown.all("img"))
+    assert all(svg["aria-label"] and svg["role"] == "img" for svg in shown.all("svg"))
     assert svgs(everything("text"))
 
 
 def test_contents_are_listed_when_there_are_more_than_three_sections_and_every_link_has_its_target():
-    page = Reader(report.page("t", [("Same", ""), ("Same", ""), ("Ünï & co", ""), ("→", "")]))
-    targets = [section["id"] for section in page.all("section")]
-    assert [link["href"] for link in page.all("a")] == ["#" + target for target in targets]
+    shown = Reader(page.document("t", [("Same", ""), ("Same", ""), ("Ünï & co", ""), ("→", "")]))
+    targets = [section["id"] for section in shown.all("section")]
+    assert [link["href"] for link in shown.all("a")] == ["#" + target for target in targets]
     assert len(set(targets)) == 4
-    assert not Reader(report.page("t", [("One", ""), ("Two", ""), ("Three", "")])).all("nav")
+    assert not Reader(page.document("t", [("One", ""), ("Two", ""), ("Three", "")])).all("nav")
 
 
-@pytest.mark.parametrize("colours", [report.LIGHT, report.DARK], ids=["light", "dark"])
+@pytest.mark.parametrize("colours", [charts.LIGHT, charts.DARK], ids=["light", "dark"])
 @pytest.mark.parametrize("ink, ground", [
     ("ink", "paper"), ("muted", "paper"), ("good", "paper"), ("bad", "paper"),
     ("ink", "wash"), ("muted", "wash"), ("ink", "learnt")])
@@ -149,42 +147,42 @@ def test_columns_of_numbers_go_right_and_values_read_well():
     def sides(html):
         return [th.get("class") for th in Reader(html).all("th")]
     rows = [["a", 1234567, "12%", 3], ["b", None, "3.5%", "x"], ["c", 2e-4, "0%", True]]
-    html = report.table(["name", "count", "share", "mixed"], rows)
+    html = page.table(["name", "count", "share", "mixed"], rows)
     assert sides(html) == [None, "right", "right", None]
     assert all(shown in html for shown in ("1,234,567", "—", "2e-4", "yes"))
-    assert sides(report.table(["a", "b"], [[1, "x"]], "lr")) == [None, "right"]
+    assert sides(page.table(["a", "b"], [[1, "x"]], "lr")) == [None, "right"]
 
 
 def test_key_figures_are_shown_with_a_real_arrow():
-    assert "3% → 94%" in report.tiles([("3% -> 94%", "exact match")])
+    assert "3% → 94%" in page.tiles([("3% -> 94%", "exact match")])
 
 
 # ----------------------------------------------------------------------------------------- the tokens
 
 def test_trained_tokens_are_marked_and_no_others():
-    found = tokens(list("abcdef"), [-100, 101, 102, -100, -100, 0])
+    found = read(list("abcdef"), [-100, 101, 102, -100, -100, 0])
     assert [token["id"] for token in found if token["trained"]] == [101, 102, 105]
     assert [token["id"] for token in found] == [100, 101, 102, 103, 104, 105]
 
 
 def test_trained_tokens_are_underlined_as_well_as_coloured():
-    style = report.page("t", [])
+    style = page.document("t", [])
     assert re.search(r"\.tokens mark span \{[^}]*background[^}]*border-bottom: 2px solid", style)
 
 
 def test_a_run_of_media_tokens_is_folded_with_its_exact_count():
-    found = tokens(["a", *["<image>"] * 256, "b", *["<image>"] * 4], media={"<image>"})
+    found = read(["a", *["<image>"] * 256, "b", *["<image>"] * 4], media={"<image>"})
     assert [token["text"] for token in found] == ["a", "<image> ×256", "b", "<image> ×4"]
 
 
 def test_a_media_token_that_is_trained_by_mistake_is_not_folded_away():
-    found = tokens(["<image>"] * 5, [-100, -100, 7, -100, -100], {"<image>"})
+    found = read(["<image>"] * 5, [-100, -100, 7, -100, -100], {"<image>"})
     assert [(token["text"], token["trained"]) for token in found] == [
         ("<image> ×2", False), ("<image>", True), ("<image> ×2", False)]
 
 
 def test_neighbouring_media_tokens_of_two_kinds_are_counted_apart():
-    found = tokens(["<row>", "<image>", "<image>", "<row>"], media={"<row>", "<image>"})
+    found = read(["<row>", "<image>", "<image>", "<row>"], media={"<row>", "<image>"})
     assert [token["text"] for token in found] == ["<row>", "<image> ×2", "<row>"]
 
 
@@ -196,7 +194,7 @@ def test_neighbouring_media_tokens_of_two_kinds_are_counted_apart():
     (["plain", " text", "\n", "é"], ["plain", " text", "↵\n", "é"]),
 ], ids=["byte level", "bytes of other scripts", "added tokens", "sentencepiece", "decoded"])
 def test_tokens_of_every_kind_of_vocabulary_read_as_text(names, shown):
-    assert [token["text"] for token in tokens(names)] == shown
+    assert [token["text"] for token in read(names)] == shown
 
 
 @pytest.mark.parametrize("token, shown", [
@@ -204,12 +202,12 @@ def test_tokens_of_every_kind_of_vocabulary_read_as_text(names, shown):
     ("a  b", "a··b"), ("\t", "⇥"), ("\r\n", "␍↵\n"), ("\u202eabc", "U+202Eabc"),
     ("\u200b", "U+200B"), ("·", "·")])
 def test_a_space_or_sign_that_would_be_missed_is_shown(token, shown):
-    assert tokens([token])[0]["text"] == shown
+    assert read([token])[0]["text"] == shown
 
 
 def test_tokens_and_labels_of_different_lengths_are_an_error():
     with pytest.raises(ValueError):
-        report.token_view(["a", "b"], [1, 2], [-100])
+        tokens.view(["a", "b"], [1, 2], [-100])
 
 
 # --------------------------------------------------------------------------------------- the pictures
@@ -223,31 +221,31 @@ def decoded(html):
 @pytest.mark.parametrize("mode", "1 L LA P PA RGB RGBA RGBX CMYK YCbCr HSV I F I;16".split())
 @pytest.mark.parametrize("size", [(1, 1), (40, 30), (900, 3)])
 def test_a_picture_of_any_mode_and_size_is_shown(mode, size):
-    (_, image), = decoded(report.picture(Image.new(mode, size), "a picture"))
+    (_, image), = decoded(page.picture(Image.new(mode, size), "a picture"))
     assert image.mode in ("RGB", "L", "P") and max(image.size) <= 224
 
 
 def test_transparency_is_shown_on_white_and_deep_grey_in_its_full_range():
-    (_, clear), = decoded(report.picture(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "clear"))
+    (_, clear), = decoded(page.picture(Image.new("RGBA", (4, 4), (0, 0, 0, 0)), "clear"))
     assert clear.getpixel((0, 0)) == (255, 255, 255)
     deep = Image.new("I;16", (2, 1), 100)
     deep.putpixel((1, 0), 60_000)
-    (_, shown), = decoded(report.picture(deep, "deep"))
+    (_, shown), = decoded(page.picture(deep, "deep"))
     assert [shown.getpixel((n, 0)) for n in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
 
 
 def test_a_tiny_picture_keeps_its_pixels_and_a_large_one_is_made_smaller():
-    html = report.picture(DIGIT, "a digit")
+    html = page.picture(DIGIT, "a digit")
     assert Reader(html).all("img")[0].items() >= {"class": "pixel", "width": "128", "height": "128"}.items()
     assert decoded(html)[0][1].size == (8, 8)
-    (kind, image), = decoded(report.picture(PHOTO, "a photo", max_side=100))
+    (kind, image), = decoded(page.picture(PHOTO, "a photo", max_side=100))
     assert kind == "jpeg" and image.size == (100, 67)
 
 
 def test_a_drawing_of_few_colours_is_not_smeared():
     drawing = Image.new("RGB", (500, 500), "white")
     drawing.paste("red", (100, 100, 300, 300))
-    (kind, image), = decoded(report.picture(drawing, "a drawing", max_side=500))
+    (kind, image), = decoded(page.picture(drawing, "a drawing", max_side=500))
     assert kind == "png" and image.getcolors() is not None and len(image.convert("RGB").getcolors()) == 2
 
 
@@ -257,7 +255,7 @@ def test_a_picture_takes_no_metadata_along_and_stays_as_it_was():
     data = io.BytesIO()
     PHOTO.save(data, "JPEG", exif=exif, comment=b"where I live")
     given = Image.open(data)
-    html = report.picture(given, "a photo")
+    html = page.picture(given, "a photo")
     assert b"where I live" in data.getvalue()
     assert b"where I live" not in base64.b64decode(re.search(r'base64,([^"]*)', html)[1])
     assert given.size == PHOTO.size
@@ -271,16 +269,16 @@ def test_a_picture_takes_no_metadata_along_and_stays_as_it_was():
 ], ids=str)
 def test_no_values_break_a_histogram_or_a_curve(values):
     points = list(enumerate(values))
-    html = (report.histogram(values, "values") + report.curve({"a": points, "b": []}, "x", "y")
-            + report.curve({"a": points}, "x", "y", log_y=True)
-            + report.curve({"a": [(y, x) for x, y in points]}, "x", "y", standalone=True))
+    html = (charts.histogram(values, "values") + charts.curve({"a": points, "b": []}, "x", "y")
+            + charts.curve({"a": points}, "x", "y", log_y=True)
+            + charts.curve({"a": [(y, x) for x, y in points]}, "x", "y", standalone=True))
     assert Reader(html)
     assert all(math.isfinite(place) for place in places(html))
 
 
 def test_a_histogram_counts_every_value_once():
     values = [n * 0.37 for n in range(-200, 800)] + [math.nan]
-    html = report.histogram(values, "values")
+    html = charts.histogram(values, "values")
     counts = [int(count) for count in re.findall(r": (\d+)</title>", html)]
     assert sum(counts) == 1000 and 8 <= len(counts) <= 20
     assert "1 without a value" in html
@@ -288,33 +286,33 @@ def test_a_histogram_counts_every_value_once():
 
 def test_a_histogram_says_its_median_its_maximum_and_its_marks_though_they_coincide_or_lie_far_off():
     marks = [(310, "limit"), (8192, "sequence_len"), (None, "none")]
-    html = report.histogram([100, 200, 300], "length", marks=marks)
+    html = charts.histogram([100, 200, 300], "length", marks=marks)
     named = ("median 200", "max 300", "limit 310", "length, sequence_len 8,192")
     assert all(words in html for words in named)
-    assert "median, max, limit 5" in report.histogram([5, 5], "length", marks=[(5, "limit")])
+    assert "median, max, limit 5" in charts.histogram([5, 5], "length", marks=[(5, "limit")])
 
 
 def test_names_of_neighbouring_marks_do_not_share_a_row():
-    html = report.histogram([100, 101, 102], "length", marks=[(101.1, "one"), (101.2, "two")])
+    html = charts.histogram([100, 101, 102], "length", marks=[(101.1, "one"), (101.2, "two")])
     rows = re.findall(r'class="ink mid" x="([\d.]+)" y="(\d+)"', html)
     assert len({y for _, y in rows}) > 1
 
 
 def test_whole_numbers_get_no_half_ticks():
-    html = report.histogram([1, 2, 2], "turns", "turns")
+    html = charts.histogram([1, 2, 2], "turns", "turns")
     assert not re.search(r">\d\.5<", html)
 
 
 def test_a_jumpy_line_is_smoothed_over_its_raw_values_and_a_smooth_one_left_alone():
-    jumpy = report.curve({"loss": [(n, n % 5) for n in range(200)]}, "step", "loss")
+    jumpy = charts.curve({"loss": [(n, n % 5) for n in range(200)]}, "step", "loss")
     assert jumpy.count("<polyline") == 2 and 'class="line raw s0 d0"' in jumpy
-    corner = report.curve({"rate": [(n, min(n, 20) / 20) for n in range(200)]}, "step", "rate")
+    corner = charts.curve({"rate": [(n, min(n, 20) / 20) for n in range(200)]}, "step", "rate")
     assert corner.count("<polyline") == 1 and "raw" not in corner
 
 
 def test_a_long_line_is_drawn_small_and_keeps_its_spike():
     points = [(n, 9.0 if n == 45_678 else 1 + n % 3 / 10) for n in range(100_000)]
-    svg = report.curve({"loss": points}, "step", "loss", standalone=True)
+    svg = charts.curve({"loss": points}, "step", "loss", standalone=True)
     raw = re.search(r'raw s0 d0" points="([^"]*)', svg)[1]
     heights = [float(place.split(",")[1]) for place in raw.split()]
     assert len(svg) < 60_000
@@ -322,29 +320,29 @@ def test_a_long_line_is_drawn_small_and_keeps_its_spike():
 
 
 def test_on_a_log_scale_what_is_not_positive_is_left_out():
-    html = report.curve({"loss": [(0, 0), (1, -1), (2, 10), (3, 1000)]}, "step", "loss", log_y=True)
+    html = charts.curve({"loss": [(0, 0), (1, -1), (2, 10), (3, 1000)]}, "step", "loss", log_y=True)
     assert len(re.search(r'points="([^"]*)', html)[1].split()) == 2
 
 
 def test_sixteen_lines_are_told_apart_by_colour_and_dash():
-    html = report.curve({f"role{n}": [(0, n), (1, n)] for n in range(16)}, "step", "norm")
+    html = charts.curve({f"role{n}": [(0, n), (1, n)] for n in range(16)}, "step", "norm")
     assert len(set(re.findall(r'<polyline class="line ([^"]*)"', html))) == 16
 
 
 def test_a_standalone_svg_brings_its_own_paper_for_light_and_dark_grounds():
-    for svg in (report.curve({"loss": [(1, 2), (2, 1)]}, "step", "loss", standalone=True),
-                report.figure([row()], "title", "caption")):
+    for svg in (charts.curve({"loss": [(1, 2), (2, 1)]}, "step", "loss", standalone=True),
+                answers.figure([row()], "title", "caption")):
         root = ElementTree.fromstring(svg)
         assert root.find("{*}rect").get("class") == "paper"
         assert "prefers-color-scheme: dark" in svg and "var(" not in svg
-        assert report.LIGHT["paper"] in svg and report.DARK["paper"] in svg
+        assert charts.LIGHT["paper"] in svg and charts.DARK["paper"] in svg
         assert root.find("{*}title").text
 
 
 # ----------------------------------------------------------------------------------------- the answers
 
 def test_answers_are_told_right_or_wrong_by_sign_and_word_and_counted():
-    html = report.answers([
+    html = answers.cards([
         row("a?"), row("b?", base_right=True), row("c?", base_right=True, tuned_right=False),
         row("d?", tuned_right=False), row("e?", base_right=None, tuned_right=None)])
     marks = [span["aria-label"] for span in Reader(html).all("span") if "aria-label" in span]
@@ -355,20 +353,20 @@ def test_answers_are_told_right_or_wrong_by_sign_and_word_and_counted():
 
 
 def test_a_question_that_all_rows_share_is_said_once():
-    assert Reader(report.answers([row(), row(), row()])).text.count("Which digit is this?") == 1
-    assert Reader(report.answers([row(), row("Which animal?")])).text.count("Which digit is this?") == 1
+    assert Reader(answers.cards([row(), row(), row()])).text.count("Which digit is this?") == 1
+    assert Reader(answers.cards([row(), row("Which animal?")])).text.count("Which digit is this?") == 1
 
 
 def test_an_empty_answer_and_a_row_without_pictures_are_shown_as_such():
-    html = report.answers([row(base="", tuned=" \n"), row("Is it?", pictures=[])])
+    html = answers.cards([row(base="", tuned=" \n"), row("Is it?", pictures=[])])
     assert html.count("(nothing)") == 2
     assert len(Reader(html).all("img")) == 1
-    assert "0 rows." in report.answers([])
+    assert "0 rows." in answers.cards([])
 
 
 def test_a_figure_shows_up_to_eight_rows_with_their_pictures():
     rows = [row(pictures=[DIGIT if n % 2 else PHOTO]) for n in range(12)]
-    svg = report.figure(rows, "before -> after", "caption")
+    svg = answers.figure(rows, "before -> after", "caption")
     root = ElementTree.fromstring(svg)
     images = root.findall(".//{*}image")
     assert len(images) == 8 and all(image.get("href").startswith("data:image/") for image in images)
@@ -379,44 +377,19 @@ def test_a_figure_shows_up_to_eight_rows_with_their_pictures():
 @pytest.mark.parametrize("rows", [
     [], [row()], [row("q " * 200, "word " * 99, "长" * 99), row(pictures=[], tuned_right=None)]], ids=len)
 def test_a_figure_of_few_or_odd_rows_is_a_drawing_all_the_same(rows):
-    assert ElementTree.fromstring(report.figure(rows, "title", "caption")) is not None
+    assert ElementTree.fromstring(answers.figure(rows, "title", "caption")) is not None
 
 
 # ----------------------------------------------------------------------------------------- the browser
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-
-
-@pytest.fixture
-def browse(tmp_path):
-    """Opens the page in a real browser and gives back what it printed."""
-    if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("dark, colours", [(False, charts.LIGHT), (True, charts.DARK)], ids=["light", "dark"])
+def test_a_real_browser_shows_the_page_in_the_readers_colours_and_complains_of_nothing(
+        browser, tmp_path, dark, colours):
     (tmp_path / "page.html").write_text(everything(HOSTILE), encoding="utf-8")
-
-    def run(*flags):
-        quiet = ("--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-                 "--disable-component-update --disable-sync --enable-logging=stderr").split()
-        command = [CHROMIUM, "--headless", *quiet, f"--user-data-dir={tmp_path / 'profile'}", *flags]
-        return subprocess.run([*command, (tmp_path / "page.html").as_uri()], capture_output=True, text=True,
-                              encoding="utf-8", timeout=120, check=True)
-    return run
-
-
-def test_a_real_browser_shows_the_page_and_has_nothing_to_complain_of(browse):
-    shown = browse("--dump-dom")
-    page = Reader(shown.stdout)
-    assert "CONSOLE" not in shown.stderr
-    assert not page.all("script") and page.text.count(HOSTILE) >= 15
-    assert [token["trained"] for token in page.tokens] == [False, True, False]
-    assert len(page.all("svg")) == 2 and len(page.all("img")) == 5
-
-
-@pytest.mark.parametrize("scheme, colours", [(1, report.LIGHT), (0, report.DARK)], ids=["light", "dark"])
-def test_a_real_browser_paints_the_page_in_the_readers_colours(browse, tmp_path, scheme, colours):
-    browse(f"--screenshot={tmp_path / 'page.png'}", "--window-size=1200,2000",
-           f"--blink-settings=preferredColorScheme={scheme}")
-    image = Image.open(tmp_path / "page.png").convert("RGB")
-    found = image.getcolors(image.width * image.height)
-    painted = {"#" + bytes(colour).hex() for _, colour in found}
+    browser.open(tmp_path / "page.html", dark=dark)
+    assert browser.complaints == [] and browser.requests == []
+    assert browser.find("document.body.innerText").count(HOSTILE) >= 12
+    assert browser.find("document.querySelectorAll('script').length") == 0
+    image = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
+    painted = {"#" + bytes(colour).hex() for _, colour in image.getcolors(image.width * image.height)}
     assert {colours[name] for name in ("paper", "ink", "learnt", "good", "s0")} <= painted

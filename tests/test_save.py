@@ -1,5 +1,7 @@
 """06: the export is what was trained, plain libraries load it, and it tells nothing of this machine."""
 
+import contextlib
+import dataclasses
 import functools
 import importlib
 import json
@@ -11,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import load_from_disk
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib import fresh, model, proof
+from lib import answers, card, facts, fresh, model, proof, report, serving, stage
 from lib.chat import Encoder
 from lib.evaluate import anls, contains, edits, exact_match, generate
 from lib.ledger import stamp
@@ -121,10 +124,54 @@ def test_nothing_that_is_exported_tells_a_path_of_this_machine(adapter_run, full
                 assert secret.encode() not in content, f"{path.name} tells {secret}"
 
 
-def test_the_page_and_the_figure_show_both_answers(adapter_run):
+def test_the_page_tells_the_whole_story_and_the_figure_shows_both_answers(adapter_run):
     page = (adapter_run.path / "06_save/report.html").read_text(encoding="utf-8")
-    assert "Which colour is number" in page and "fresh process" in page and "data:image" in page
+    headings = re.findall(r"<h2>([^<]*)</h2>", page)
+    assert headings == ["Result", "Answers", "Curves", "Data", "Recipe", "What trained", "Memory", "Proof", "Use it"]
+    for part in ("Which colour is number", "data:image", "step 4 of 4", "rows.jsonl", "gradient norm by", "<mark>",
+                 "tokens per second by", "token accuracy by", "learning rate by", "forecast for a GPU", "activations",
+                 "largest logit difference", "with the same weights", "vllm serve", "(report_media: all)"):
+        assert part in page, part
     assert (adapter_run.path / "06_save/figure.svg").exists()
+
+
+@pytest.mark.parametrize("width, dark", [(1280, False), (390, True)], ids=["desktop", "phone at night"])
+@pytest.mark.parametrize("name", ["02_data/preview.html", "06_save/report.html"])
+def test_a_real_browser_shows_every_part_of_a_page_within_its_width_and_asks_for_nothing(
+        name, width, dark, adapter_run, browser):
+    browser.open(adapter_run.path / name, width, dark)
+    assert browser.complaints == [] and browser.requests == []
+    sections = browser.find("""[...document.querySelectorAll('section')].map(section => [
+        section.querySelector('h2').innerText, section.getBoundingClientRect().height,
+        section.innerText.length + 99 * section.querySelectorAll('svg').length])""")
+    assert len(sections) >= 6 and all(height > 50 and content > 20 for _, height, content in sections)
+    assert browser.find("[...document.images].every(image => image.naturalWidth > 0)")
+    assert browser.find("document.images.length") >= 1
+    assert browser.find("document.documentElement.scrollWidth") <= width
+    tokens = "[...document.querySelectorAll('.tokens span[title]')]"
+    assert browser.find(f"{tokens}.length > 10 && {tokens}.every(token => /^id \\d+$/.test(token.title))")
+
+
+def test_the_page_holds_no_picture_where_report_media_forbids_it(make, monkeypatch):
+    run = make(report_media="none", lora_target_roles=["language", "vision"], image_size=[40, 32])
+    prove_here(run, monkeypatch)
+    page = (run.path / "06_save/report.html").read_text(encoding="utf-8")
+    assert "data:image" not in page and "(report_media: none)" in page and "Which colour is number" in page
+    assert "data:image" not in (run.path / "06_save/figure.svg").read_text(encoding="utf-8")
+    assert all(f">{role}</text>" in page for role in ("language", "vision"))      # of the gradient norms
+    card = (run.path / "06_save/README.md").read_text(encoding="utf-8")
+    assert "Serve the merged model, not this adapter: vision trained" in card and "vllm" not in card
+    assert "`merge: true` in the recipe writes it" in card and "fitted into 40 x 32 pixels" in card
+
+
+def test_what_gained_most_and_what_lost_most_come_first():
+    rows = [{"pictures": [], "question": f"q{n}", "reference": "a heron", "base": base, "tuned": tuned,
+             "base_right": None, "tuned_right": None} for n, (base, tuned) in enumerate(
+                 [("a herring", "a heron"), ("a heron", "xyz"), *[("same", "same")] * 9, ("", "a heron")])]
+    shown = answers.cards(rows, report.nearer)
+    order = re.findall(r">(Most improved|Most worsened|All other 9 rows|q\d+)<", shown)
+    assert order[:5] == ["Most improved", "q11", "q0", "Most worsened", "q1"]
+    assert order[5:] == ["All other 9 rows", *(f"q{n}" for n in range(2, 11))]
 
 
 def test_06_is_up_to_date_until_training_changes(adapter_run, capsys):
@@ -137,18 +184,23 @@ def test_06_is_up_to_date_until_training_changes(adapter_run, capsys):
 # ---- the card ----
 
 def snippet(folder, **filled):
-    """The card's code, its BASE and FOLDER filled in, after it has run: the names that it defines."""
+    """The card's code, its BASE and FOLDER filled in, after it has run: the names that it defines.
+
+    It asks about the photo.jpg of its folder, as a reader of the card would.
+    """
+    Image.new("RGB", (40, 32), "red").save(folder.parent.parent.parent / "photo.jpg")
     code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)[1]
     for name, value in filled.items():
         code, found = re.subn(rf'^{name} = ".*?"', f"{name} = {str(value)!r}", code, flags=re.M)
         assert found == 1
     names = {}
-    exec(code, names)                                              # noqa: S102
+    with contextlib.chdir(folder.parent.parent.parent):
+        exec(code, names)                                          # noqa: S102
     return names
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "model"])
-def test_the_cards_snippet_loads_what_was_trained(kind, adapter_run, full_run, zoo):
+def test_the_cards_snippet_loads_what_was_trained_and_gets_an_answer(kind, adapter_run, full_run, zoo):
     run = full_run if kind == "model" else adapter_run
     folder = run.path / "06_save" / kind
     names = snippet(folder, FOLDER=folder, **({"BASE": zoo("llava")} if kind == "adapter" else {}))
@@ -164,9 +216,63 @@ def test_the_cards_snippet_loads_what_was_trained(kind, adapter_run, full_run, z
 def test_the_card_says_what_the_base_is_how_it_was_made_and_how_good_it_is(adapter_run, zoo):
     text = (adapter_run.path / "06_save/adapter/README.md").read_text(encoding="utf-8")
     for part in ("base_model: llava", "library_name: peft", "image-text-to-text", "LoRA r=4 alpha=32",
-                 "Exact match", "on 1 held-out rows", "7 samples; 2 were held out", "transformers 5."):
+                 "Exact match", "on 1 held-out rows", "7 samples; 2 were held out", "transformers 5.",
+                 "the weights of step 4 of 4", "| rows.jsonl | 7 | 2 | 0 |", "lora_r: 4", "its card doesn't name",
+                 "vllm serve llava --chat-template chat_template.jinja", "--max-lora-rank 8 --lora-modules tuned=."):
         assert part in text, part
     assert text == (adapter_run.path / "06_save/README.md").read_text(encoding="utf-8")
+    merged = (adapter_run.path / "06_save/merged/README.md").read_text(encoding="utf-8")
+    assert "vllm serve ." in merged and "transformers serve ." in merged and "library_name: transformers" in merged
+
+
+@pytest.fixture
+def told(adapter_run):
+    """What the cards of a run tell."""
+    work = stage.view("06_save", adapter_run.path)
+    return facts.Facts.of(work, adapter_run.json("03_load_model/model.json"), adapter_run.json("06_save/check.json"))
+
+
+@pytest.mark.parametrize("part, change, kind, words", [
+    ("method", {"experts": 8}, "adapter", "experts trained, which not every engine takes from an adapter"),
+    ("config", {"peft_use_dora": True}, "adapter", "DoRA is more than the LoRA that engines know"),
+    ("config", {"image_max_pixels": 1000}, "adapter", "image_max_pixels changed the processor"),
+    ("config", {"lora_r": 1024}, "adapter", "a rank of 1024 is more than vLLM takes"),
+    ("method", {"trained_parameters": {"vision": 1, "projector": 1}}, "adapter", "It is in `merged/`"),
+    ("plan", {"stored_as": "fp8"}, "merged", "The base's 8-bit floats were merged into float32"),
+    ("plan", {"quantisation": {"bits": 4}}, "merged", "had 4 bits; here its original weights are merged"),
+    ("plan", {"revision": "abc"}, "adapter", "vllm serve llava --revision abc"),
+    ("plan", {"revision": "abc"}, "adapter", 'from_pretrained(BASE, revision="abc", dtype='),
+    ("saved", {"step": 2, "best": {"eval_loss": 0.5}}, "adapter", "step 2 of 4, whose eval_loss was the best (0.5)"),
+    ("saved", {"step": 3, "trained_steps": 3}, "adapter", "step 3 of 4, where training stopped early"),
+])
+def test_the_card_says_only_what_holds(part, change, kind, words, told):
+    assert words not in card.model_card(kind, told)
+    changed = dataclasses.replace(told, **{part: getattr(told, part) | change})
+    text = card.model_card(kind, changed)
+    assert words in text
+    assert ("--enable-lora" in text) == (kind == "adapter" and not serving.needs_merging(changed))
+
+
+def test_the_card_takes_the_licence_of_the_bases_card(tmp_path, told):
+    said = "---\nlicense: other\nlicense_name: gemma\nlicense_link: there\n---\n# Base\n"
+    (tmp_path / "README.md").write_text(said, encoding="utf-8")
+    text = card.model_card("adapter", dataclasses.replace(told, plan=told.plan | {"base_model": str(tmp_path)}))
+    assert "\nlicense: other\nlicense_name: gemma\nlicense_link: there\n" in text
+    assert "the base model (gemma)" in text
+
+
+def test_a_knobs_value_tells_no_folder_of_this_machine():
+    value = [{"path": "/home/me/data/rows.jsonl", "name": None, "weight": 2.0}, {"path": "owner/data"}]
+    assert facts.without_folders(value) == '\n  - {"path": "rows.jsonl", "weight": 2.0}\n  - {"path": "owner/data"}'
+    assert [facts.without_folders(path) for path in ("/a/b", "~/a/b", "../a/b", "./b", "lib/card.py", "a/b")] == [
+        '"b"', '"b"', '"b"', '"b"', '"card.py"', '"a/b"']
+
+
+def test_neither_card_nor_page_tells_private_hosts_or_whose_the_project_is(told):
+    secret = {"url_hosts": ["pictures.example.internal"], "wandb_entity": "us", "output_dir": "runs/secret"}
+    told = dataclasses.replace(told, config=told.config | secret, given=[*told.given, *secret])
+    text = card.model_card("adapter", told) + report.recipe(told)
+    assert "lora_r" in text and "internal" not in text and "wandb" not in text and "secret" not in text
 
 
 def test_a_text_only_adapter_says_so_and_nothing_is_answered_without_held_out_rows(make, monkeypatch, capsys):
@@ -362,7 +468,10 @@ def test_compare_shows_what_differs_and_what_came_of_it(adapter_run, make, capsy
     assert ["steps", "2", "4"] in said and ["max_steps", "2", "4"] in said
     assert not any(line[:1] in (["learning_rate"], ["output_dir"]) for line in said)
     last = [run.losses()[-1] for run in (other, adapter_run)]
-    assert ["last", "training", "loss", *(f"{loss:.4f}" for loss in last)] in said
+    (drawn,) = [line for line in said if line[:2] == ["training", "loss"]]
+    assert [drawn[4], drawn[7]] == [f"{loss:.4f}" for loss in last] and set(drawn[3]) <= set("▁▂▃▄▅▆▇█")
+    assert ["tokens", "per", "picture", "16", "16"] in said
+    assert {"peak", "time", "longest", "held-out"} <= {line[0] for line in said if line}
     (after,) = [line for line in said if line[:3] == ["exact", "match", "after"]]
     assert after[3] == "-" and after[4].endswith("%")
 

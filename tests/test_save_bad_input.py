@@ -1,5 +1,7 @@
 """06 and its views: at least twenty kinds of bad input, each of which ends in two lines and loses nothing."""
 
+import contextlib
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -59,6 +61,23 @@ def before_training(path):
 def interrupted(path):
     path.unlink()
     path.parent.rename(path.parent.with_name("05_train.partial"))
+
+
+def cut_short(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def another_revision(path):
+    configured_anew(path, "revision=v2")
+
+
+def without_adapter(path):
+    configured_anew(path, "adapter=null")
+
+
+def configured_anew(recipe, override):
+    with contextlib.chdir(recipe.parent):
+        importlib.import_module("01_config").main([recipe.name, "run", override])
 
 
 def without_a_tensor(path):
@@ -130,6 +149,18 @@ CASES = (
     unlike("a base whose weights changed since training", "base/model-00001-of-00002.safetensors", longer),
     unlike("a base that lost a file", "base/model-00002-of-00002.safetensors", gone),
     unlike("rows that changed since training", "rows.jsonl", longer),
+    Bad("another base revision than trained on", ["run"],
+        "run/02_data is out of date: revision changed: null -> \"v2\"", "run first: python 02_data.py run",
+        {"recipe.yaml": another_revision}),
+    Bad("an adapter where the recipe now says none", ["run"], "run/04_lora is out of date: adapter changed: …",
+        "run first: python 04_lora.py run", {"recipe.yaml": without_adapter}),
+    Bad("an adapter's file that isn't whole", ["run"], f"{ADAPTER} changed since 05_train wrote it",
+        "to write it again and keep this folder as 05_train.old: python 05_train.py run --force",
+        {ADAPTER: cut_short}),
+    Bad("a ledger that isn't whole", ["run"], "run/05_train/stage.json is not whole JSON: …",
+        "start 05_train.py again with --force", {"run/05_train/stage.json": cut_short}),
+    Bad("a plan that is no JSON and vouched for by nobody", ["run"], "run/03_load_model/model.json changed …",
+        "to write it again and keep this folder as …", {"run/03_load_model/model.json": "{"}),
     misused("two runs at once", "run run", "run: 06_save works on one run", "leave it out, or add --compare"),
     misused("--compare of one run", "run --compare", "--compare: only run is named", "name two runs or more"),
     misused("--compare with a run that isn't there", "run nope --compare",

@@ -296,6 +296,21 @@ def test_a_step_is_adamws_own(optimizer, make):
 
 # ---- what is written ----
 
+def test_gradient_norms_are_told_by_role_and_the_whole_is_clipped():
+    def parameter(*gradient):
+        found = torch.nn.Parameter(torch.zeros(len(gradient)))
+        found.grad = torch.tensor(gradient)
+        return found
+    two = {"a": parameter(3.0, 0.0), "b": parameter(0.0, 4.0), "c": parameter(12.0)}
+    roles = {"a": "vision", "b": "vision", "c": "language"}
+    norms = optim.clip_gradients(two, roles, max_norm=6.5)
+    assert {name: float(norm) for name, norm in norms.items()} == {
+        "grad_norm": 13, "grad_norm_vision": 5, "grad_norm_language": 12}
+    assert two["c"].grad.item() == pytest.approx(6)
+    one = optim.clip_gradients({"a": parameter(3.0, 4.0)}, roles, max_norm=100)
+    assert {name: float(norm) for name, norm in one.items()} == {"grad_norm": 5}
+
+
 def test_metrics_are_exact_and_timings_are_apart(make):
     one, two = make(), make()
     one("05_train"), two("05_train")

@@ -1,0 +1,53 @@
+"""scale: where values lie along a line of pixels, and how they are written."""
+import math
+
+
+class Scale:
+    """Places of values along a line of pixels; ticks are round values, and snap ends the scale on two."""
+
+    def __init__(self, values, start, end, log=False, snap=True):
+        low, high = (math.log10(f(values)) if log else f(values) for f in (min, max))
+        if not log and 0 <= low <= high / 2:
+            low = 0
+        if high - low <= 1e-9 * max(abs(high), abs(low)):  # one value: give it room on both sides
+            room = 1 if log else abs(low) / 2 or 1
+            low, high = low - room, high + room
+        if log and high - low <= 3:
+            powers = range(math.floor(low), math.ceil(high) + 1)
+            rounds = [power + math.log10(factor) for power in powers for factor in (1, 2, 5)]
+        else:
+            step = round_step((high - low) / 5)
+            step = max(step, 1) if log else step
+            rounds = [n * step for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
+        slack = 1e-9 * (high - low)
+        if snap:
+            low = max(value for value in rounds if value <= low + slack)
+            high = min(value for value in rounds if value >= high - slack)
+        ticks = [value for value in rounds if low - slack <= value <= high + slack]
+        self.ticks = [10 ** tick for tick in ticks] if log else ticks
+        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
+
+    def at(self, value):
+        """The pixel of a value."""
+        value = math.log10(value) if self.log else value
+        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
+
+
+def round_step(step):
+    """The next of 1, 2, 5, 10, 20, 50 … that is no smaller than step."""
+    step = max(step, 1e-300)
+    power = 10 ** math.floor(math.log10(step))
+    return next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= step * (1 - 1e-9))
+
+
+def number(value, digits=9):
+    """A number as short as it can be: 1,024 and 12.5k, 0.05 and 2e-4."""
+    if not math.isfinite(value):
+        return str(value)
+    if 0 < abs(value) < 1e-3 or abs(value) >= 1e15:
+        mantissa, exponent = f"{value:.{min(digits, 3) - 1}e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= max(unit, 1e4):
+            return f"{value / unit:.{digits}g}{letter}"
+    return f"{value:,.{digits}g}"

@@ -1,0 +1,65 @@
+"""tokens: a sample's tokens for people: each with its id, trained ones marked, runs of media folded."""
+import re
+from html import escape
+from itertools import groupby
+
+from lib.chat import IGNORE_INDEX
+from lib.page import cell
+
+KEY = ('<p class="note">The model learns to write the tokens on '
+             '<span class="tokens"><mark><span>green</span></mark></span>, underlined. '
+             'The others it reads, and they give no loss. Point at a token to see its id; '
+             '<span class="tokens"><i>↵</i></span> is a newline, '
+             '<span class="tokens"><i>·</i></span> a space that is easily missed.</p>')
+SIGNS = {" ": "<i>·</i>", "\n": "<i>↵</i>\n", "\r": "<i>␍</i>", "\t": "<i>⇥</i>"}
+# Byte-level vocabularies spell each byte as a printable character: the unprintable ones from U+0100 on.
+PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF = ({chr(byte): byte for byte in PRINTABLE_BYTES}
+           | {chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE_BYTES)))})
+
+
+def view(tokens, input_ids, labels, media_tokens=()):
+    """Every token with its id as title; trained ones in <mark>; a run of one media token as one, counted."""
+    byte_level = any(sign in token for token in tokens for sign in "ĠĊ") and all(t[:1] != "▁" for t in tokens)
+    rows = [(label != IGNORE_INDEX, token if token in media_tokens else n, token, token_id)
+            for n, (token, token_id, label) in enumerate(zip(tokens, input_ids, labels, strict=True))]
+    html = []
+    for trained, run in groupby(rows, key=lambda row: row[0]):
+        spans = "".join(_token_span(list(same), media_tokens, byte_level)
+                        for _, same in groupby(run, key=lambda row: row[1]))
+        html.append(f"<mark>{spans}</mark>" if trained else spans)
+    return f'<div class="tokens">{"".join(html)}</div>'
+
+
+def _token_span(same, media_tokens, byte_level):
+    _, _, token, token_id = same[0]
+    if token in media_tokens:
+        times = f" ×{len(same)}" if len(same) > 1 else ""
+        return f'<span class="media" title="id {token_id}">{escape(token)}{times}</span>'
+    return f'<span title="id {token_id}">{_readable(token, byte_level)}</span>'
+
+
+def _readable(token, byte_level):
+    """Escaped text of one token, where nothing is invisible."""
+    if not byte_level:
+        token = token.replace("▁", " ")
+        token = "\n" if token == "<0x0A>" else token
+    elif all(character in BYTE_OF for character in token):  # added tokens are stored as plain text
+        token = bytes(BYTE_OF[character] for character in token).decode("utf-8", "backslashreplace")
+
+    def sign(match):
+        character = match[0]
+        plain = escape(character) if character.isprintable() else f"<i>U+{ord(character):04X}</i>"
+        return SIGNS.get(character, plain)
+    # A space between words speaks for itself; a doubled, trailing or lonely one does not.
+    return re.sub(r"(?<= ) | (?=\s|$)|[^ ]", sign, token)
+
+
+def card(title, media_html, token_html, facts, anchor=""):
+    """One sample: its facts ([(label, value)]), its media, its tokens; an anchor is for links to it."""
+    facts = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(cell(value))}</dd></div>"
+                    for label, value in facts)
+    media = f'<div class="pictures">{media_html}</div>' if media_html else ""
+    place = f' id="{escape(anchor)}"' if anchor else ""
+    return (f'<article class="sample"{place}><h3>{escape(title)}</h3><dl class="facts">{facts}</dl>'
+            f"{media}{token_html}</article>")
