@@ -122,22 +122,23 @@ def roles(told: Facts) -> str:
 
 
 def memory(work, timings: list[dict]) -> str:
-    """What 03 forecast for a GPU, beside what loading and training took here."""
+    """What 03 forecast for its kind of device, beside what loading and training took here."""
     folder = work.input("03_load_model")
     load = read_json(folder / "load.json")
-    rows, peak = [["loading", None, size(load["peak_memory_gib"])]], None
+    rows, peaks = [["loading", None, None, size(load["peak_memory_gib"])]], [None, None]
     if (folder / "forecast.json").exists():
         found = read_json(folder / "forecast.json")
-        way = found["checkpointed" if found["knobs"]["gradient_checkpointing"] else "kept"]
         parts = {**{f"weights, {kind}": gib for kind, gib in found["weights_gib"].items()},
-                 **{part: found[f"{part}_gib"] for part in PARTS}, "activations": way["activations_gib"]}
-        rows = [*([part, size(gib), None] for part, gib in parts.items()), *rows]
-        peak = size(found["peak_gib"])
+                 **{part: found[f"{part}_gib"] for part in PARTS}}
+        ways = [found[way] for way in ("checkpointed", "kept")]
+        rows = [*([part, size(gib), size(gib), None] for part, gib in parts.items()),
+                ["activations", *(size(way["activations_gib"]) for way in ways), None], *rows]
+        peaks = [size(way["peak_gib"]) for way in ways]
     used = max((line["peak_memory_gib"] for line in timings), default=None)
-    rows.append(["training, at its peak", peak, None if used is None else size(used)])
-    where = "" if load["device"].startswith("cuda") else " On a CPU the whole process counts."
-    return (page.table(["", "forecast for a GPU", f"used ({load['device']})"], rows)
-            + page.note(f"The forecast is of one GPU at the longest sample.{where}"))
+    rows.append(["training, at its peak", *peaks, None if used is None else size(used)])
+    where = "" if load["device"].startswith("cuda") else " On a CPU the whole process counts, libraries too."
+    head = ["", "forecast, checkpointed", "forecast, activations kept", f"used ({load['device']})"]
+    return page.table(head, rows) + page.note(f"The forecast is of one device at the longest row.{where}")
 
 
 def size(gib: float) -> str:

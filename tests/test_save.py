@@ -129,7 +129,7 @@ def test_the_page_tells_the_whole_story_and_the_figure_shows_both_answers(adapte
     headings = re.findall(r"<h2>([^<]*)</h2>", page)
     assert headings == ["Result", "Answers", "Curves", "Data", "Recipe", "What trained", "Memory", "Proof", "Use it"]
     for part in ("Which colour is number", "data:image", "step 4 of 4", "rows.jsonl", "gradient norm by", "<mark>",
-                 "tokens per second by", "token accuracy by", "learning rate by", "forecast for a GPU", "activations",
+                 "tokens per second by", "token accuracy by", "learning rate by", "forecast, checkpointed", "activations",
                  "largest logit difference", "with the same weights", "vllm serve", "(report_media: all)"):
         assert part in page, part
     assert (adapter_run.path / "06_save/figure.svg").exists()
