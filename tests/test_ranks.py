@@ -4,7 +4,6 @@ import importlib
 import json
 import os
 import signal
-import sys
 import time
 from functools import partial
 
