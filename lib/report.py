@@ -114,7 +114,7 @@ def roles(told: Facts) -> str:
     """Parameters by role, how many of them train, and where."""
     method, parameters = told.method, told.plan["parameters"]
     rows = [[role, parameters.get(role, 0), method["modules"].get(role, 0), trained,
-             ".".join(next(iter(method["first_hits"].get(role, [])), "").split(".")[-3:])]
+             ".".join(next(iter(method["first_hits"].get(role, [])), "").split(".")[-4:])]
             for role, trained in method["trained_parameters"].items()]
     rows += [[role, number, None, None, "frozen"] for role, number in parameters.items()
              if role not in method["trained_parameters"]]

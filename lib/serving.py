@@ -30,7 +30,7 @@ ASKING = """\
 content = {content}
 messages = [{{"role": "user", "content": content}}]
 inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
-                                       return_dict=True, return_tensors="pt").to(model.device)
+                                       return_dict=True, return_tensors="pt").to({where})
 answer = model.generate(**inputs, max_new_tokens={tokens}, do_sample=False)
 print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 CONTENT = {"vision": '[{"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "What is this?"}]',
@@ -47,7 +47,8 @@ def loading(kind: str, facts: Facts) -> str:
     code = LOADING["adapter" if kind == "adapter" else "model"].format(
         base=public_name(plan), cls=plan["class"], dtype=plan["dtype"],
         revision=f'revision="{plan["revision"]}", ' if plan["revision"] else "")
-    return f"{code}\n{ASKING.format(content=content, tokens=facts.config['max_new_tokens'])}"
+    where = "model.device" if content == CONTENT["language"] else "model.device, model.dtype"
+    return f"{code}\n{ASKING.format(content=content, where=where, tokens=facts.config['max_new_tokens'])}"
 
 
 def serving(kind: str, facts: Facts) -> list[tuple[str, str]]:

@@ -275,12 +275,15 @@ def test_neither_card_nor_page_tells_private_hosts_or_whose_the_project_is(told)
     assert "lora_r" in text and "internal" not in text and "wandb" not in text and "secret" not in text
 
 
-def test_a_text_only_adapter_says_so_and_nothing_is_answered_without_held_out_rows(make, monkeypatch, capsys):
+def test_a_text_only_adapter_says_so_and_nothing_is_answered_without_held_out_rows(
+        make, monkeypatch, capsys, zoo):
     run = make("llama_text", val_set_size=0)
     prove_here(run, monkeypatch)
     assert "pipeline_tag: text-generation" in (run.path / "06_save/README.md").read_text(encoding="utf-8")
     assert "No row was held out" in (run.path / "06_save/README.md").read_text(encoding="utf-8")
     assert run.json("06_save/check.json")["exact_match"] == {"base": None, "tuned": None}
+    adapter = run.path / "06_save/adapter"
+    assert "answer" in snippet(adapter, FOLDER=adapter, BASE=zoo("llama_text"))
     assert "no held-out rows" in capsys.readouterr().out
 
 
