@@ -9,12 +9,12 @@ from lib.plan import public_name
 LOADING = {
     "adapter": """\
 from peft import PeftModel
-from transformers import AutoProcessor, {cls}
+from transformers import {config}AutoProcessor, {cls}
 
 BASE = "{base}"    # the base model: a hub id, or the folder where you have it
 FOLDER = "."    # the folder of this card
 
-model = {cls}.from_pretrained(BASE, {revision}dtype="{dtype}")
+{changes}model = {cls}.from_pretrained(BASE, {revision}dtype="{dtype}")
 model = PeftModel.from_pretrained(model, FOLDER)
 processor = AutoProcessor.from_pretrained(FOLDER)""",
     "model": """\
@@ -37,9 +37,13 @@ def model_card(kind: str, plan: dict, counts: dict, trained: dict, check: dict, 
     sees = {"vision", "audio"} & plan["parameters"].keys()
     what = "LoRA adapter for" if adapter else "model made from"
     revision = f" at revision `{plan['revision']}`" if plan["revision"] else ""
+    at, config, changes = f'revision="{plan["revision"]}", ' if plan["revision"] else "", "", ""
+    if plan["text_config"] and adapter:                  # what the base's own configuration doesn't say
+        changes = f"config = AutoConfig.from_pretrained({f'BASE, {at}'.rstrip(', ')})\n" + "".join(
+            f"config.get_text_config().{name} = {value!r}\n" for name, value in plan["text_config"].items())
+        at, config = f"config=config, {at}", "AutoConfig, "
     snippet = LOADING["adapter" if adapter else "model"].format(
-        base=base, cls=plan["class"], dtype=plan["dtype"],
-        revision=f'revision="{plan["revision"]}", ' if plan["revision"] else "")
+        base=base, cls=plan["class"], dtype=plan["dtype"], revision=at, config=config, changes=changes)
     results = "No row was held out, so none was answered."
     if check["rows"]:
         results = (f"Exact match by greedy generation on {check['rows']} held-out rows: {scores['base']:.1%} "
