@@ -91,7 +91,8 @@ def adapt_wide(folder: Path) -> dict:
     from lib import model
     from lib.plan import make_plan
     LlamaConfig(architectures=["LlamaForCausalLM"], **WIDE).save_pretrained(folder / "wide")
-    knobs = SimpleNamespace(base_model=str(folder / "wide"), **MODEL, **LORA)
+    given = MODEL | LORA | {"peft_init_lora_weights": True, "base_model": str(folder / "wide")}
+    knobs = SimpleNamespace(**given)
     plan = make_plan(knobs)
     began = time.monotonic()
     with Memory() as memory:
