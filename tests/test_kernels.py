@@ -1,5 +1,6 @@
 """What a machine has: attention kernels, number types, several GPUs; what lacks is replaced with a word or refused."""
 
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +72,14 @@ def test_a_shared_out_model_with_a_part_on_no_gpu_is_refused():
     parallel.refuse_offload({"model.layers.0": 0, "model.layers.1": 1})
     with pytest.raises(StageError, match="1 parts don't fit into the GPUs, such as model.layers.1"):
         parallel.refuse_offload({"model.layers.0": 0, "model.layers.1": "cpu"})
+
+
+def test_one_process_for_all_gpus_and_one_for_each_exclude_each_other(tmp_path):
+    for name in ("model.json", "adapter.json"):
+        (tmp_path / name).write_text("{}")
+    work = SimpleNamespace(config=SimpleNamespace(device_map="auto", bf16=False), input=lambda stem: tmp_path)
+    with pytest.raises(StageError, match="torchrun gives each rank its own GPU"):
+        importlib.import_module("05_train").load(work, parallel.World(0, 2, CPU))
 
 
 def test_one_device_has_all_of_a_model_whatever_device_map_says():
