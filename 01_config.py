@@ -6,7 +6,8 @@
 Reads:  a flat YAML recipe in Axolotl's vocabulary, and overrides. The argument without `=` after the recipe
         is the run folder; without one, the recipe's output_dir is.
 Writes: 01_config/config.json (every knob with its value: no default exists after this), 01_config/stages.json
-        (the knobs that each stage reads), and the run's name into runs/latest.
+        (the knobs that each stage reads), origin.json (the commit of a hub's model, kept from then on), and
+        the run's name into runs/latest.
 Source: docs.axolotl.ai/docs/config-reference.html says what the keys mean to those who write them.
 Fork me to: add a knob (a line in Recipe), a contradiction (a row in RULES), a warning (a row in WARNINGS).
 """
@@ -18,10 +19,10 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from lib import stage, terminal
+from lib import origin, registry, stage, terminal
 from lib.checks import (
-    bnb_arguments, chat_template, data_path, day, filled, model_path, name_ends, properties, regex,
-    role_words, side, size, template_arguments)
+    bnb_arguments, chat_template, data_path, day, filled, limits, model_overrides, model_path, name_ends,
+    properties, regex, role_words, side, size, template_arguments)
 from lib.knobs import REQUIRED, in_words, knob, knobs_of
 from lib.ledger import read_json, write_json
 from lib.reading import read_knobs
@@ -39,7 +40,7 @@ FileType = Literal["json", "jsonl", "parquet", "arrow"] | None
 Hosts = list[str]
 ImageSize = int | list[int] | None
 Init = Literal[True, "gaussian"]
-Kernel = Literal["sdpa", "eager"]
+Kernel = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Key = str | None
 Modules = str | list[str] | None
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"]
@@ -54,6 +55,7 @@ RolesOrAll = list[Role | Literal["all"]]
 Resize = Literal["bilinear", "bicubic", "lanczos"]
 RowType = Literal["chat_template", "sharegpt"]
 Schedule = Literal["cosine", "linear", "constant"]
+Spread = Literal["auto"] | None
 Steps = int | None
 Switch = bool | Literal["auto"]
 Turns = list[Literal["system", "user", "assistant", "tool"]]
@@ -107,8 +109,11 @@ class Recipe:
     load_in_8bit: bool               = knob(False, "03", "a frozen base in 8 bits")
     quantize_roles: QuantisedRoles   = knob(["language"], "03", "whose layers get few bits", check=filled)
     bnb_config_kwargs: dict          = knob({}, "03", "bitsandbytes' arguments", check=bnb_arguments)
-    attn_implementation: Kernel      = knob("sdpa", "03", "eager is the plain and slow one")
+    attn_implementation: Kernel      = knob("sdpa", "03", "what lacks here becomes sdpa")
     bf16: Switch                     = knob("auto", "03 05", "auto: where it is native; false: fp32")
+
+    overrides_of_model_config: dict  = knob({}, "03", "rope_theta, rope_scaling", check=model_overrides)
+    tf32: bool                       = knob(False, "05", "with bf16: false, products of float32 in TF32")
 
     # The data
     datasets: Datasets               = knob(REQUIRED, "02", "the rows to train on", check=filled)
@@ -117,7 +122,7 @@ class Recipe:
     train_on_inputs: bool            = knob(False, "02", "train on all turns, not on the assistant's alone")
     roles_to_train: Turns            = knob(["assistant"], "02", "whose turns are trained", check=filled)
     train_on_eos: Ends               = knob("turn", "02", "ends of turns: of trained ones, of all …")
-    sequence_len: int                = knob(2048, "02 05", "longest sample with its media", "tokens", low=1)
+    sequence_len: int                = knob(2048, "02 03 05", "longest sample, with media", "tokens", low=1)
     excess_length_strategy: Excess   = knob("drop", "02", "what longer ones are; media are never cut")
     max_images: int | None           = knob(None, "02", "pictures in a row; one with more is rejected", low=0)
     image_max_pixels: int | None     = knob(None, "02", "pictures are no larger; null: as ever", low=1)
@@ -169,6 +174,8 @@ class Recipe:
     adam_epsilon: float              = knob(1e-8, "05", "keeps AdamW's division finite", above=0)
     max_grad_norm: float             = knob(1.0, "05", "a longer gradient is scaled down to it", above=0)
     fsdp_version: int | None         = knob(None, "05", "2: shard the base", low=2, high=2, identity=False)
+    device_map: Spread               = knob(None, "03 05 06", "auto: one model over GPUs", identity=False)
+    max_memory: dict | None          = knob(None, "03 05 06", "{GPU: most}", check=limits, identity=False)
     sample_packing: bool             = knob(False, "05", "fill rows of sequence_len with samples")
     cache_vision_features: bool      = knob(False, "05", "run a frozen tower once for each picture")
     group_by_length: bool            = knob(False, "05", "samples of a step are of similar length")
@@ -260,8 +267,20 @@ RULES = (  # the knobs it is about; when they contradict each other; why; how to
      "what is sharded is the frozen base below an adapter", "adapter: lora, or remove fsdp_version"),
     ("fsdp_version cache_vision_features", lambda k: k.fsdp_version and k.cache_vision_features,
      "features are kept rank by rank, and a sharded model runs on all ranks at once", "remove one of them"),
+    ("device_map fsdp_version", lambda k: k.device_map and k.fsdp_version,
+     "one process shares a model out over GPUs, or ranks shard it", "remove one of them"),
+    ("device_map merge", lambda k: k.device_map and k.merge,
+     "a merged model is proved on one device", "remove one of them; or merge later, on a larger GPU"),
+    ("max_memory device_map", lambda k: k.max_memory and not k.device_map,
+     "what limits a GPU's part says nothing where one holds all", "device_map: auto, or remove max_memory"),
     ("sample_packing group_by_length", lambda k: k.sample_packing and k.group_by_length,
      "packed rows are full, whatever their samples' lengths", "remove group_by_length"),
+    ("attn_implementation bf16", lambda k: k.attn_implementation.startswith("flash") and k.bf16 is False,
+     "flash attention computes in 16 bits", "attn_implementation: sdpa, or bf16: auto"),
+    ("attn_implementation sample_packing micro_batch_size",
+     lambda k: k.attn_implementation.startswith("flash") and k.sample_packing and k.micro_batch_size > 1,
+     "flash attention tells packed samples apart in batches of one row only",
+     "micro_batch_size: 1 and more gradient_accumulation_steps, or attn_implementation: sdpa"),
     ("early_stopping_patience load_best_model_at_end evals_per_epoch val_set_size test_datasets",
      lambda k: (k.early_stopping_patience or k.load_best_model_at_end)
      and not (k.evals_per_epoch and (k.val_set_size or k.test_datasets)),
@@ -286,6 +305,8 @@ WARNINGS = (  # when, on a settled recipe; what seldom works about it
      "bnb_config_kwargs: without effect, since nothing is quantised"),
     (lambda k: k.quantize_roles != ["language"] and not k.load_in_4bit and not k.load_in_8bit,
      "quantize_roles: without effect, since nothing is quantised"),
+    (lambda k: k.tf32 and k.bf16 is not False,
+     "tf32: without effect, since products are of bfloat16; what stays in float32 keeps its precision"),
     (lambda k: k.revision and Path(k.base_model).is_dir(),
      "revision: without effect, since {base_model} is a folder"),
 )
@@ -352,6 +373,25 @@ def first_day(run: Path) -> str:
         return date.today().isoformat()
 
 
+def pinned(run: Path, k: Recipe) -> dict | None:
+    """{base_model, revision as the recipe has it, commit}; None for a folder, or where nobody can say.
+
+    A commit is kept when 01 runs again: what `main` means moves, and the run's model must not.
+    """
+    if Path(k.base_model).is_dir():
+        return None
+    asked = {"base_model": k.base_model, "revision": k.revision or "main"}
+    try:
+        kept = read_json(run / "01_config" / "origin.json")
+        if asked.items() <= kept.items():
+            return kept
+    except StageError:                                           # there is none
+        pass
+    registry.refuse_unloadable(k.base_model)
+    found = origin.commit(k.base_model, k.revision)
+    return asked | {"commit": found} if found else None
+
+
 def show(k: Recipe, given: dict[str, Entry], notes: list) -> None:
     """Nothing; the recipe is on screen by stage, a star at what is no default, then what is odd about it."""
     known, values = knobs_of(Recipe), asdict(k)
@@ -405,7 +445,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Is there anything to do?
     given_words = {"recipe": str(recipe_path), "overrides": overrides}
-    work = stage.begin(stage.decide("01_config", run, args.force, knobs=given_words))
+    decision = stage.decide("01_config", run, args.force, knobs=given_words)
+    pin = pinned(run, k) if decision.action == "run" else None
+    work = stage.begin(decision)
     stage.remember_latest(run)
     if work is None:
         return
@@ -417,6 +459,10 @@ def main(argv: list[str] | None = None) -> None:
     readers = {stem: [name for name, (_, meta) in known.items() if stem in meta["stages"]] for stem in STAGES}
     readers["given"] = sorted(given)
     readers["not_identity"] = [name for name, (_, meta) in known.items() if not meta["identity"]]
+    if pin:
+        terminal.say(f"{k.base_model}: {pin['revision']} is commit {pin['commit']}")
+        k.revision = pin["commit"]
+        write_json(work.path / "origin.json", pin)
     write_json(work.path / "config.json", asdict(k))
     write_json(work.path / "stages.json", readers)
     show(k, given, notes)

@@ -11,7 +11,7 @@ Fork me to: take another shape of row (lib/shapes.py), train other words (lib/te
 """
 from pathlib import Path
 
-from lib import preview, registry, samples, sources, stage, summary, terminal
+from lib import origin, preview, registry, samples, sources, stage, summary, terminal
 from lib.chat import Encoder
 from lib.ledger import read_json
 from lib.messages import RowError, count
@@ -86,6 +86,8 @@ def load_template_and_encoder(work) -> tuple[Template, Encoder]:
             if path.suffix in PROCESSOR_FILES:
                 work.uses(path)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    if config.trust_remote_code:
+        origin.say_code(config.base_model, config.revision)
     model_config = load_config(config.base_model, **options)
     family = registry.family_of(model_config.model_type)
     registry.require_packages(family)

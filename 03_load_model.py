@@ -18,7 +18,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import fit, model, parallel, plan, quant, registry, stage, terminal
+from lib import fit, model, origin, parallel, plan, quant, registry, stage, terminal
 from lib.chat import Encoder
 from lib.loss import forward_loss
 from lib.sampler import Batcher, to_device
@@ -45,6 +45,8 @@ def main(argv=None):
     if Path(work.config.base_model).is_dir():
         work.uses(work.config.base_model)
     # 2. Plan: class, dtype, quantisation and the role of every module, from the config and empty tensors.
+    if work.config.trust_remote_code:
+        origin.say_code(work.config.base_model, work.config.revision)
     planned = plan.make_plan(work.config)
     write_json(work.path / "model.json", planned)
     print_plan(planned)
@@ -54,8 +56,9 @@ def main(argv=None):
         write_json(work.path / "forecast.json", forecast)
         fit.print_facts(forecast)
     # 4. Load it for real, by the plan.
+    parallel.ask_for_bf16(work.config.bf16, device)
     began = time.monotonic()
-    loaded = model.load(planned, device, mode="inference")
+    loaded = model.load(planned, device, "inference", parallel.spread(work.config, device))
     seconds = time.monotonic() - began
     # 5. Run one sample through it: the first loss tells a broken model or template at once.
     loss, sample_id = first_forward(loaded, work, device)

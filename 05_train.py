@@ -63,7 +63,8 @@ def main(argv=None):
                 rehearsal.prove_packing(run)
             if work.config.cache_vision_features:
                 keep_features(run)
-            with fast.paths(run.model, run.roles), features.replayed(run.model):
+            with fast.paths(run.model, run.roles), features.replayed(run.model), parallel.tf32(
+                    work.config.tf32 and work.config.bf16 is False):
                 log = train(run)
             log.say_peak()
             # 4. Save what was trained, and what a fresh process has to reproduce.
@@ -97,12 +98,17 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     plan = read_json(work.input("03_load_model") / "model.json")
     planned = read_json(work.input("04_lora") / "adapter.json")
     # The model, and what of it trains.
-    if world.device.type == "cpu":
-        parallel.keep_freed_memory()
+    parallel.ask_for_bf16(config.bf16, world.device)
+    if config.device_map and world.world_size > 1:
+        world.stop(f"device_map: {config.device_map} shares one process's model out, and torchrun gives each "
+                   "rank its own GPU", "python 05_train.py, without torchrun; or remove device_map")
     shards = config.fsdp_version is not None and world.world_size > 1
     kept_share = share_of_kept_layers(work, world, plan, shards)
     at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
-    net, roles = model.load(plan, at), Roles.of_plan(plan)
+    net = model.load(plan, at, spread=parallel.spread(config, at))
+    if world.device.type == "cpu":
+        parallel.keep_freed_memory()
+    roles = Roles.of_plan(plan)
     if config.adapter is None:
         model.train_roles(net, roles, config.train_roles)
     else:

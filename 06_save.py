@@ -161,12 +161,13 @@ def ask(work, files: list[str], question: str) -> None:
     template = Template(encoder.processor, day=work.config.template_date)
     text, opened = prompt_about(files, question, encoder, template)
     device, answers = parallel.pick_device(), []
-    base = model.load(plan, device, mode="inference")
+    spread = parallel.spread(work.config, device)
+    base = model.load(plan, device, "inference", spread)
     with quiet():
         answers.append(["before", generate(base, encoder, text, opened, work.config.max_new_tokens)])
         if work.config.adapter is None:
             tuned = plan | {"base_model": str(trained / "model"), "revision": None}
-            tuned = model.load(tuned, device, mode="inference")
+            tuned = model.load(tuned, device, "inference", spread)
         else:
             tuned = model.attach(base, trained / "adapter", trainable=False).eval()
         answers.append(["after", generate(tuned, encoder, text, opened, work.config.max_new_tokens)])

@@ -21,8 +21,8 @@ SPELLINGS = {  # an older key: the knob and value it means where it is switched 
 }
 
 REPLACED = {  # a knob: its values, what they become, why that is the same
-    "attn_implementation": ("flash flash_attention_2 flash_attention_3 flex_attention xformers", "sdpa",
-                            "another kernel with the same result"),
+    "attn_implementation": ("flash xformers sage", "sdpa", "another kernel with the same result"),
+    "tf32": ("auto", True, "the same on every GPU that has it"),
     "optimizer": ("adamw_8bit", "adamw_bnb_8bit", "the same one under another name"),
     "excess_length_strategy": ("raise", "error", "the same under another name"),
     "gradient_checkpointing": ("unsloth", "offload", "the same under another name"),
@@ -46,6 +46,9 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "special_tokens": ("special tokens of one's own", "pad_token"),
     "tokens": ("tokens of one's own",),
     "added_tokens_overrides": ("tokens of one's own",),
+    "rope_theta": ("a second key for it; write overrides_of_model_config: {rope_theta: …}",),
+    "rope_scaling": ("a second key for it; write overrides_of_model_config: {rope_scaling: …}",),
+    "overrides_of_model_kwargs": ("other arguments for loading",),
     "tokenizer_type": ("another tokenizer",),
     "tokenizer_config": ("another tokenizer",),
     "tokenizer_use_mistral_common": ("Mistral's own tokenizer", False),
@@ -62,8 +65,6 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "fp16": ("float16", False),
     "float16": ("float16", False),
     "activation_offloading": ("activations in host memory; gradient_checkpointing: offload does it", False),
-    "device_map": ("one model over several devices", "auto"),
-    "max_memory": ("one model over several devices",),
     "gpu_memory_limit": ("a limit to a GPU's memory",),
     "fsdp": ("sharding by FSDP 1; fsdp_version: 2 shards the frozen base",),
     "deepspeed": ("sharding over ranks",),
@@ -101,7 +102,6 @@ NO_MEANING = {  # a key or pattern: why it changes nothing here
     "use_sonicmoe": SAME_KERNELS,
     "experts_implementation": SAME_KERNELS,
     "flex_attn_compile_kwargs": SAME_KERNELS,
-    "tf32": "the forward runs in bfloat16, and what stays in float32 keeps its precision",
     "gradient_checkpointing_kwargs": "checkpointing is of the non-reentrant kind, with the same gradients",
     "ddp_find_unused_parameters": "ranks may use different parameters in the same step",
     "auto_resume_from_checkpoints": "05_train goes on from its newest checkpoint by itself",

@@ -15,6 +15,7 @@ BNB_ARGUMENTS = {
     "bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_use_double_quant": (True, False),
     "bnb_4bit_compute_dtype": ("bfloat16", "float16", "float32"),
     "bnb_4bit_quant_storage": ("bfloat16", "uint8", "float16", "float32"), "llm_int8_threshold": float}
+OVERRIDES = {"rope_theta": (int, float), "rope_scaling": (dict,), "max_position_embeddings": (int,)}
 MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_PROPERTIES = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
 RENDERING = {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -76,6 +77,27 @@ def bnb_arguments(given: dict) -> dict:
         if not (isinstance(value, float) if allowed is float else value in allowed):
             words = "a number such as 6.0" if allowed is float else " or ".join(map(str, allowed)).lower()
             raise Wrong(f"holds {key}: {value}", f"write {words}")
+    return given
+
+
+def model_overrides(given: dict) -> dict:
+    """What of the model's configuration a recipe may change: its rotary positions and their number."""
+    for name, value in given.items():
+        if name not in OVERRIDES:
+            raise Wrong(f"holds {name}, which its weights were made with",
+                        f"it may hold {', '.join(OVERRIDES)}")
+        if type(value) not in OVERRIDES[name] or \
+                name == "rope_scaling" and not {"rope_type", "type"} & {*value}:
+            raise Wrong(f"holds {name}: {value}", "for example {rope_theta: 1000000}, or {rope_scaling: "
+                        "{rope_type: linear, factor: 2.0}}")
+    return given
+
+
+def limits(given: dict) -> dict:
+    """{number of a GPU: the most of the model that it gets, such as 20GiB}."""
+    for name, most in given.items():
+        if not name.isdigit() or not re.fullmatch(r"\d+(GiB|GB|MiB|MB)", str(most)):
+            raise Wrong(f"holds {name}: {most}", "for example {0: 20GiB, 1: 24GiB}")
     return given
 
 

@@ -22,6 +22,7 @@ class Family:
     no_quant: path components that stay unquantised, since bitsandbytes or the model can't run them so.
     expert_lora: why LoRA can't be put on its experts; empty where it can.
     eager: sub-configs whose part of the model has no sdpa attention.
+    no_flash: why flash attention computes something else for it; empty where it doesn't.
     uncast: the module that takes pictures in its own type only; elsewhere models cast them themselves.
     longest_sound_seconds: how much of a sound the processor takes; it cuts off the rest without a word.
     one_kind: a row can't have pictures and clips: processor or model takes one for the other.
@@ -34,6 +35,7 @@ class Family:
     packages: what its model or processor imports beyond transformers, as {module: pip name and version}.
     absent: what must not be installed on a machine without CUDA, as {module: pip name}: transformers takes
         the kernels of whatever it can import, and these refuse tensors that are elsewhere.
+    unread: regexes on tensors of its published checkpoints that the class has no use for.
     use_instead: published ids that transformers can't train -> the same model converted.
     first_loss_note: why a high first loss is no sign of a mistake here, and who says so.
     """
@@ -48,6 +50,7 @@ class Family:
     no_quant: tuple[str, ...] = ()
     expert_lora: str = ""
     eager: tuple[str, ...] = ()
+    no_flash: str = ""
     uncast: str = ""
     longest_sound_seconds: float | None = None
     one_kind: bool = False
@@ -59,6 +62,7 @@ class Family:
     special_tokens: dict[str, str] = field(default_factory=dict)
     packages: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
+    unread: tuple[str, ...] = ()
     use_instead: dict[str, str] = field(default_factory=dict)
     first_loss_note: str = ""
     note: str = ""
@@ -96,6 +100,7 @@ FAMILIES = (
             "model.language_model": "language"},
            collate="stack", batch="alike", template_names=("llama3_2_vision",),
            packing="tokens before a picture attend to all pictures of the row",
+           no_flash="which tokens see which picture is a mask that flash attention doesn't know",
            note="pictures enter by cross-attention; only rows with equally many share a batch"),
     Family("Llama-4", ("llama4",),
            {"vision_model": "vision", "vision_model.vision_adapter": "projector",
@@ -123,6 +128,7 @@ FAMILIES = (
            pixels="levels",
            wrappers=("<|image>", "<image|>", "<|audio>", "<audio|>"), longest_sound_seconds=30,
            block_masks=("sliding_attention",), eager=("audio_config",),
+           no_flash="its heads are up to 512 wide, and flash attention's at most 256",
            template_names=("gemma4", "gemma4_unified")),
     Family("Qwen2-VL", ("qwen2_vl",), VISUAL, QWEN_WRAPPERS, pixels="area", template_names=("qwen2_vl",)),
     Family("Qwen2.5-VL", ("qwen2_5_vl",), VISUAL, QWEN_WRAPPERS, pixels="area", template_names=("qwen2_vl",),

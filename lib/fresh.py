@@ -11,7 +11,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 
-from lib import media, parallel, proof, quant, registry, sounds, terminal
+from lib import kernels, media, parallel, proof, quant, registry, sounds, terminal
 from lib.chat import Encoder
 from lib.evaluate import exact_match
 from lib.golden import read_header
@@ -40,11 +40,13 @@ def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dic
     """The proof's task.json: absolute paths, the plan's facts, samples as texts and lossless media."""
     golden, base = work.input("05_train") / "golden.safetensors", Path(plan["base_model"])
     merged = str(exports[1].absolute()) if len(exports) > 1 else None
-    facts = ("revision", "trust_remote_code", "class", "dtype", "attn_implementation")
+    facts, device = ("revision", "trust_remote_code", "class", "dtype", "text_config"), parallel.pick_device()
     return {**{fact: plan[fact] for fact in facts}, "adapter": work.config.adapter is not None,
             "export": str(exports[0].absolute()), "merged": merged, "golden": str(golden.absolute()),
             "base_model": str(base.absolute() if base.exists() else base),
-            "quantisation": quant.arguments(plan), "device": str(parallel.pick_device()),
+            "quantisation": quant.arguments(plan), "device": str(device),
+            "spread": parallel.spread(work.config, device),
+            "attn_implementation": kernels.here(plan["attn_implementation"], device.type == "cuda"),
             "without_quantisation": quant.arguments(plan | {"quantisation": None}),
             "cast_pictures": bool(registry.family_of(plan["model_type"]).uncast),
             "max_new_tokens": work.config.max_new_tokens, "pad_id": encoder.pad_id,

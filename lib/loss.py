@@ -35,14 +35,14 @@ def forward_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     batch: the collator's tensors on the model's device, with `positions` and `targets` [N]. Divide by a token
     count outside: the right one is the whole optimizer step's.
     """
-    head, targets, softcap = model.get_output_embeddings(), batch["targets"], softcap_of(model)
-    logits, vocabulary = head.forward, model.get_input_embeddings().num_embeddings
-    size = max(1, min(CHUNK, CHUNK_LOGITS // vocabulary))
+    head, softcap = model.get_output_embeddings(), softcap_of(model)
+    logits, vocabulary, at = head.forward, model.get_input_embeddings().num_embeddings, head.weight.device
+    targets, size = batch["targets"].to(at), max(1, min(CHUNK, CHUNK_LOGITS // vocabulary))
     if isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters()):
         return in_place_of_logits(model, batch, lambda rows: FrozenHeadLoss.apply(
-            rows, head.weight, head.bias, targets, softcap, size))
+            rows.to(at), head.weight, head.bias, targets, softcap, size))
     return in_place_of_logits(model, batch, lambda rows: trained_head_loss(
-        rows, logits, targets, softcap, size))
+        rows.to(at), logits, targets, softcap, size))
 
 
 @torch.no_grad()
@@ -66,7 +66,8 @@ def in_place_of_logits(model, batch: dict, compute):
         if hidden.shape[:2] != batch["input_ids"].shape:
             raise StageError(f"{type(model).__name__}: its output head sees {hidden.shape[1]} positions of "
                              f"{batch['input_ids'].shape[1]}", "choose another base_model")
-        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, batch["positions"])  # [N, D]
+        positions = batch["positions"].to(hidden.device)          # a shared-out model ends on another GPU
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)           # [N, D]
         result.append(compute(rows))
         return hidden[..., :0]
 

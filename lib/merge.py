@@ -16,7 +16,7 @@ import torch
 
 from lib import model, quant, registry, shards, terminal
 from lib.checks import bytes_of
-from lib.plan import check_weight_files, load_config, on_meta, quiet
+from lib.plan import check_weight_files, on_meta, planned_config, quiet
 
 FILES_AT_A_TIME = 2                                  # one is added up while another is written
 BESIDE = ("config.json", "generation_config.json", shards.INDEX)
@@ -28,7 +28,7 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
     A quantised base is merged into its original weights, not into the quantised ones.
     """
     whole = quant.whole(plan) | {"dtype": "float32"}
-    check_weight_files(whole["base_model"])
+    check_weight_files(Path(whole["base_model"]))
     files = {path.name: shards.places(path) for path in shards.weight_files(whole)}
     tensors = {name: place for held in files.values() for name, place in held.items()}
     reason = "8-bit floats become bfloat16" if whole["stored_as"] == "fp8" else ""
@@ -45,6 +45,8 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
     code = beside[0].parent.glob("*.py") if whole["trust_remote_code"] else ()
     for path in filter(None, (*beside, *code)):
         shutil.copyfile(path, folder / path.name)
+    if whole["text_config"]:                              # the base's own would be read as if unchanged
+        planned_config(whole).save_pretrained(folder)
     if max_shard_size:
         shards.write_index(folder / shards.INDEX, files)
 
@@ -117,7 +119,7 @@ class Sums:
 
 def as_stored(whole: dict, tensors: dict[str, shards.Place]):
     """The model on meta as transformers loads it from these tensors; it remembers how it renamed them."""
-    config = load_config(whole["base_model"], whole["revision"], whole["trust_remote_code"])
+    config = planned_config(whole)
     empty = {name: torch.empty(place.shape, device="meta") for name, place in tensors.items()}
     with quiet():
         stored, info = registry.model_class(config, whole["class"]).from_pretrained(

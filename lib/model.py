@@ -4,15 +4,16 @@ Scripts 03 to 06 load through here, by the plan (lib/plan.py), and each load is 
 """
 import contextlib
 import functools
+import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-from lib import adapter, quant, registry, terminal
+from lib import adapter, kernels, origin, parallel, quant, registry, shards, terminal
 from lib.adapter import base_name
-from lib.plan import check_weight_files, load_config, make_plan, on_meta, quiet
+from lib.plan import check_weight_files, load_config, make_plan, on_meta, planned_config, quiet
 from lib.processor import first_line
 from lib.roles import Roles
 from lib.stage import StageError
@@ -23,25 +24,29 @@ __all__ += ["new_adapter", "on_meta", "save_adapter", "save_full", "train_roles"
 
 # ---- loading ----
 
-def load(plan: dict, device: torch.device, mode: str = "train"):
+def load(plan: dict, device: torch.device, mode: str = "train", spread: dict | None = None):
     """The plan's model on `device`, everything frozen, in train mode or, for "inference", in eval mode.
 
-    Raises StageError for missing or misshapen tensors, and for layers quantised otherwise than planned.
+    spread: transformers' arguments that share it out over the GPUs instead (`parallel.spread`). Raises
+    StageError for missing, misshapen or unexpected tensors, and for layers quantised otherwise than planned.
     """
-    config = load_config(plan["base_model"], plan["revision"], plan["trust_remote_code"])
     family = registry.family_of(plan["model_type"])
     registry.refuse_packages(family, device.type)
-    check_weight_files(plan["base_model"])
+    config = planned_config(plan)
+    check_weight_files(origin.fetch(plan["base_model"], plan["revision"], shards.weight_names(plan)))
     cls = registry.model_class(config, plan["class"])
-    options = {"dtype": getattr(torch, plan["dtype"]), "attn_implementation": plan["attn_implementation"],
+    attention = kernels.here(plan["attn_implementation"], torch.cuda.is_available())
+    if attention != plan["attn_implementation"]:
+        terminal.say("attn_implementation: this machine lacks what is asked; sdpa gives the same")
+    options = {"config": config, "dtype": getattr(torch, plan["dtype"]), "attn_implementation": attention,
                "revision": plan["revision"], "trust_remote_code": plan["trust_remote_code"],
                "use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
     try:
         # Asked of the files: what full fine-tuning exported is no longer stored as its base was.
         if quantisation := quant.configuration(plan | {"stored_as": quant.stored_as(config)}):
             options |= {"quantization_config": quantisation, "device_map": {"": str(device)}}
-        with quiet():
-            model, info = cls.from_pretrained(plan["base_model"], **options)
+        with quiet(), parallel.freed_at_once() if quantisation else contextlib.nullcontext():
+            model, info = cls.from_pretrained(plan["base_model"], **options | (spread or {}))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         fix = ("install that package" if isinstance(error, ImportError) else
                "see that the folder or model id holds all of its .safetensors files")
@@ -49,7 +54,9 @@ def load(plan: dict, device: torch.device, mode: str = "train"):
     check_loaded(plan, info)
     if plan["quantisation"]:
         quant.check(model, plan)
-    else:
+    if spread:
+        parallel.refuse_offload(model.hf_device_map)
+    elif not plan["quantisation"]:
         model.to(device)
     model.requires_grad_(False)
     if family.uncast:
@@ -63,15 +70,17 @@ def cast_to_own_type(module, given: tuple) -> tuple:
 
 
 def check_loaded(plan: dict, info: dict) -> None:
-    """Nothing; a StageError where a tensor of the model was not in the checkpoint, or had another shape."""
-    path = plan["base_model"]
+    """Nothing; a StageError where checkpoint and model don't hold the same tensors in the same shapes."""
+    path, unread = plan["base_model"], "|".join(registry.family_of(plan["model_type"]).unread) or r"(?!)"
     for kind in ("missing_keys", "mismatched_keys"):
         if odd := sorted(map(str, info[kind])):
             raise StageError(f"base_model: {path}: {len(odd)} {kind.replace('_', ' ')}, such as {odd[0]}",
                              "the checkpoint is damaged or of another class")
-    if extra := sorted(info["unexpected_keys"]):
+    if extra := sorted(key for key in info["unexpected_keys"] if not re.fullmatch(unread, key)):
         quant.refuse_unread_scales(path, extra)
-        terminal.warn(f"{plan['class']} has no use for {len(extra)} tensors of {path}, such as {extra[0]}")
+        raise StageError(f"base_model: {path}: {len(extra)} unexpected keys, such as {extra[0]}",
+                         f"{plan['class']} may be the wrong class; if it can do without them, its record in "
+                         "lib/families.py says so (`unread`)")
 
 
 def compare(parameters: dict[str, torch.nn.Parameter], roles: Roles, planned: dict[str, int]) -> None:

@@ -148,7 +148,11 @@ def needs(model, family: Family) -> dict:
     if family.packing:
         raise StageError(f"sample_packing: {family.name} can't be packed: {family.packing}",
                          "sample_packing: false, and group_by_length: true against padding")
-    return {"positions": Positions.of(model), "masks": BlockMasks.of(model, family.block_masks)}
+    masks = BlockMasks.of(model, family.block_masks)
+    if masks and model.config.get_text_config()._attn_implementation == "flex_attention":
+        raise StageError(f"sample_packing: {family.name}'s packed rows need masks that flex_attention can't "
+                         "take", "attn_implementation: sdpa, or sample_packing: false")
+    return {"positions": Positions.of(model), "masks": masks}
 
 
 def leak(model, alone: list[dict[str, torch.Tensor]], packed: dict[str, torch.Tensor]) -> tuple[float, float]:

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from lib import quant, registry, terminal
+from lib import kernels, origin, quant, registry, rope, terminal
 from lib.processor import first_line
 from lib.roles import Roles, roles_of
 from lib.stage import StageError
@@ -25,7 +25,7 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # regrets, at import,
 def make_plan(knobs) -> dict:
     """The plan of a recipe: class, revision, dtype, quantisation, roles with counts. No weights are read."""
     config = load_config(knobs.base_model, knobs.revision, knobs.trust_remote_code)
-    check_weight_files(knobs.base_model)
+    check_weight_files(Path(knobs.base_model))
     family = registry.family_of(config.model_type)
     registry.require_packages(family)
     plan = {"base_model": knobs.base_model, "trust_remote_code": knobs.trust_remote_code,
@@ -33,9 +33,11 @@ def make_plan(knobs) -> dict:
             "model_type": config.model_type, "family": family.name,
             "class": registry.model_class(config, knobs.model_type).__name__,
             "dtype": "float32" if knobs.bf16 is False else "bfloat16",
-            "attn_implementation": registry.attention(family, config, knobs.attn_implementation),
+            "attn_implementation": kernels.asked(family, config, knobs.attn_implementation),
+            "text_config": rope.changes(config, knobs.overrides_of_model_config, knobs.sequence_len),
             "stored_as": quant.stored_as(config), "quantisation": None}
     model = with_an_attention_it_has(plan)
+    plan["attn_implementation"] = kernels.known_to(model, plan["attn_implementation"])
     refuse_other_losses(model)
     roles = roles_of(model, family)
     plan |= {"tied_head": tied(model), "roles": roles.paths, "idle": roles.idle,
@@ -51,17 +53,23 @@ def load_config(base_model: str, revision: str | None, trust_remote_code: bool):
         config = AutoConfig.from_pretrained(base_model, revision=revision,
                                             trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        if refused := origin.refusal(base_model, revision, error):
+            raise refused from None
         fix = ("mend its config.json, or name another model; an unknown type may need a newer transformers"
-               if Path(base_model).exists() else
-               "correct base_model or revision; a gated or private model also needs `hf auth login`")
+               if Path(base_model).exists() else "correct base_model or revision")
         raise StageError(f"base_model: {base_model}: no usable config ({first_line(error)})", fix) from None
     refuse_other_objectives(config)
     return config
 
 
-def check_weight_files(base_model: str) -> None:
-    """Nothing; a StageError names the weight file of a local folder that is missing or cut short."""
-    folder = Path(base_model)
+def planned_config(plan: dict):
+    """The checkpoint's config with what the recipe changes in it."""
+    config = load_config(plan["base_model"], plan["revision"], plan["trust_remote_code"])
+    return rope.set_in(config, plan["text_config"])
+
+
+def check_weight_files(folder: Path) -> None:
+    """Nothing; a StageError names the weight file of a folder that is missing or cut short."""
     index = folder / "model.safetensors.index.json"
     named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
     for path in sorted({*folder.glob("*.safetensors"), *(folder / name for name in named)}):
@@ -75,11 +83,11 @@ def check_weight_files(base_model: str) -> None:
 
 def on_meta(plan: dict):
     """The plan's model without memory: every tensor on the meta device, shapes and names as loaded."""
-    config = load_config(plan["base_model"], plan["revision"], plan["trust_remote_code"])
+    config = planned_config(plan)
     cls = registry.model_class(config, plan["class"])
     with torch.device("meta"), quiet():
         return cls._from_config(config, dtype=getattr(torch, plan["dtype"]),
-                                attn_implementation=plan["attn_implementation"])
+                                attn_implementation=kernels.here(plan["attn_implementation"], cuda=False))
 
 
 def with_an_attention_it_has(plan: dict):
@@ -89,7 +97,7 @@ def with_an_attention_it_has(plan: dict):
     except ValueError as error:  # so transformers refuses a kernel
         if plan["attn_implementation"] == "eager":
             raise StageError(f"{plan['class']}: {first_line(error)}", "choose another base_model") from None
-        terminal.warn(f"{plan['class']} has no {plan['attn_implementation']} attention; eager gives the same")
+        terminal.warn(f"{plan['class']} has no sdpa attention; eager gives the same")
         plan["attn_implementation"] = "eager"
         return on_meta(plan)
 

@@ -64,8 +64,9 @@ def read(path: str, data, encoder: Encoder) -> list[dict]:
 def trained_model(work, plan: dict):
     """The model with what was trained, for answering."""
     trained, device = work.input("05_train"), parallel.pick_device()
+    spread = parallel.spread(work.config, device)
     if work.config.adapter is None:
         plan = plan | {"base_model": str(trained / "model"), "revision": None}
-        return model.load(plan, device, mode="inference")
-    base = model.load(plan, device, mode="inference")
+        return model.load(plan, device, "inference", spread)
+    base = model.load(plan, device, "inference", spread)
     return model.attach(base, trained / "adapter", trainable=False).eval()

@@ -84,6 +84,12 @@ def load(task: dict, path: str, revision: str | None = None):
         kind, arguments = task["quantisation"]
         options |= {"quantization_config": getattr(transformers, kind)(**arguments),
                     "device_map": {"": task["device"]}}
+    options |= spread_of(task)
+    if task["text_config"]:
+        trust = {"trust_remote_code": task["trust_remote_code"], "revision": revision}
+        options["config"] = transformers.AutoConfig.from_pretrained(path, **trust)
+        for name, value in task["text_config"].items():
+            setattr(options["config"].get_text_config(), name, value)
     cls = getattr(transformers, task["class"])
     model, info = cls.from_pretrained(path, output_loading_info=True, **options)
     for kind in ("missing_keys", "mismatched_keys"):
@@ -92,7 +98,14 @@ def load(task: dict, path: str, revision: str | None = None):
     for module in model.modules():                     # bitsandbytes: keep one layout, so that logits compare
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    return model.eval() if task["quantisation"] else model.eval().to(task["device"])
+    return model.eval() if "device_map" in options else model.eval().to(task["device"])
+
+
+def spread_of(task: dict) -> dict:
+    """transformers' arguments that share the model out over GPUs, none where one device holds it."""
+    spread = task["spread"] or {}
+    limits = spread.get("max_memory") or {}                    # JSON made the GPUs' numbers text
+    return spread | ({"max_memory": {int(n): most for n, most in limits.items()}} if limits else {})
 
 
 def with_adapter(base, folder: str):

@@ -60,15 +60,6 @@ def kinds_without_tower(config) -> tuple[str, ...]:
     return tuple(kind for kind, part in parts.items() if getattr(config, part, config) is None)
 
 
-def attention(family: Family, config, wanted: str) -> str | dict[str, str]:
-    """The attention kernel for a model's parts: the wanted one, or eager for sub-configs without it."""
-    eager = [name for name in family.eager if getattr(config, name, None) is not None]
-    if not eager:
-        return wanted
-    parts = {name: wanted for name in ("text_config", "vision_config") if hasattr(config, name)}
-    return {"": wanted, **parts, **{name: "eager" for name in eager}}
-
-
 # ------------------------------------------------------------------------------------------------ the class
 
 def auto_class(model_type: str) -> str:

@@ -9,12 +9,12 @@ from lib.plan import public_name
 LOADING = {
     "adapter": """\
 from peft import PeftModel
-from transformers import AutoProcessor, {cls}
+from transformers import {config}AutoProcessor, {cls}
 
 BASE = "{base}"    # the base model: a hub id, or the folder where you have it
 FOLDER = "."    # the folder of this card
 
-model = {cls}.from_pretrained(BASE, {revision}dtype="{dtype}")
+{changes}model = {cls}.from_pretrained(BASE, {revision}dtype="{dtype}")
 model = PeftModel.from_pretrained(model, FOLDER)
 processor = AutoProcessor.from_pretrained(FOLDER)""",
     "model": """\
@@ -44,9 +44,14 @@ def loading(kind: str, facts: Facts) -> str:
     """Python that loads an export with plain libraries, and asks it something."""
     plan = facts.plan
     content = next(words for role, words in CONTENT.items() if role in plan["parameters"])
+    at, config, changes = f'revision="{plan["revision"]}", ' if plan["revision"] else "", "", ""
+    if plan["text_config"]:                              # what the base's own configuration doesn't say
+        changes = f"config = AutoConfig.from_pretrained({f'BASE, {at}'.rstrip(', ')})\n" + "".join(
+            f"config.get_text_config().{name} = {value!r}\n" for name, value in plan["text_config"].items())
+        at, config = f"config=config, {at}", "AutoConfig, "
     code = LOADING["adapter" if kind == "adapter" else "model"].format(
-        base=public_name(plan), cls=plan["class"], dtype=plan["dtype"],
-        revision=f'revision="{plan["revision"]}", ' if plan["revision"] else "")
+        base=public_name(plan), cls=plan["class"], dtype=plan["dtype"], revision=at, config=config,
+        changes=changes)
     where = "model.device" if content == CONTENT["language"] else "model.device, model.dtype"
     return f"{code}\n{ASKING.format(content=content, where=where, tokens=facts.config['max_new_tokens'])}"
 

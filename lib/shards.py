@@ -38,12 +38,16 @@ def base_file(plan: dict, name: str) -> Path | None:
     return Path(found) if found else None
 
 
+def weight_names(plan: dict) -> list[str]:
+    """The names of the base's .safetensors files, its index among them where it has one."""
+    if index := base_file(plan, INDEX):
+        return [INDEX, *sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    return ["model.safetensors"]
+
+
 def weight_files(plan: dict) -> list[Path]:
     """The base's .safetensors files, in the order of their names."""
-    if index := base_file(plan, INDEX):
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        return [base_file(plan, name) for name in sorted(set(names))]
-    return [base_file(plan, "model.safetensors")]
+    return [base_file(plan, name) for name in weight_names(plan) if name != INDEX]
 
 
 def places(path: Path) -> dict[str, Place]:

@@ -4,13 +4,14 @@ import functools
 import importlib
 import json
 import re
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import against_trl, gpu, machine, ours, prepare, real, shapes
+from bench import against_trl, gpu, load, machine, ours, prepare, real, shapes
 from lib.roles import Roles
 from lib.stage import StageError
 
@@ -27,6 +28,14 @@ def prepared(tmp_path_factory):
         prepare.prepare(folder, {"family": family, **DATA}, {"ours": {}})
         return folder
     return make
+
+
+def test_the_most_memory_of_a_load_and_what_it_keeps_are_told_apart():
+    with load.Memory() as memory:
+        passing, kept = b"\1" * 2**27, b"\1" * 2**25
+        time.sleep(0.1)
+        del passing
+    assert memory.most >= 2**27 + 2**25 > 2**26 > memory.kept >= len(kept)
 
 
 def test_the_shape_has_the_parameters_that_its_name_says():

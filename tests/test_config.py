@@ -136,7 +136,8 @@ def test_01_starts_fast_because_it_imports_no_torch():
     ("chat_template: |\n  {% for m in messages %}\n  {% endfor %}", "{% for m in messages %}\n{% endfor %}"),
     ("processor_kwargs: {a: no, b: {c: 1e2}, d: '1', e: 010, f: true}",
      {"a": "no", "b": {"c": 100.0}, "d": "1", "e": 10, "f": True}),
-    ("attn_implementation: eager", "eager"), ("attn_implementation: flash_attention_2", "sdpa"),
+    ("attn_implementation: eager", "eager"), ("attn_implementation: flash_attention_2", "flash_attention_2"),
+    ("tf32: auto", True), ("tf32: true", True),
 ])
 def test_a_value_takes_the_type_that_its_knob_declares(folder, row, value):
     got = getattr(resolved(without(key_of(row)) + row), key_of(row))
@@ -190,7 +191,9 @@ peft_use_rslora: true | peft_init_lora_weights: true | micro_batch_size: 1 | gra
 num_epochs: 1 | max_steps: 10 | optimizer: adamw_torch_fused | lr_scheduler: cosine | learning_rate: 2e-4
 learning_rate: '0.0002' | bf16: true | bf16: auto | warmup_ratio: 0.1 | warmup_steps: 10 | weight_decay: 0.0
 gradient_checkpointing: true | logging_steps: 1 | evals_per_epoch: 1 | saves_per_epoch: 1
-output_dir: ./outputs/out
+overrides_of_model_config: {rope_theta: 1000000, rope_scaling: {rope_type: linear, factor: 2.0}}
+device_map: auto
+output_dir: ./outputs/out | tf32: true | tf32: false | tf32: auto
 train_on_inputs: true | roles_to_train: [assistant, user] | train_on_eos: all | train_on_eos: none
 chat_template_kwargs: {enable_thinking: false} | excess_length_strategy: truncate
 excess_length_strategy: raise | datasets: [{path: owner/rows, split: 'train[:1%]', revision: main}]
@@ -204,7 +207,7 @@ WITHOUT_MEANING = """
 eot_tokens: [<end>] | flex_attn_compile_kwargs: {dynamic: false} | strict: false
 skip_prepare_dataset: true | dataset_prepared_path: last_run_prepared | remove_unused_columns: false
 pad_to_sequence_len: false | pad_to_sequence_len: true | lora_mlp_kernel: true | lora_qkv_kernel: true
-lora_o_kernel: true | tf32: true | tf32: false | cut_cross_entropy: true
+lora_o_kernel: true | cut_cross_entropy: true
 gradient_checkpointing_kwargs: {use_reentrant: false} | liger_rope: true | ddp_find_unused_parameters: true
 liger_rms_norm: true | liger_glu_activation: true | liger_layer_norm: true
 liger_fused_linear_cross_entropy: true | use_kernels: true | use_scattermoe: true | use_sonicmoe: true
@@ -212,7 +215,7 @@ experts_implementation: scattermoe
 """
 DONE_ANYWAY = """
 tokenizer_use_mistral_common: false | special_tokens: | special_tokens: {pad_token: <pad>}
-special_tokens: {} | quantize_moe_experts: false | llama4_linearized_experts: false | device_map: auto
+special_tokens: {} | quantize_moe_experts: false | llama4_linearized_experts: false
 flash_attention: false | roles_to_train: [assistant] | train_on_inputs: false
 train_on_inputs: no | gptq: false | train_on_eos: turn | lora_model_dir: | fp16: | fp16: false | fsdp: []
 fsdp_config: | activation_offloading: false | deepspeed: | resume_from_checkpoint:
@@ -221,18 +224,18 @@ plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]
 plugins: [axolotl.integrations.liger.LigerPlugin, axolotl.integrations.kernels.KernelsPlugin]
 wandb_project: | wandb_entity: | wandb_watch: | wandb_name: | wandb_log_model: | wandb_mode: disabled
 image_size: | max_memory: | gpu_memory_limit: | image_resize_algorithm: | role_boundaries:
-quant_type: | lora_modules_to_save:
+quant_type: | lora_modules_to_save: | rope_theta: | rope_scaling:
 """
 NOT_YET = """
 tokenizer_use_mistral_common: true | special_tokens: {pad_token: <pad>, eos_token: <end>} | quant_type: nf4
-gptq: true | quantize_moe_experts: true | llama4_linearized_experts: true | device_map: balanced
-max_memory: {0: 20GiB} | gpu_memory_limit: 20GiB | fp16: true
+gptq: true | quantize_moe_experts: true | llama4_linearized_experts: true | gpu_memory_limit: 20GiB | fp16: true
 role_boundaries: [{role: user}]
 lora_model_dir: ./old | lora_modules_to_save: [lm_head, embed_tokens] | activation_offloading: true
 fsdp: [full_shard] | plugins: [mine.Plugin] | resume_from_checkpoint: ./checkpoint-5
 wandb_log_model: checkpoint | optimizer: paged_adamw_32bit | optimizer: adamw_torch_8bit
 optimizer: adamw_torch_4bit | lr_scheduler: rex | chat_template: chatml | deepspeed: ds.json | rl: dpo
 peft_init_lora_weights: pissa | gradient_checkpointing: offload_disk | loraplus_lr_embedding: 1e-6
+rope_theta: 1000000 | rope_scaling: {type: linear, factor: 2.0}
 unfrozen_parameters: [lm_head] | float16: true | liger_use_token_scaling: true
 """
 
@@ -316,8 +319,8 @@ weight_decay: 0.0
 def test_a_usual_axolotl_recipe_needs_no_override(folder):
     k, _, notes = resolve(USUAL)
     assert (k.lora_alpha, k.learning_rate, k.output_dir) == (16, 2e-4, "./outputs/out")
-    assert {name for name, _ in notes} == {"skip_prepare_dataset", "remove_unused_columns", "tf32",
-                                           "pad_to_sequence_len", "flash_attention"}
+    assert {name for name, _ in notes} == {"skip_prepare_dataset", "remove_unused_columns",
+                                           "pad_to_sequence_len"}
 
 
 # ---- problems --------------------------------------------------------------------------------------------
@@ -359,6 +362,9 @@ def test_no_contradiction_is_seen_in_a_knob_that_could_not_be_read(folder):
 
 
 CONTRADICTIONS = (
+    ["device_map=auto", "fsdp_version=2"], ["device_map=auto", "merge=true"], ["max_memory={0: 20GiB}"],
+    ["attn_implementation=flash_attention_2", "bf16=false"],
+    ["attn_implementation=flash_attention_3", "sample_packing=true", "micro_batch_size=2"],
     ["load_in_4bit=true", "load_in_8bit=true"],
     ["load_in_4bit=true", "adapter=null"],
     ["load_in_8bit=true", "adapter=null"],
@@ -407,6 +413,7 @@ def test_every_rule_is_broken_by_one_of_these_contradictions(folder):
     (["bnb_config_kwargs={llm_int8_threshold: 4.0}"], "nothing is quantised"),
     (["quantize_roles=[language, vision]"], "quantize_roles: without effect"),
     (["revision=main"], "./base is a folder"),
+    (["tf32=true"], "tf32: without effect"),
     (["adapter=null", "learning_rate=1e-5", "lora_r=8"], "lora_r: without effect"),
 ])
 def test_settings_that_seldom_work_are_warned_of(folder, capsys, overrides, words):
@@ -434,18 +441,18 @@ def test_config_json_holds_every_knob_and_stages_json_names_every_knob(folder):
     assert set(not_identity) == {"logging_steps", "evals_per_epoch", "saves_per_epoch", "save_steps",
                                  "save_total_limit", "dataloader_num_workers", "gradient_checkpointing",
                                  "use_tensorboard", "fsdp_version", "wandb_project", "wandb_entity",
-                                 "wandb_name"}
+                                 "wandb_name", "device_map", "max_memory"}
 
 
 def test_the_recipe_is_printed_by_stage_and_what_is_no_default_has_a_star(folder, capsys):
-    config.main(["r.yaml", "runs/a", "lora_r=8", "flash_attention=true"])
+    config.main(["r.yaml", "runs/a", "lora_r=8", "xformers_attention=true"])
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line in STAGES] == [*STAGES[1:], STAGES[0]]
     assert set(KNOBS) <= {word for line in lines for word in line.split()[:2]}
     assert any(re.fullmatch(r" +\* +lora_r +8 +the command line", line) for line in lines)
     assert any(re.fullmatch(r" +lora_alpha +32", line) for line in lines)
     assert any(re.fullmatch(r" +\* +base_model +./base +line 1 +03 04 05 06", line) for line in lines)
-    assert any(line.startswith("flash_attention: flash_attention_2 is replaced by sdpa") for line in lines)
+    assert any(line.startswith("xformers_attention: xformers is replaced by sdpa") for line in lines)
     assert lines[-1] == "next: python 02_data.py runs/a"
 
 
@@ -605,6 +612,14 @@ WRONG_VALUES = (
     line("an optimizer to come", "optimizer: adafactor",
          "optimizer: adafactor is not built yet, and its steps are others",
          "optimizer: adamw_torch_fused"),
+    line("a width that only its weights know", "overrides_of_model_config: {hidden_size: 64}",
+         "overrides_of_model_config: {hidden_size: 64} holds hidden_size, which its weights were made with",
+         "it may hold rope_theta, rope_scaling, max_position_embeddings"),
+    line("memory without its unit", "max_memory: {0: 20}", "max_memory: {0: 20} holds 0: 20",
+         "for example {0: 20GiB, 1: 24GiB}"),
+    line("a scaling that isn't named", "overrides_of_model_config: {rope_scaling: {factor: 2.0}}",
+         "overrides_of_model_config: {rope_scaling: {factor: 2.0}} holds rope_scaling: {'factor': 2.0}",
+         "for example {rope_theta: 1000000}, or {rope_scaling: {rope_type: linear, factor: 2.0}}"),
     line("an optimizer that is none", "optimizer: adamw",
          "optimizer: adamw must be adamw_torch_fused, adamw_torch, adamw_bnb_8bit or paged_adamw_8bit",
          "for example optimizer: adamw_torch_fused (AdamW: in one kernel, many, 8 bits)"),

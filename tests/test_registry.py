@@ -18,6 +18,17 @@ PINNED = dict(re.findall(r"^([\w-]+)(?:\[\w+\])?==(.+)$", (ROOT / "requirements.
 REPLACED = [pair for family in FAMILIES for pair in family.use_instead.items()]
 
 
+def test_a_recipe_may_name_the_processors_class_and_its_arguments_which_are_saved_with_it(zoo, tmp_path):
+    own = processor.load_processor(zoo("llava"))
+    assert own.vision_feature_select_strategy == "default"
+    named = processor.load_processor(zoo("llava"), "LlavaProcessor", vision_feature_select_strategy="full")
+    named.save_pretrained(tmp_path)
+    again = processor.load_processor(tmp_path)
+    assert type(again) is type(own) and again.vision_feature_select_strategy == "full"
+    with pytest.raises(StageError, match="has no class 'NoProcessor'"):
+        processor.load_processor(zoo("llava"), "NoProcessor")
+
+
 @pytest.mark.parametrize("published, converted", REPLACED)
 def test_a_published_id_that_cannot_be_trained_names_the_one_that_can(published, converted):
     for spelling in (published, published.lower()):

@@ -27,6 +27,7 @@ from tests.harness import Bad, bad_input
 from tests.runner import COLOURS, Run, fork, lines, text_rows
 
 CPU = torch.device("cpu")
+ROPE = {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
 save = importlib.import_module("06_save")
 
 
@@ -45,8 +46,9 @@ def make(tmp_path, monkeypatch, zoo):
 def adapter_run(tmp_path_factory, zoo):
     """A run with an adapter and a merged model, saved as a user does it, proved in a fresh process."""
     folder = tmp_path_factory.mktemp("adapter")
+    knobs = {"merge": True, "max_steps": 4, "answer_rows": 1, "overrides_of_model_config": ROPE}
     with pytest.MonkeyPatch.context() as monkeypatch:
-        return Run(folder, monkeypatch, zoo("llava"), merge=True, max_steps=4, answer_rows=1).upto("06_save")
+        return Run(folder, monkeypatch, zoo("llava"), **knobs).upto("06_save")
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,15 @@ def tensor_names(folder):
 # ---- what is exported ----
 
 PROCESSOR = {"processor_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+
+
+def test_card_and_merged_model_have_the_rope_that_was_trained(adapter_run):
+    rope = {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}
+    card = (adapter_run.path / "06_save/adapter/README.md").read_text(encoding="utf-8")
+    assert f"config.get_text_config().rope_parameters = {rope}\n" in card and ".from_pretrained(BASE, config=config, " in card
+    merged = adapter_run.json("06_save/merged/config.json")
+    assert merged["text_config"]["rope_parameters"] == rope
+    assert "config=config" not in (adapter_run.path / "06_save/merged/README.md").read_text(encoding="utf-8")
 
 
 def test_an_adapter_folder_holds_adapter_tokenizer_processor_template_and_card(adapter_run):
