@@ -110,8 +110,8 @@ class Encoder:
         return batch
 
     def prompt(self, sample: dict) -> tuple[str, list, str]:
-        """(text up to the last reply, the media before it, that reply's text without its end of turn)."""
-        start, end = sample["spans"][-1]["start"], sample["spans"][-1]["end"]
+        """(text up to the reply that is asked for, the media before it, its text without special tokens)."""
+        start, end = sample["reply"]["start"], sample["reply"]["end"]
         text = sample["text"][:start]
         shown = sum(text.count(token) for token in placeholders(self.processor).values())
         reply = self._special.sub("", sample["text"][start:end]).strip()

@@ -120,7 +120,7 @@ def reason(samples, rows: list[Row], losses: list[float]) -> str:
     answers: dict[tuple, int] = {}
     for index in (index for row in rows for index in row):
         record = samples.records[index]
-        asked = record["text"][:record["spans"][-1]["start"]], *(m["sha256"] for m in record["media"])
+        asked = record["text"][:record["reply"]["start"]], *(m["sha256"] for m in record["media"])
         other = answers.setdefault(asked, index)
         if samples.records[other]["text"] != record["text"]:
             return f"{samples.ids[other]} and {samples.ids[index]} answer the same question differently"

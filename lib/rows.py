@@ -88,6 +88,7 @@ class Rows:
                           "weight": self.spec["weight"], "messages": json.dumps(messages, ensure_ascii=False),
                           "text": conversation.text,
                           "spans": [{"start": start, "end": end} for start, end in conversation.spans],
+                          "reply": dict(zip(("start", "end"), conversation.reply)),
                           "media": records[:conversation.media], "ends_added": conversation.ends_added,
                           "put_in": conversation.put_in, "tells_day": conversation.tells_day, **sizes})
         return found
@@ -153,10 +154,12 @@ class Rows:
         places = [start for start, _ in rest["offset_mapping"]]
         stop = behind + places[-tokens] if len(places) > tokens else behind
         spans = [(start, min(end, stop)) for start, end in conversation.spans if start < stop]
+        start, end = conversation.reply
         if not spans or stop == behind:
             raise TooLong(f"cut to sequence_len {self.config.sequence_len} behind its last medium, it "
                           "teaches nothing", "raise sequence_len, or use smaller pictures")
-        return replace(conversation, text=text[:stop], spans=spans)
+        reply = (start, min(end, stop)) if start < stop else spans[-1]
+        return replace(conversation, text=text[:stop], spans=spans, reply=reply)
 
     def encode(self, conversation: Conversation, opened: list) -> dict:
         """The tensors of a conversation; a RowError where the processor refuses its media."""

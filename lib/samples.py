@@ -13,7 +13,8 @@ from lib.stage import StageError
 MEDIUM = {"kind": "string", "path": "string", "bytes": "binary", "sha256": "string",
           "width": "int32", "height": "int32", "seconds": "float32"}
 SAMPLE = {"sample_id": "string", "row": "int64", "dataset": "string", "messages": "string", "text": "string",
-          "spans": [{"start": "int32", "end": "int32"}], "media": [MEDIUM],
+          "spans": [{"start": "int32", "end": "int32"}], "reply": {"start": "int32", "end": "int32"},
+          "media": [MEDIUM],
           "input_tokens": "int32", "media_tokens": "int32", "supervised_tokens": "int32"}
 
 

@@ -7,6 +7,7 @@ are none.
 
 Fork me to: train on other words (`conversations` says what a sample is, `_reply` what is trained in it).
 """
+import contextlib
 import re
 from dataclasses import dataclass, replace
 
@@ -20,12 +21,14 @@ from lib.turns import Turn, Turns, calls_in, lost, stands_in
 class Conversation:
     """A sample's text, the (start, end) characters in it that are trained, and how many media it shows.
 
-    `ends_added` counts the replies that the template left without an end of turn, which the kit put there.
+    `reply` are the characters of the answer that 06 asks for: the last reply that trains; the last one of all
+    where none does; what trains last where there is none. `ends_added` counts the replies that the template left without an end of turn, which the kit put there.
     `put_in` is what the template says by itself, such as a default system prompt; `tells_day`, whether it
     says the day.
     """
     text: str
     spans: list[tuple[int, int]]
+    reply: tuple[int, int]
     media: int
     ends_added: int
     put_in: tuple[str, ...] = ()
@@ -142,19 +145,30 @@ class Template(Turns):
 
     def _sample(self, messages: list[dict], text: str, turns: list[Turn]) -> Conversation:
         """The conversation, with an end put behind each trained reply that the template left without one."""
-        spans, added = [], 0
+        spans, added, replies = [], 0, []
         for turn in sorted(turns, key=lambda turn: turn.end):
             shift = added * len(self.closing) if added else 0
             end = turn.end + shift
             *whole, (start, stop) = [(a + shift, b + shift) for a, b in turn.spans]
-            if turn.closes and turn.end_trained and not turn.ended:
+            if turn.is_reply:
+                replies.append((turn.text_trained, ((whole or [(start, stop)])[0][0], stop)))
+            if turn.is_reply and turn.end_trained and not turn.ended:
                 if not text.startswith(self.closing, end):
                     text, added = text[:end] + self.closing + text[end:], added + 1
                 end += len(self.closing)
             first = start if turn.text_trained else stop
             last = (first, end if turn.end_trained else stop)
             spans += [*(whole if turn.text_trained else ()), *([last] if first < last[1] else ())]
-        return Conversation(text, spans, self._count_media(messages, text), added)
+        reply = max(replies)[1] if replies else self._untrained_reply(messages, text) or spans[-1]
+        return Conversation(text, spans, reply, self._count_media(messages, text), added)
+
+    def _untrained_reply(self, messages: list[dict], text: str) -> tuple[int, int] | None:
+        """The characters of the last reply in a text; None where there is none, or it can't be told exactly."""
+        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        with contextlib.suppress(RowError, IndexError):
+            upto = self.render(messages[:places[-1] + 1])
+            turn = self._reply(messages[:places[-1] + 1], upto)
+            return (turn.spans[0][0], turn.spans[-1][1]) if text.startswith(upto[:turn.end]) else None
 
     def _count_media(self, messages: list[dict], text: str) -> int:
         """How many media these messages have; RowError unless the render shows as many."""

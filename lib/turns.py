@@ -22,11 +22,11 @@ class Turn:
     """The (start, stop) characters of a turn's text, several if media stand among them; where its end ends.
 
     `end` is the last `stop` where the template writes no end. `text_trained` and `end_trained` say what of it
-    is learnt; `closes`, whether the kit may put an end there.
+    is learnt; `is_reply`, whether an assistant wrote it: there, the kit may put an end.
     """
     spans: list[tuple[int, int]]
     end: int
-    closes: bool = False
+    is_reply: bool = False
     text_trained: bool = True
     end_trained: bool = True
 

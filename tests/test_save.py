@@ -29,12 +29,12 @@ save = importlib.import_module("06_save")
 
 @pytest.fixture
 def make(tmp_path, monkeypatch, zoo):
-    """A function: family and knobs -> a run in a folder of its own, with 05_train finished."""
-    def make(name="llava", **knobs):
+    """A function: family, 01's overrides and knobs -> a run in a folder of its own, with 05_train finished."""
+    def make(name="llava", overrides=(), **knobs):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         rows = text_rows() if name.endswith("_text") else None
-        return Run(folder, monkeypatch, zoo(name), rows, **{"max_steps": 2} | knobs).upto("05_train")
+        return Run(folder, monkeypatch, zoo(name), rows, **{"max_steps": 2} | knobs).upto("05_train", *overrides)
     return make
 
 
@@ -331,13 +331,20 @@ def test_an_answer_is_the_argmax_token_by_token(make, monkeypatch):
 
 
 @pytest.mark.parametrize("adapter", ["lora", None])
-def test_ask_shows_both_answers_and_writes_nothing(adapter, make, capsys):
-    run = make(adapter=adapter)
+def test_ask_shows_both_answers_to_a_prompt_like_the_rows_and_writes_nothing(adapter, make, capsys, monkeypatch):
+    template = "{{ mood }} {% for m in messages %}{{ m.role }}:{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}" \
+        "</s>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    run = make(overrides=["datasets=[{path: rows.jsonl, system_prompt: Be brief.}]"], adapter=adapter,
+               chat_template=template, chat_template_kwargs={"mood": "calm"})
+    prompts, generate = [], save.generate
+    monkeypatch.setattr(save, "generate", lambda *given: prompts.append(given[2]) or generate(*given))
     before = harness.contents(run.folder)
     capsys.readouterr()
     run("06_save", "--ask", "red.png", "Which colour is it?")
     said = capsys.readouterr().out
     assert "Which colour is it?" in said and "before" in said and "after" in said
+    assert prompts == 2 * ["calm system:Be brief.</s>user:<image>Which colour is it?</s>assistant:"]
+    assert load_from_disk(run.path / "02_data/train")[0]["text"].startswith("calm system:Be brief.</s>user:")
     assert harness.contents(run.folder) == before
 
 
