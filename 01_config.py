@@ -34,7 +34,7 @@ from lib.stage import STAGES, StageError
 Adapter = Literal["lora", "qlora"] | None
 BadRow = Literal["error", "skip"]
 Ends = Literal["turn", "all", "last", "none"]
-Excess = Literal["drop", "error", "truncate"]
+Excess = Literal["drop", "error", "shrink_media", "truncate"]
 FileType = Literal["json", "jsonl", "parquet", "arrow"] | None
 Hosts = list[str]
 ImageSize = int | list[int] | None
@@ -120,6 +120,7 @@ class Recipe:
     max_images: int | None           = knob(None, "02", "pictures in a row; one with more is rejected", low=0)
     image_max_pixels: int | None     = knob(None, "02", "pictures are no larger; null: as ever", low=1)
     image_min_pixels: int | None     = knob(None, "02", "nor smaller", low=1)
+    max_image_tokens: int | None     = knob(None, "02", "or a bound in tokens of a picture", low=1)
     image_size: ImageSize            = knob(None, "02", "or fit all into N or [width, height]", check=side)
     image_resize_algorithm: Resize   = knob("bilinear", "02", "how image_size resizes")
     video_fps: float                 = knob(2.0, "02", "frames taken of a clip", "per second", above=0)
@@ -241,9 +242,11 @@ RULES = (  # the knobs it is about; when they contradict each other; why; how to
      "peft's LoRA on experts has no dropout and no DoRA", "lora_dropout: 0 and peft_use_dora: false"),
     ("val_set_size test_datasets", lambda k: k.val_set_size and k.test_datasets,
      "the rows to evaluate on come from one of them", "remove one of them"),
-    ("image_size image_max_pixels image_min_pixels",
-     lambda k: k.image_size and (k.image_max_pixels or k.image_min_pixels),
+    ("image_size image_max_pixels image_min_pixels max_image_tokens",
+     lambda k: k.image_size and (k.image_max_pixels or k.image_min_pixels or k.max_image_tokens),
      "image_size fixes what the others bound", "remove image_size, or the bounds"),
+    ("image_max_pixels max_image_tokens", lambda k: k.image_max_pixels and k.max_image_tokens,
+     "pictures have one upper bound, in pixels or in tokens", "remove one of them"),
     ("image_min_pixels image_max_pixels",
      lambda k: k.image_min_pixels and k.image_max_pixels and k.image_min_pixels > k.image_max_pixels,
      "a picture can't be larger than the one and smaller than the other", "give the smaller number first"),

@@ -12,11 +12,12 @@ Fork me to: take another shape of row (lib/shapes.py), train other words (lib/te
 from pathlib import Path
 
 from lib import preview, registry, samples, sources, stage, terminal
+from lib.budget import set_token_budget, show_tokens
 from lib.chat import Encoder
 from lib.messages import RowError, count
 from lib.plan import load_config
 from lib.processor import complete, load_processor, stop_tokens, tokenizer_of
-from lib.resolution import set_budget
+from lib.resolution import require_bounds, set_budget
 from lib.rows import Rows, TooLong
 from lib.stage import StageError
 from lib.template import Template
@@ -61,6 +62,8 @@ def main(argv=None):
     preview.write_previews(work.path, encoder, train, counts)
     terminal.table("02_data", ["what", "count"], [[name.replace("_", " "), n] for name, n in counts.items()])
     preview.show_own_words(train + held_out)
+    show_tokens(train + held_out, resized=any(
+        (config.image_size, config.image_max_pixels, config.image_min_pixels, config.max_image_tokens)))
     preview.show(train[:1], encoder.processor)
     work.finish()
 
@@ -95,6 +98,9 @@ def load_template_and_encoder(work) -> tuple[Template, Encoder]:
     elif config.chat_template:
         processor.chat_template = tokenizer_of(processor).chat_template = given_template(work)
     set_budget(processor, family, config.image_min_pixels, config.image_max_pixels)
+    set_token_budget(processor, family, config.max_image_tokens)
+    if config.excess_length_strategy == "shrink_media":
+        require_bounds(processor, family, "excess_length_strategy")
     width, height = config.image_size if isinstance(config.image_size, list) else 2 * [config.image_size]
     sampling = {"video_fps": config.video_fps, "video_max_frames": config.video_max_frames,
                 "image_width": width, "image_height": height,

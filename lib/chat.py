@@ -7,7 +7,7 @@ trained span of the text.
 import functools
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,7 @@ from lib.media import Sampling, kind_of, open_medium
 from lib.messages import NOUNS, RowError
 from lib.processor import (
     KINDS, adds_first_token, load_processor, media_arguments, placeholders, special_tokens, tokenizer_of)
+from lib.resolution import with_bounds
 from lib.spans import after_replacing, covered, moved, spans_of_tokens, straddled
 from lib.stage import StageError
 
@@ -33,6 +34,7 @@ class Encoder:
     lacks: the kinds of media for which this checkpoint has no tower, although its processor takes them.
     longest_sound_seconds: what the processor would cut off silently, so that it is refused.
     one_kind: whether pictures and clips can't stand in one row.
+    pixels: how the processor's pictures are bounded, for lib/resolution.py.
     sampling: how sounds and clips are decoded.
     """
     processor: object
@@ -42,6 +44,7 @@ class Encoder:
     lacks: tuple[str, ...] = ()
     longest_sound_seconds: float | None = None
     one_kind: bool = False
+    pixels: str = ""
     sampling: Sampling = field(default_factory=Sampling)
 
     @classmethod
@@ -58,7 +61,8 @@ class Encoder:
         extractors = [getattr(processor, part, None) for part in KINDS["audio"]]
         rate = {"sampling_rate": extractor.sampling_rate for extractor in extractors if extractor}
         return cls(processor, family.collate, family.batch, tuple(sorted(ids)), lacks,
-                   family.longest_sound_seconds, family.one_kind, Sampling(**rate, **sampling))
+                   family.longest_sound_seconds, family.one_kind, family.pixels,
+                   Sampling(**rate, **sampling))
 
     def save(self, folder: Path) -> None:
         """Write processor and encoder facts, so that `load` gives the same encoder in any later process."""
@@ -84,7 +88,11 @@ class Encoder:
     def __call__(self, sample: dict) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask and labels [1, T] and the family's media tensors, of one sample."""
         spans = [(span["start"], span["end"]) for span in sample["spans"]]
-        return self.encode(sample["text"], spans, self.open(sample["media"]))
+        return self.bounded(sample["image_bounds"]).encode(sample["text"], spans, self.open(sample["media"]))
+
+    def bounded(self, bounds: str | None) -> "Encoder":
+        """This encoder, or that of a sample whose pictures 02 has shrunk: what it set for them, as JSON."""
+        return replace(self, processor=with_bounds(self.processor, json.loads(bounds))) if bounds else self
 
     def open(self, records: list[dict]) -> list:
         """The decoded media of a sample's records: pictures, samples of sounds, clips."""

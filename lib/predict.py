@@ -29,7 +29,8 @@ def evaluate_file(run: Path, path: str, out: Path) -> None:
     with quiet(), terminal.Progress(f"answering {path}", len(samples)) as progress:
         for place, sample in enumerate(samples, start=1):
             text, shown, reference = encoder.prompt(sample)
-            answer = generate(net, encoder, text, shown, work.config.max_new_tokens)
+            own = encoder.bounded(sample["image_bounds"])
+            answer = generate(net, own, text, shown, work.config.max_new_tokens)
             scores = {name: metric([answer], [reference]) for name, metric in METRICS.items()}
             lines.append({"sample_id": sample["sample_id"], "row": sample["row"], "answer": answer,
                           "reference": reference, **scores})

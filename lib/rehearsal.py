@@ -54,8 +54,9 @@ def own_answer(run) -> None:
 
     It needs no labels to compare with, and sees wrong positions, token types, placeholders and padding.
     """
-    samples, encoder, device = run.samples, run.samples.encoder, run.world.device
-    text, media, _ = encoder.prompt(samples.records[0])
+    samples, first, device = run.samples, run.samples.records[0], run.world.device
+    encoder = samples.encoder.bounded(first["image_bounds"])
+    text, media, _ = encoder.prompt(first)
     asked = to_device(encoder.encode(text, [], media), device)
     asked.pop("labels")
     hidden = [*encoder.never_trained]      # media's own tokens: an untrained model may say them, too

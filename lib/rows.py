@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lib import media, sources, terminal
+from lib.budget import has_coordinates, largest_budget
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.fetch import FetchError, Fetcher
 from lib.messages import NOUNS, RowError, count, normalise
 from lib.processor import placeholders, tokenizer_of
+from lib.resolution import bounds_of
 from lib.shapes import Shape, tools_of
 from lib.template import Conversation, Labels, Template
 
@@ -90,7 +92,9 @@ class Rows:
                           "spans": [{"start": start, "end": end} for start, end in conversation.spans],
                           "reply": dict(zip(("start", "end"), conversation.reply)),
                           "media": records[:conversation.media], "ends_added": conversation.ends_added,
-                          "put_in": conversation.put_in, "tells_day": conversation.tells_day, **sizes})
+                          "put_in": conversation.put_in, "tells_day": conversation.tells_day,
+                          "pictures": pictures if pictures == len(given) else 0,
+                          "coordinates": pictures > 0 and has_coordinates(messages), **sizes})
         return found
 
     def read_media(self, messages: list[dict], given: list) -> tuple[list[dict], list]:
@@ -128,22 +132,38 @@ class Rows:
             raise media.MediaError(shown, why) from None
 
     def fitted(self, conversation: Conversation, opened: list) -> tuple[Conversation, dict]:
-        """(the conversation, its counts), its text cut where excess_length_strategy says so, or a RowError.
+        """(the conversation, its counts), made to fit as excess_length_strategy says, or a RowError.
 
         Only text after the last medium is cut: media are whole, where the template put them.
         """
-        encoded, cut = self.encode(conversation, opened), 0
-        limit = self.config.sequence_len
+        encoded, cut, bounds = self.encode(conversation, opened), 0, None
+        limit, smallest = self.config.sequence_len, ""
         length = encoded["input_ids"].shape[1]
         excess = too_long = length - limit
         while excess > 0 and self.config.excess_length_strategy == "truncate" and cut < TRIES:
             conversation = self.without_last(conversation, excess)
             encoded, cut = self.encode(conversation, opened), cut + 1
             excess = encoded["input_ids"].shape[1] - limit
+        if excess > 0 and self.config.excess_length_strategy == "shrink_media" and pictures_of(opened):
+            bounds, smallest = self.shrunk(conversation, opened), ", even with the smallest pictures"
+            if bounds is not None:
+                encoded, excess = self.encode(conversation, opened, bounds), 0
         if excess > 0:
-            raise TooLong(f"{count(length, 'token')}, over sequence_len {limit}",
+            raise TooLong(f"{count(length, 'token')}, over sequence_len {limit}{smallest}",
                           "raise sequence_len, shorten the row, or use smaller pictures")
-        return conversation, {**self.counts(encoded), "cut_tokens": max(0, too_long)}
+        cut_tokens = 0 if bounds else max(0, too_long)
+        return conversation, {**self.counts(encoded), "cut_tokens": cut_tokens, "image_bounds": bounds}
+
+    def shrunk(self, conversation: Conversation, opened: list) -> str | None:
+        """The bounds of its pictures, as large as may be, with which it fits, as JSON; None if none do."""
+        processor, pixels = self.encoder.processor, self.encoder.pixels
+
+        def fits(bounded, most: int) -> bool:
+            encoded = replace(self.encoder, processor=bounded).encode(conversation.text, [], opened)
+            return encoded["input_ids"].shape[1] <= self.config.sequence_len
+
+        most = largest_budget(processor, pixels, fits)
+        return None if most is None else json.dumps(bounds_of(processor, pixels, most))
 
     def without_last(self, conversation: Conversation, tokens: int) -> Conversation:
         """The conversation without its last tokens; TooLong where media or nothing to learn would be left."""
@@ -161,15 +181,14 @@ class Rows:
         reply = (start, min(end, stop)) if start < stop else spans[-1]
         return replace(conversation, text=text[:stop], spans=spans, reply=reply)
 
-    def encode(self, conversation: Conversation, opened: list) -> dict:
+    def encode(self, conversation: Conversation, opened: list, bounds: str | None = None) -> dict:
         """The tensors of a conversation; a RowError where the processor refuses its media."""
         try:
-            return self.encoder.encode(conversation.text, conversation.spans, opened)
+            return self.encoder.bounded(bounds).encode(conversation.text, conversation.spans, opened)
         except RowError:
             raise
-        except ValueError as error:
-            pictures = [medium for medium in opened if media.kind_of(medium) == "image"]
-            sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
+        except (ValueError, RuntimeError) as error:
+            sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures_of(opened))
             raise RowError(f"the processor refuses this row: {error} (pictures: {sizes or 'none'})",
                            "change the picture's size, or remove the row") from None
 
@@ -181,3 +200,8 @@ class Rows:
             raise RowError("nothing to learn: no token is trained", "write what the assistant should answer")
         return {"input_tokens": len(ids), "supervised_tokens": supervised_tokens,
                 "media_tokens": sum(int((ids == media_id).sum()) for media_id in self.encoder.never_trained)}
+
+
+def pictures_of(opened: list) -> list:
+    """Those of decoded media that are pictures."""
+    return [medium for medium in opened if media.kind_of(medium) == "image"]

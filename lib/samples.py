@@ -15,7 +15,8 @@ MEDIUM = {"kind": "string", "path": "string", "bytes": "binary", "sha256": "stri
 SAMPLE = {"sample_id": "string", "row": "int64", "dataset": "string", "messages": "string", "text": "string",
           "spans": [{"start": "int32", "end": "int32"}], "reply": {"start": "int32", "end": "int32"},
           "media": [MEDIUM],
-          "input_tokens": "int32", "media_tokens": "int32", "supervised_tokens": "int32"}
+          "image_bounds": "string", "input_tokens": "int32", "media_tokens": "int32",
+          "supervised_tokens": "int32"}
 
 
 def names_of(specs: list[dict]) -> list[str]:

@@ -22,7 +22,8 @@ class Conversation:
     """A sample's text, the (start, end) characters in it that are trained, and how many media it shows.
 
     `reply` are the characters of the answer that 06 asks for: the last reply that trains; the last one of all
-    where none does; what trains last where there is none. `ends_added` counts the replies that the template left without an end of turn, which the kit put there.
+    where none does; what trains last where there is none. `ends_added` counts the replies that the template
+    left without an end of turn, which the kit put there.
     `put_in` is what the template says by itself, such as a default system prompt; `tells_day`, whether it
     says the day.
     """
@@ -163,7 +164,7 @@ class Template(Turns):
         return Conversation(text, spans, reply, self._count_media(messages, text), added)
 
     def _untrained_reply(self, messages: list[dict], text: str) -> tuple[int, int] | None:
-        """The characters of the last reply in a text; None where there is none, or it can't be told exactly."""
+        """The characters of the last reply in a text; None where there is none that can be told exactly."""
         places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         with contextlib.suppress(RowError, IndexError):
             upto = self.render(messages[:places[-1] + 1])

@@ -376,6 +376,7 @@ CONTRADICTIONS = (
     ["lora_target_parameters=[experts.down_proj]", "lora_dropout=0.1"],
     ["test_datasets=[{path: rows.jsonl}]"],
     ["image_size=64", "image_max_pixels=4096"],
+    ["max_image_tokens=64", "image_max_pixels=4096"],
     ["image_min_pixels=4097", "image_max_pixels=4096"],
     ["val_set_size=0", "test_datasets=[{path: rows.jsonl, weight: 2}]"],
     ["val_set_size=1.0"],
