@@ -8,6 +8,7 @@ are none.
 Fork me to: train on other words (`conversations` says what a sample is, `_reply` what is trained in it).
 """
 import contextlib
+import functools
 import re
 from dataclasses import dataclass, replace
 
@@ -83,7 +84,7 @@ class Template(Turns):
             if message["role"] != "assistant":
                 turn, upto = self._asked(messages, place, full), full
             else:
-                upto = self.render(messages[:place + 1])
+                upto = full if last else self.render(messages[:place + 1])
                 turn = self._reply(messages[:place + 1], upto)
             if turn and full.startswith(upto[:turn.end]):
                 shared.append(replace(turn, **learnt))
@@ -115,27 +116,18 @@ class Template(Turns):
 
         RowError where a text other than a reply's doesn't stand in the render; `_reply` sees to those.
         """
-        texts, marked = {}, []
-        for message in messages:
-            parts = list(message["content"])
-            for place, part in enumerate(parts):
-                if part["type"] == "text" and part["text"].strip():
-                    mark = f"{MARK}{len(texts)}."
-                    parts[place] = {"type": "text", "text": mark}
-                    texts[mark] = part["text"].strip() if message["role"] != "assistant" else ""
-            marked.append({**message, "content": parts})
-        render = self.render(marked)
-        for mark, text in texts.items():
-            if text and (text not in full or mark not in render):
+        render, texts = self._skeleton(messages)
+        roles = [message["role"] for message in messages for text in texts_of(message) if text.strip()]
+        for number, (role, text) in enumerate(zip(roles, map(str.strip, texts), strict=True)):
+            if role != "assistant" and (text not in full or f"{MARK}{number}." not in render):
                 raise lost(text)
         calls = [*calls_in(messages), *(name_in(tool) for tool in self.options.get("tools") or ())]
         for text in calls:
             if not stands_in(text, full):
                 raise lost(text)
         thoughts = [message["reasoning_content"] for message in messages if "reasoning_content" in message]
-        pieces = [piece.strip() for piece in self.not_words.split(render) if len(piece.split()) > 1]
-        return tuple(dict.fromkeys(piece for piece in pieces
-                                   if not any(stands_in(text, piece) for text in calls + thoughts)))
+        return tuple(piece for piece in pieces_of(render, self.not_words)
+                     if not any(stands_in(text, piece) for text in calls + thoughts))
 
     def _refuse_lost_thought(self, message: dict, turn: str) -> None:
         """RowError where a reply that is learnt lacks the thought that its message has."""
@@ -181,3 +173,10 @@ class Template(Turns):
                 raise RowError(f"{count(kinds.count(kind), kind)} in the messages, {shown} in the render",
                                f"name a chat_template that shows every {kind}, or remove them from the row")
         return len(kinds)
+
+
+@functools.lru_cache(maxsize=256)
+def pieces_of(render: str, not_words: re.Pattern) -> tuple[str, ...]:
+    """What a render of marks says between them, each once, without single words."""
+    pieces = [piece.strip() for piece in not_words.split(render) if len(piece.split()) > 1]
+    return tuple(dict.fromkeys(pieces))
