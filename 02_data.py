@@ -14,11 +14,12 @@ from pathlib import Path
 from lib import preview, registry, samples, sources, stage, terminal
 from lib.budget import set_token_budget, show_tokens
 from lib.chat import Encoder
-from lib.messages import RowError, count
+from lib.measuring import measured
+from lib.messages import count
 from lib.plan import load_config
 from lib.processor import complete, load_processor, stop_tokens, tokenizer_of
 from lib.resolution import require_bounds, set_budget
-from lib.rows import Rows, TooLong
+from lib.rows import Rows
 from lib.stage import StageError
 from lib.template import Template
 
@@ -129,19 +130,16 @@ def measure(reader: Rows, work, rejects: list) -> list[dict]:
     path, found = reader.spec["path"], []
     for file in sources.files_of(reader.spec):
         work.uses(file)
-    rows = sources.rows(reader.spec)
+    rows = samples.shard(sources.rows(reader.spec), reader.spec, work.config.seed)
     if not rows:
         raise StageError(f"datasets: {path}: holds no row", "name a file with rows, or remove it")
-    parsed = [reader.parsed(row) for _, _, row in rows]
-    reader.fetch(parsed)
     with terminal.Progress(f"measuring {path}", len(rows)) as progress:
-        for place, (number, where, _) in enumerate(rows, start=1):
-            try:
-                found += reader.samples(parsed[place - 1], number)
-            except RowError as error:
-                rejects.append({"dataset": path, "row": number, "where": where, "reason": error.reason,
-                                "fix": error.fix, "too_long": isinstance(error, TooLong)})
-            progress.update(place, kept=str(len(found)), rejected=str(len(rejects)))
+        for part in measured(reader, rows, work.config.dataset_processes):
+            for file, sha256 in part.files:
+                work.uses(file, sha256)
+            found += part.samples
+            rejects += part.rejects
+            progress.update(progress.done + part.rows, kept=str(len(found)), rejected=str(len(rejects)))
     return found
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lib import terminal
 from lib.families import Family
-from lib.messages import count
+from lib.messages import count, texts_of
 from lib.resolution import TooFew, bounds_of, require_bounds, with_bounds
 from lib.stage import StageError
 
@@ -26,7 +26,7 @@ SHAPES = (1, 2, 3, 4, 5, 6, 8, 10, 12)    # of probes: so many times as wide as 
 
 
 def set_token_budget(processor, family: Family, most_tokens: int | None) -> None:
-    """Nothing; no picture becomes more tokens (None: as ever), with those that the processor puts around it."""
+    """Nothing; no picture becomes more tokens, those that the processor puts around it included."""
     if most_tokens is None:
         return
     require_bounds(processor, family, "max_image_tokens")
@@ -38,8 +38,8 @@ def set_token_budget(processor, family: Family, most_tokens: int | None) -> None
     if pixels is None:
         fewest = fewest_pixels(processor, family.pixels)
         least = most_tokens_of(with_bounds(processor, bounds_of(processor, family.pixels, fewest)), fewest)
-        raise StageError(f"max_image_tokens: {most_tokens}: base_model's processor makes no fewer than {least}",
-                         f"max_image_tokens: {least}")
+        raise StageError(f"max_image_tokens: {most_tokens}: base_model's processor makes no fewer than "
+                         f"{least}", f"max_image_tokens: {least}")
     if pixels < MOST_PIXELS // 2:                                # else it bounds nothing
         for name, value in bounds_of(processor, family.pixels, pixels).items():
             setattr(processor.image_processor, name, value)
@@ -86,7 +86,7 @@ def fewest_pixels(processor, pixels: str) -> int:
 
 def has_coordinates(messages: list[dict]) -> bool:
     """Whether a row's texts hold boxes or points."""
-    return any(COORDINATES.search(part.get("text", "")) for message in messages for part in message["content"])
+    return any(COORDINATES.search(text) for message in messages for text in texts_of(message))
 
 
 def show_tokens(samples, resized: bool) -> None:

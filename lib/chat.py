@@ -10,6 +10,7 @@ import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lib import registry
@@ -117,6 +118,28 @@ class Encoder:
             i if keep and i not in self.never_trained else IGNORE_INDEX for i, keep in zip(ids, trained)]])
         return batch
 
+    def counted(self, given: list[tuple[str, list]]) -> list[tuple[int, int, int] | None]:
+        """(tokens, trained ones, tokens of media) of each text without media and its trained characters.
+
+        All are tokenized in one call; None stands where only `encode` can tell, which these are equal to.
+        """
+        found: list[tuple | None] = [None] * len(given)
+        for first in (True, False):
+            places = [n for n, (text, _) in enumerate(given)
+                      if adds_first_token(self.processor, text) == first]
+            texts = [given[n][0] for n in places]
+            if not texts:
+                continue
+            batch = tokenizer_of(self.processor)(texts, add_special_tokens=first, return_offsets_mapping=True)
+            if first not in self._plain:                         # some processors may do more with a text
+                made = self._process(texts[0], [])["input_ids"][0].tolist()
+                self._plain[first] = made == batch["input_ids"][0]
+            if not self._plain[first]:
+                continue
+            for n, ids, offsets in zip(places, batch["input_ids"], batch["offset_mapping"]):
+                found[n] = counts_of(np.array(ids), np.array(offsets), given[n][1], self.never_trained)
+        return found
+
     def prompt(self, sample: dict) -> tuple[str, list, str]:
         """(text up to the reply that is asked for, the media before it, its text without special tokens)."""
         start, end = sample["reply"]["start"], sample["reply"]["end"]
@@ -124,6 +147,10 @@ class Encoder:
         shown = sum(text.count(token) for token in placeholders(self.processor).values())
         reply = self._special.sub("", sample["text"][start:end]).strip()
         return text, self.open(sample["media"][:shown]), reply
+
+    @functools.cached_property
+    def _plain(self) -> dict[bool, bool]:
+        return {}                                                # whether texts are tokenized as they stand
 
     @functools.cached_property
     def _special(self) -> re.Pattern:
@@ -190,3 +217,22 @@ class Encoder:
         batch["input_ids"] = torch.tensor([ids])
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         return spans_of_tokens(offsets)
+
+
+def counts_of(ids: np.ndarray, offsets: np.ndarray, spans: list, never_trained: tuple) -> tuple | None:
+    """(tokens, trained ones, tokens of media) of a text's ids [T] and offsets [T, 2], by its trained spans.
+
+    It is what lib/spans.py says token by token; None where a token lies across the border of a span.
+    """
+    ends = offsets[:, 1]
+    last = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
+    starts = np.minimum(offsets[:, 0], last)
+    trained = np.zeros(len(ids), bool)
+    for first, end in spans:
+        for place in (first, end):
+            if ((starts < place) & (place < ends)).any():
+                return None
+        trained |= (first <= starts) & (ends <= end)
+    media = np.isin(ids, never_trained)
+    trained &= (starts < ends) & ~media
+    return len(ids), int(trained[1:].sum()), int(media.sum())    # no token predicts the first

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib import media, sources, terminal
+from lib import media, sources
 from lib.budget import has_coordinates, largest_budget
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.fetch import FetchError, Fetcher
@@ -17,6 +17,8 @@ from lib.shapes import Shape, tools_of
 from lib.template import Conversation, Labels, Template
 
 TRIES = 8                          # of cutting a text: its last tokens may be others without what followed
+
+COUNTS = ("input_tokens", "supervised_tokens", "media_tokens", "cut_tokens", "image_bounds")
 
 
 class TooLong(RowError):
@@ -66,25 +68,54 @@ class Rows:
     def fetch(self, rows: list) -> None:
         """Nothing; what the parsed rows name by url is in the run's folder, or known not to be had."""
         given = [source for row in rows if not isinstance(row, RowError) for source in row[1]]
-        urls = list(dict.fromkeys(url for url in map(media.url_of, given) if url))
-        if urls:
-            with terminal.Progress(f"fetching {count(len(urls), 'url')}", len(urls)) as progress:
-                self.fetcher.fetch_all(urls, progress.update)
+        self.fetcher.fetch_all([url for url in map(media.url_of, given) if url])
 
-    def samples(self, row: tuple | RowError, number: int) -> list[dict]:
-        """The samples of a parsed row (several if the template rewrites earlier turns), or a RowError."""
+    def measured(self, given: list[sources.Row]) -> tuple[list[dict], list[dict]]:
+        """(samples, rejects) of some rows. Texts without media are tokenized together, to save time."""
+        parsed = [self.parsed(row) for _, _, row in given]
+        self.fetch(parsed)
+        talks = [self.talk(row) for row in parsed]
+        texts = [each for talk in talks if not isinstance(talk, RowError) for each in talk if not each.media]
+        counted = self.encoder.counted([(each.text, each.spans) for each in texts])
+        known = {id(each): counts for each, counts in zip(texts, counted)}
+        samples, rejects = [], []
+        for (number, where, _), row, talk in zip(given, parsed, talks):
+            try:
+                samples += self.samples(row, number, talk, known)
+            except RowError as error:
+                rejects.append({"dataset": self.spec["path"], "row": number, "where": where,
+                                "reason": error.reason, "fix": error.fix,
+                                "too_long": isinstance(error, TooLong)})
+        return samples, rejects
+
+    def talk(self, row: tuple | RowError) -> list[Conversation] | RowError:
+        """The conversations of a parsed row (several if the template rewrites earlier turns)."""
+        if isinstance(row, RowError):
+            return row
+        messages, _, tools = row
+        try:
+            template = self.template.with_options(tools, **self.config.chat_template_kwargs)
+            return template.conversations(messages, self.labels)
+        except RowError as error:
+            return error
+
+    def samples(self, row: tuple | RowError, number: int, talk: list[Conversation] | RowError,
+                known: dict[int, tuple]) -> list[dict]:
+        """The samples of a parsed row and its conversations, or a RowError; known: counts by `id`."""
         if isinstance(row, RowError):
             raise row
-        messages, given, tools = row
+        messages, given, _ = row
         pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
         if self.config.max_images is not None and pictures > self.config.max_images:
             raise RowError(f"{count(pictures, 'picture')}, over max_images {self.config.max_images}",
                            "raise max_images, or remove some with their parts")
         records, opened = self.read_media(messages, given)
-        template = self.template.with_options(tools, **self.config.chat_template_kwargs)
+        if isinstance(talk, RowError):
+            raise talk
         found = []
-        for conversation in template.conversations(messages, self.labels):
-            conversation, sizes = self.fitted(conversation, opened[:conversation.media])
+        for conversation in talk:
+            counts = known.get(id(conversation))
+            conversation, sizes = self.fitted(conversation, opened[:conversation.media], counts)
             found.append({"sample_id": f"{self.name}-{number}" + (f".{len(found)}" if found else ""),
                           "row": number, "dataset": self.spec["path"], "of": self.name,
                           "weight": self.spec["weight"], "messages": json.dumps(messages, ensure_ascii=False),
@@ -131,11 +162,14 @@ class Rows:
             self.fetcher.refuse(url, why)
             raise media.MediaError(shown, why) from None
 
-    def fitted(self, conversation: Conversation, opened: list) -> tuple[Conversation, dict]:
+    def fitted(self, conversation: Conversation, opened: list, counts: tuple | None):
         """(the conversation, its counts), made to fit as excess_length_strategy says, or a RowError.
 
-        Only text after the last medium is cut: media are whole, where the template put them.
+        Only text after the last medium is cut: media are whole, where the template put them. counts: those
+        that are known without encoding it alone.
         """
+        if counts and counts[0] <= self.config.sequence_len and counts[1]:
+            return conversation, dict(zip(COUNTS, (*counts, 0, None)))
         encoded, cut, bounds = self.encode(conversation, opened), 0, None
         limit, smallest = self.config.sequence_len, ""
         length = encoded["input_ids"].shape[1]

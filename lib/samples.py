@@ -32,6 +32,15 @@ def names_of(specs: list[dict]) -> list[str]:
     return names
 
 
+def shard(rows: list, spec: dict, seed: int) -> list:
+    """The part of a data set's rows that its entry asks for: one of `shards`, equal but for a row, seeded."""
+    if spec["shards"] is None:
+        return rows
+    places = list(range(len(rows)))
+    random.Random(seed).shuffle(places)
+    return [rows[place] for place in sorted(places[spec["shards_idx"]::spec["shards"]])]
+
+
 def hold_out(samples: list[dict], size: float, seed: int) -> tuple[list[dict], list[dict]]:
     """(train, held out): a seeded choice of `size` samples, or of that share of them where size is below 1.
 

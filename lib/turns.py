@@ -76,8 +76,8 @@ class Turns(Renderer):
     def _around(self, messages: list[dict], marks: list[dict], upto: str) -> list[str]:
         """What stands before, between and behind the texts of the last message in a render, `upto`.
 
-        Where the render is its shape's with plain texts in place of the marks, that says it. Else, it is rendered
-        once more with a mark in each place.
+        Where the render is its shape's with plain texts in place of the marks, that says it. Else, it is
+        rendered once more with a mark in each place.
         """
         skeleton, texts = self._skeleton(messages)
         own = len(marks)

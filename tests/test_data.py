@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lib import budget, features, fresh, proof, samples
-from lib.chat import Encoder
+from lib.chat import IGNORE_INDEX, Encoder
 from lib.stage import StageError
 from tests import harness
 from tests.conftest import COLOURS, write_colours
@@ -223,6 +223,23 @@ def test_lengths_are_those_of_the_encoded_sample(kit):
     assert sample["input_tokens"] == len(row["input_ids"])
     assert sample["media_tokens"] == row["media_tokens"] == row["tokens"].count("<image>") == 2 * 16
     assert sample["supervised_tokens"] == len(["▁", "re", "d", "</s>"])
+
+
+@pytest.mark.parametrize("base", ["llava", "qwen2_5_vl", "gemma3"])
+def test_several_processes_measure_what_one_does_and_what_encoding_gives(base, kit):
+    rows = [chat(f"What is {'very ' * (n % 7)}{n}?", f" {n * n}\n" if n % 5 else "ré " * n) for n in range(150)]
+    rows[20:20] = [OPEN, CHAT | {"image": "red.png"}, CHAT | {"image": "nope.png"}]
+    kit.run("dataset_processes=2", "on_bad_row=skip", "train_on_inputs=true", base=base, rows=rows)
+    found, rejects = kit.samples(), kit.rejects()
+    assert [reject["where"] for reject in rejects] == ["data.jsonl:23"] and len(found) == 152
+    encoder = Encoder.load(kit.out / "processor")
+    for sample in found[:60:3]:
+        encoded = encoder(sample)
+        trained = int((encoded["labels"][0, 1:] != IGNORE_INDEX).sum())
+        assert (encoded["input_ids"].shape[1], trained) == (sample["input_tokens"], sample["supervised_tokens"])
+    kit.configure("dataset_processes=1", "on_bad_row=skip", "train_on_inputs=true", base=base)
+    kit.script("02_data").main(["run", "--force"])
+    assert kit.samples() == found and kit.rejects() == rejects
 
 
 def test_held_out_samples_are_a_seeded_choice(kit):
