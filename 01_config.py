@@ -35,7 +35,7 @@ from lib.stage import STAGES, StageError
 Adapter = Literal["lora", "qlora"] | None
 BadRow = Literal["error", "skip"]
 Ends = Literal["turn", "all", "last", "none"]
-Excess = Literal["drop", "error", "truncate"]
+Excess = Literal["drop", "error", "shrink_media", "truncate"]
 FileType = Literal["json", "jsonl", "parquet", "arrow"] | None
 Hosts = list[str]
 ImageSize = int | list[int] | None
@@ -77,12 +77,16 @@ class Dataset:
     type: RowType                    = knob("chat_template", "02", "rows are conversations")
     field_messages: str | None       = knob(None, "02", "the column that holds the conversation")
     field_tools: str                 = knob("tools", "02", "the column that holds the tools on offer")
+    field_thinking: str | None       = knob(None, "02", "and message_property_mappings.reasoning_content")
     message_property_mappings: dict  = knob({}, "02", "{property of a message: its key}", check=properties)
     message_field_role: str | None   = knob(None, "02", "an older way to say message_property_mappings.role")
     message_field_content: Key       = knob(None, "02", "and message_property_mappings.content")
     message_field_training: str      = knob("train", "02", "the key of a message that says if it is trained")
     roles: dict                      = knob({}, "02", "{role: the words that mean it}", check=role_words)
     system_prompt: str | None        = knob(None, "02", "a system message for rows that have none")
+    drop_system_message: bool        = knob(False, "02", "rows go without their own system message")
+    shards: int | None               = knob(None, "02", "take one of so many seeded parts of its rows", low=1)
+    shards_idx: int                  = knob(0, "02", "which of them, from 0", low=0)
     train_on_inputs: bool | None     = knob(None, "02", "null: as for all data sets")
     roles_to_train: Turns | None     = knob(None, "02", "null: as for all data sets", check=filled)
     train_on_eos: Ends | None        = knob(None, "02", "null: as for all data sets")
@@ -127,6 +131,7 @@ class Recipe:
     max_images: int | None           = knob(None, "02", "pictures in a row; one with more is rejected", low=0)
     image_max_pixels: int | None     = knob(None, "02", "pictures are no larger; null: as ever", low=1)
     image_min_pixels: int | None     = knob(None, "02", "nor smaller", low=1)
+    max_image_tokens: int | None     = knob(None, "02", "or a bound in tokens of a picture", low=1)
     image_size: ImageSize            = knob(None, "02", "or fit all into N or [width, height]", check=side)
     image_resize_algorithm: Resize   = knob("bilinear", "02", "how image_size resizes")
     video_fps: float                 = knob(2.0, "02", "frames taken of a clip", "per second", above=0)
@@ -135,6 +140,7 @@ class Recipe:
     url_max_mib: float               = knob(64.0, "02", "the largest medium behind a url", "MiB", above=0)
     url_retries: int                 = knob(3, "02", "more tries where a server fails", low=0)
     url_hosts: Hosts                 = knob([], "02", "private hosts that may be asked, too")
+    dataset_processes: int | None    = knob(None, "02", "null: one for each core", low=1, identity=False)
     on_bad_row: BadRow               = knob("error", "02", "once all rows are seen: stop, or go without")
 
     # What trains
@@ -251,12 +257,16 @@ RULES = (  # the knobs it is about; when they contradict each other; why; how to
      "peft's LoRA on experts has no dropout and no DoRA", "lora_dropout: 0 and peft_use_dora: false"),
     ("val_set_size test_datasets", lambda k: k.val_set_size and k.test_datasets,
      "the rows to evaluate on come from one of them", "remove one of them"),
-    ("image_size image_max_pixels image_min_pixels",
-     lambda k: k.image_size and (k.image_max_pixels or k.image_min_pixels),
+    ("image_size image_max_pixels image_min_pixels max_image_tokens",
+     lambda k: k.image_size and (k.image_max_pixels or k.image_min_pixels or k.max_image_tokens),
      "image_size fixes what the others bound", "remove image_size, or the bounds"),
+    ("image_max_pixels max_image_tokens", lambda k: k.image_max_pixels and k.max_image_tokens,
+     "pictures have one upper bound, in pixels or in tokens", "remove one of them"),
     ("image_min_pixels image_max_pixels",
      lambda k: k.image_min_pixels and k.image_max_pixels and k.image_min_pixels > k.image_max_pixels,
      "a picture can't be larger than the one and smaller than the other", "give the smaller number first"),
+    ("datasets", lambda k: any(spec["shards_idx"] >= (spec["shards"] or 1) for spec in k.datasets),
+     "shards_idx counts from 0, below shards", "for example shards: 4 with shards_idx: 3 for the last"),
     ("test_datasets", lambda k: any(spec["weight"] != 1 for spec in k.test_datasets or ()),
      "a weight shares out an epoch, and held-out rows are in none", "remove weight from test_datasets"),
     ("val_set_size", lambda k: isinstance(k.val_set_size, float) and k.val_set_size >= 1,

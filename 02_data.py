@@ -12,13 +12,15 @@ Fork me to: take another shape of row (lib/shapes.py), train other words (lib/te
 from pathlib import Path
 
 from lib import origin, preview, registry, samples, sources, stage, summary, terminal
+from lib.budget import set_token_budget, show_tokens
 from lib.chat import Encoder
 from lib.ledger import read_json
-from lib.messages import RowError, count
+from lib.measuring import measured
+from lib.messages import count
 from lib.plan import load_config
 from lib.processor import complete, load_processor, stop_tokens, tokenizer_of
-from lib.resolution import set_budget
-from lib.rows import Rows, TooLong
+from lib.resolution import require_bounds, set_budget
+from lib.rows import Rows
 from lib.stage import StageError
 from lib.template import Template
 
@@ -61,6 +63,8 @@ def main(argv=None):
     report = summary.write_report(work.path / "report.json", train, held_out, rejects)
     preview.write_previews(work.path, encoder, train, held_out, report, config)
     summary.say(report)
+    show_tokens(train + held_out, resized=any(
+        (config.image_size, config.image_max_pixels, config.image_min_pixels, config.max_image_tokens)))
     preview.show(train[:1], encoder.processor)
     work.finish(volatile=("preview.html",))
 
@@ -99,6 +103,9 @@ def load_template_and_encoder(work) -> tuple[Template, Encoder]:
     elif config.chat_template:
         processor.chat_template = tokenizer_of(processor).chat_template = given_template(work)
     set_budget(processor, family, config.image_min_pixels, config.image_max_pixels)
+    set_token_budget(processor, family, config.max_image_tokens)
+    if config.excess_length_strategy == "shrink_media":
+        require_bounds(processor, family, "excess_length_strategy")
     width, height = config.image_size if isinstance(config.image_size, list) else 2 * [config.image_size]
     sampling = {"video_fps": config.video_fps, "video_max_frames": config.video_max_frames,
                 "image_width": width, "image_height": height,
@@ -127,19 +134,16 @@ def measure(reader: Rows, work, rejects: list) -> list[dict]:
     path, found = reader.spec["path"], []
     for file in sources.files_of(reader.spec):
         work.uses(file)
-    rows = sources.rows(reader.spec)
+    rows = samples.shard(sources.rows(reader.spec), reader.spec, work.config.seed)
     if not rows:
         raise StageError(f"datasets: {path}: holds no row", "name a file with rows, or remove it")
-    parsed = [reader.parsed(row) for _, _, row in rows]
-    reader.fetch(parsed)
     with terminal.Progress(f"measuring {path}", len(rows)) as progress:
-        for place, (number, where, _) in enumerate(rows, start=1):
-            try:
-                found += reader.samples(parsed[place - 1], number)
-            except RowError as error:
-                rejects.append({"dataset": path, "row": number, "where": where, "reason": error.reason,
-                                "fix": error.fix, "too_long": isinstance(error, TooLong)})
-            progress.update(place, kept=str(len(found)), rejected=str(len(rejects)))
+        for part in measured(reader, rows, work.config.dataset_processes):
+            for file, sha256 in part.files:
+                work.uses(file, sha256)
+            found += part.samples
+            rejects += part.rejects
+            progress.update(progress.done + part.rows, kept=str(len(found)), rejected=str(len(rejects)))
     return found
 
 

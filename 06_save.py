@@ -27,7 +27,7 @@ from lib.evaluate import exact_match, generate
 from lib.facts import Facts
 from lib.ledger import read_json
 from lib.media import MediaError
-from lib.messages import RowError
+from lib.messages import RowError, text_parts
 from lib.plan import quiet
 from lib.predict import evaluate_file
 from lib.stage import StageError
@@ -136,8 +136,12 @@ def say_results(check: dict) -> None:
 
 # ---- try it ----
 
-def prompt_about(files: list[str], question: str, encoder: Encoder, template: Template) -> tuple[str, list]:
-    """(the prompt of a question about media, these decoded); a StageError where it can't be asked."""
+def prompt_about(files: list[str], question: str, encoder: Encoder, template: Template,
+                 before: list[dict]) -> tuple[str, list]:
+    """(the prompt of a question about media, these decoded); a StageError where it can't be asked.
+
+    before: the messages that stand before the question.
+    """
     if found := template.special.search(question):
         raise StageError(f"--ask: the question spells the special token {found.group()!r}", "ask without it")
     kinds = [media.KIND_OF.get(Path(file).suffix.lower(), "image") for file in files]
@@ -147,7 +151,7 @@ def prompt_about(files: list[str], question: str, encoder: Encoder, template: Te
             raise RowError(f"base_model takes no {unknown.pop()}", "ask about another file")
         opened = [media.read_medium(file, Path(), kind, encoder.sampling)[1]
                   for file, kind in zip(files, kinds)]
-        text = template.render([{"role": "user", "content": content}], prompt=True)
+        text = template.render([*before, {"role": "user", "content": content}], prompt=True)
         encoder.encode(text, [], opened)                       # refused here, before the model is loaded
     except (MediaError, RowError) as error:
         raise StageError(f"--ask: {error}", "files come first, then one question in quotes") from None
@@ -155,11 +159,18 @@ def prompt_about(files: list[str], question: str, encoder: Encoder, template: Te
 
 
 def ask(work, files: list[str], question: str) -> None:
-    """The view `--ask`: the answer to a question about some media, before and after training."""
+    """The view `--ask`: the answer to a question about some media, before and after training.
+
+    It is asked as the rows of the first data set are: with its system prompt, and the template's arguments.
+    """
+    data = stage.view("02_data", work.run, own=True).config
     plan, trained = read_json(work.input("03_load_model") / "model.json"), work.input("05_train")
     encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
     template = Template(encoder.processor, day=work.config.template_date)
-    text, opened = prompt_about(files, question, encoder, template)
+    template = template.with_options([], **data.chat_template_kwargs)
+    prompt = data.datasets[0]["system_prompt"]
+    before = [{"role": "system", "content": text_parts(prompt)}] if prompt else []
+    text, opened = prompt_about(files, question, encoder, template, before)
     device, answers = parallel.pick_device(), []
     spread = parallel.spread(work.config, device)
     base = model.load(plan, device, "inference", spread)

@@ -111,13 +111,12 @@ NO_MEANING = {  # a key or pattern: why it changes nothing here
     "eval_sample_packing": "held-out samples are packed where the others are; their loss is the same",
     "fsdp_config": "fsdp_version: 2 shards the language model's layers, and what trains is on every rank",
     "strict": "an unknown key, a missing weight and an unexpected one are always errors",
-    "dataset_processes": "02_data chooses",
-    "dataset_num_proc": "02_data chooses",
+    "dataset_num_proc": "dataset_processes says how many processes measure",
 }
 
 NOT_YET_IN_DATASETS = """
-    trust_remote_code shards shards_idx preprocess_shards conversation message_field_training_detail
-    chat_template field_thinking field_human field_model drop_system_message
+    trust_remote_code preprocess_shards conversation message_field_training_detail
+    chat_template field_human field_model
 """.split()
 
 KEYS = [key for key in (*SPELLINGS, *NOT_YET, *NO_MEANING) if "*" not in key]

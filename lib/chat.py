@@ -7,9 +7,10 @@ trained span of the text.
 import functools
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from lib import registry
@@ -17,6 +18,7 @@ from lib.media import Sampling, kind_of, open_medium
 from lib.messages import NOUNS, RowError
 from lib.processor import (
     KINDS, adds_first_token, load_processor, media_arguments, placeholders, special_tokens, tokenizer_of)
+from lib.resolution import with_bounds
 from lib.spans import after_replacing, covered, moved, spans_of_tokens, straddled
 from lib.stage import StageError
 
@@ -33,6 +35,7 @@ class Encoder:
     lacks: the kinds of media for which this checkpoint has no tower, although its processor takes them.
     longest_sound_seconds: what the processor would cut off silently, so that it is refused.
     one_kind: whether pictures and clips can't stand in one row.
+    pixels: how the processor's pictures are bounded, for lib/resolution.py.
     sampling: how sounds and clips are decoded.
     """
     processor: object
@@ -42,6 +45,7 @@ class Encoder:
     lacks: tuple[str, ...] = ()
     longest_sound_seconds: float | None = None
     one_kind: bool = False
+    pixels: str = ""
     sampling: Sampling = field(default_factory=Sampling)
 
     @classmethod
@@ -58,7 +62,8 @@ class Encoder:
         extractors = [getattr(processor, part, None) for part in KINDS["audio"]]
         rate = {"sampling_rate": extractor.sampling_rate for extractor in extractors if extractor}
         return cls(processor, family.collate, family.batch, tuple(sorted(ids)), lacks,
-                   family.longest_sound_seconds, family.one_kind, Sampling(**rate, **sampling))
+                   family.longest_sound_seconds, family.one_kind, family.pixels,
+                   Sampling(**rate, **sampling))
 
     def save(self, folder: Path) -> None:
         """Write processor and encoder facts, so that `load` gives the same encoder in any later process."""
@@ -84,7 +89,11 @@ class Encoder:
     def __call__(self, sample: dict) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask and labels [1, T] and the family's media tensors, of one sample."""
         spans = [(span["start"], span["end"]) for span in sample["spans"]]
-        return self.encode(sample["text"], spans, self.open(sample["media"]))
+        return self.bounded(sample["image_bounds"]).encode(sample["text"], spans, self.open(sample["media"]))
+
+    def bounded(self, bounds: str | None) -> "Encoder":
+        """This encoder, or that of a sample whose pictures 02 has shrunk: what it set for them, as JSON."""
+        return replace(self, processor=with_bounds(self.processor, json.loads(bounds))) if bounds else self
 
     def open(self, records: list[dict]) -> list:
         """The decoded media of a sample's records: pictures, samples of sounds, clips."""
@@ -109,13 +118,39 @@ class Encoder:
             i if keep and i not in self.never_trained else IGNORE_INDEX for i, keep in zip(ids, trained)]])
         return batch
 
+    def counted(self, given: list[tuple[str, list]]) -> list[tuple[int, int, int] | None]:
+        """(tokens, trained ones, tokens of media) of each text without media and its trained characters.
+
+        All are tokenized in one call; None stands where only `encode` can tell, which these are equal to.
+        """
+        found: list[tuple | None] = [None] * len(given)
+        for first in (True, False):
+            places = [n for n, (text, _) in enumerate(given)
+                      if adds_first_token(self.processor, text) == first]
+            texts = [given[n][0] for n in places]
+            if not texts:
+                continue
+            batch = tokenizer_of(self.processor)(texts, add_special_tokens=first, return_offsets_mapping=True)
+            if first not in self._plain:                         # some processors may do more with a text
+                made = self._process(texts[0], [])["input_ids"][0].tolist()
+                self._plain[first] = made == batch["input_ids"][0]
+            if not self._plain[first]:
+                continue
+            for n, ids, offsets in zip(places, batch["input_ids"], batch["offset_mapping"]):
+                found[n] = counts_of(np.array(ids), np.array(offsets), given[n][1], self.never_trained)
+        return found
+
     def prompt(self, sample: dict) -> tuple[str, list, str]:
-        """(text up to the last reply, the media before it, that reply's text without its end of turn)."""
-        start, end = sample["spans"][-1]["start"], sample["spans"][-1]["end"]
+        """(text up to the reply that is asked for, the media before it, its text without special tokens)."""
+        start, end = sample["reply"]["start"], sample["reply"]["end"]
         text = sample["text"][:start]
         shown = sum(text.count(token) for token in placeholders(self.processor).values())
         reply = self._special.sub("", sample["text"][start:end]).strip()
         return text, self.open(sample["media"][:shown]), reply
+
+    @functools.cached_property
+    def _plain(self) -> dict[bool, bool]:
+        return {}                                                # whether texts are tokenized as they stand
 
     @functools.cached_property
     def _special(self) -> re.Pattern:
@@ -182,3 +217,22 @@ class Encoder:
         batch["input_ids"] = torch.tensor([ids])
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         return spans_of_tokens(offsets)
+
+
+def counts_of(ids: np.ndarray, offsets: np.ndarray, spans: list, never_trained: tuple) -> tuple | None:
+    """(tokens, trained ones, tokens of media) of a text's ids [T] and offsets [T, 2], by its trained spans.
+
+    It is what lib/spans.py says token by token; None where a token lies across the border of a span.
+    """
+    ends = offsets[:, 1]
+    last = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
+    starts = np.minimum(offsets[:, 0], last)
+    trained = np.zeros(len(ids), bool)
+    for first, end in spans:
+        for place in (first, end):
+            if ((starts < place) & (place < ends)).any():
+                return None
+        trained |= (first <= starts) & (ends <= end)
+    media = np.isin(ids, never_trained)
+    trained &= (starts < ends) & ~media
+    return len(ids), int(trained[1:].sum()), int(media.sum())    # no token predicts the first

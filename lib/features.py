@@ -49,12 +49,12 @@ class Store:
     def pictures(self, record: dict) -> Path | None:
         """The file of a sample's features; None for a sample without pictures."""
         hashes = [medium["sha256"] for medium in record["media"] if medium["kind"] == "image"]
-        return self._file("pictures", hashes) if hashes else None
+        return self._file("pictures", [hashes, record["image_bounds"]]) if hashes else None
 
     def row(self, record: dict) -> Path:
         """The file of a sample's other tensors."""
         media = [medium["sha256"] for medium in record["media"]]
-        return self._file("rows", [record["text"], record["spans"], media])
+        return self._file("rows", [record["text"], record["spans"], media, record["image_bounds"]])
 
     def read(self, record: dict) -> dict:
         """A sample's tensors, with its "features" in place of its pixels."""

@@ -15,8 +15,9 @@ import socket
 import time
 import urllib.error
 import urllib.request
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 CONNECTIONS = 16
@@ -40,15 +41,17 @@ class Fetcher:
     max_bytes: int
     retries: int
     hosts: tuple[str, ...]
+    asked: set[str] = field(default_factory=set)
 
-    def fetch_all(self, urls: list[str], seen=lambda number: None) -> None:
-        """Nothing; every url that can be had is in the folder. `seen` is told how many were looked at."""
-        missing = [url for url in dict.fromkeys(urls) if "sha256" not in self._read(url)]
+    def fetch_all(self, urls: list[str]) -> None:
+        """Nothing; every url that can be had is in the folder. None is asked twice, good or bad."""
+        missing = [url for url in dict.fromkeys(urls)
+                   if url not in self.asked and "sha256" not in self._read(url)]
+        self.asked.update(missing)
         if missing:
             self.folder.mkdir(parents=True, exist_ok=True)
             with ThreadPoolExecutor(CONNECTIONS) as pool:
-                for number, _ in enumerate(pool.map(self._fetch, missing), start=1):
-                    seen(number)
+                deque(pool.map(self._fetch, missing), maxlen=0)
 
     def path_of(self, url: str) -> tuple[Path, str]:
         """(the file with a url's content, how it was served); FetchError with what went wrong otherwise."""

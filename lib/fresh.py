@@ -69,9 +69,11 @@ def proof_row(record: dict, encoder: Encoder, scratch: Path) -> dict:
     for place, medium in enumerate(encoder.open(record["media"])):
         files.append(lossless(medium, scratch / f"{record['sample_id']}-{place}", encoder))
     messages = json.loads(record["messages"])
-    last = max(place for place, message in enumerate(messages) if message["role"] == "assistant")
+    replies = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+    last = replies[-1] if replies else None
     return {"sample_id": record["sample_id"], "prompt": prompt, "messages": messages[:last],
-            "media": files[:len(shown)], "whole": len(files) == len(shown)}
+            "media": files[:len(shown)], "whole": len(files) == len(shown),
+            "image_bounds": json.loads(record["image_bounds"] or "{}")}
 
 
 def lossless(medium, stem: Path, encoder: Encoder) -> dict:

@@ -22,7 +22,7 @@ from lib.stage import StageError
 
 MAX_PIXELS = 120_000_000       # 360 MB decoded; anything above is a mistake or a bomb
 Image.MAX_IMAGE_PIXELS = None  # PIL only warns, up to twice its own limit; ours is checked before decoding
-KIND_OF = {suffix: "audio" for suffix in (".wav", ".flac", ".ogg", ".mp3")} | {
+KIND_OF = {suffix: "audio" for suffix in (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac", ".opus")} | {
     suffix: "video" for suffix in (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg")}
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from lib import ledger, model, parallel, sources, stage, terminal
 from lib.chat import Encoder
 from lib.evaluate import METRICS, generate
-from lib.messages import RowError
 from lib.plan import quiet
 from lib.rows import Rows
 from lib.stage import StageError
@@ -29,7 +28,8 @@ def evaluate_file(run: Path, path: str, out: Path) -> None:
     with quiet(), terminal.Progress(f"answering {path}", len(samples)) as progress:
         for place, sample in enumerate(samples, start=1):
             text, shown, reference = encoder.prompt(sample)
-            answer = generate(net, encoder, text, shown, work.config.max_new_tokens)
+            own = encoder.bounded(sample["image_bounds"])
+            answer = generate(net, own, text, shown, work.config.max_new_tokens)
             scores = {name: metric([answer], [reference]) for name, metric in METRICS.items()}
             lines.append({"sample_id": sample["sample_id"], "row": sample["row"], "answer": answer,
                           "reference": reference, **scores})
@@ -50,14 +50,9 @@ def read(path: str, data, encoder: Encoder) -> list[dict]:
     rows = list(sources.rows(spec))
     if not rows:
         raise StageError(f"--evaluate: {path}: holds no row", "name a file with rows")
-    reader, found = Rows.of(spec, Path(path).stem, data, template, encoder), []
-    parsed = [reader.parsed(row) for _, _, row in rows]
-    reader.fetch(parsed)
-    for (number, where, _), row in zip(rows, parsed):
-        try:
-            found += reader.samples(row, number)
-        except RowError as error:
-            raise StageError(f"--evaluate: {where}: {error.reason}", error.fix) from None
+    found, rejects = Rows.of(spec, Path(path).stem, data, template, encoder).measured(rows)
+    for reject in rejects[:1]:
+        raise StageError(f"--evaluate: {reject['where']}: {reject['reason']}", reject["fix"])
     return found
 
 

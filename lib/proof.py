@@ -7,6 +7,7 @@ can help. 06_save.py writes task.json: where exports and golden.safetensors lie,
 with media files.
 """
 import base64
+import copy
 import hashlib
 import json
 import sys
@@ -216,8 +217,20 @@ def inputs(processor, row: dict) -> dict:
         return dict(processor.apply_chat_template(with_files(row), return_tensors="pt"))
     bos = processor.tokenizer.bos_token                # LLaVA's template leaves it to the tokenizer
     options = {"return_tensors": "pt", "add_special_tokens": not (bos and text.startswith(bos))}
+    processor = with_bounds(processor, row["image_bounds"])
     made = processor(text=[text], **media_arguments(row["media"]), **options)
     return {key: value.float() if value.is_floating_point() else value for key, value in made.items()}
+
+
+def with_bounds(processor, bounds: dict):
+    """The processor, or for a row whose pictures 02 has shrunk a copy with what it set for them."""
+    if not bounds:
+        return processor
+    processor = copy.copy(processor)
+    processor.image_processor = copy.deepcopy(processor.image_processor)
+    for name, value in bounds.items():
+        setattr(processor.image_processor, name, value)
+    return processor
 
 
 def media_arguments(media: list[dict]) -> dict:

@@ -54,8 +54,9 @@ def own_answer(run) -> None:
 
     It needs no labels to compare with, and sees wrong positions, token types, placeholders and padding.
     """
-    samples, encoder, device = run.samples, run.samples.encoder, run.world.device
-    text, media, _ = encoder.prompt(samples.records[0])
+    samples, first, device = run.samples, run.samples.records[0], run.world.device
+    encoder = samples.encoder.bounded(first["image_bounds"])
+    text, media, _ = encoder.prompt(first)
     asked = to_device(encoder.encode(text, [], media), device)
     asked.pop("labels")
     hidden = [*encoder.never_trained]      # media's own tokens: an untrained model may say them, too
@@ -120,7 +121,7 @@ def reason(samples, rows: list[Row], losses: list[float]) -> str:
     answers: dict[tuple, int] = {}
     for index in (index for row in rows for index in row):
         record = samples.records[index]
-        asked = record["text"][:record["spans"][-1]["start"]], *(m["sha256"] for m in record["media"])
+        asked = record["text"][:record["reply"]["start"]], *(m["sha256"] for m in record["media"])
         other = answers.setdefault(asked, index)
         if samples.records[other]["text"] != record["text"]:
             return f"{samples.ids[other]} and {samples.ids[index]} answer the same question differently"

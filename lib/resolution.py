@@ -5,20 +5,35 @@ they make of one; a family's record names its own. A budget is never exceeded: w
 
 Fork me to: bound another processor (a row in STRATEGIES, its name in the family's record).
 """
+import copy
 import math
 
 from lib.families import Family
 from lib.stage import StageError
 
 
+class TooFew(StageError):
+    """A budget that is below `fewest`, the smallest picture that a processor makes."""
+
+    def __init__(self, most: int, fewest: int):
+        super().__init__(f"image_max_pixels: {most:,}: base_model's processor makes no picture of fewer than "
+                         f"{fewest:,} pixels", f"image_max_pixels: {fewest}")
+        self.fewest = fewest
+
+
+def require_bounds(processor, family: Family, knob: str) -> None:
+    """A StageError where no budget can be set."""
+    images = getattr(processor, "image_processor", None)
+    if images is None or family.pixels not in STRATEGIES or family.pixels == "edge" and not edge_of(images):
+        raise StageError(f"{knob}: {family.name} makes every picture of one size", f"remove {knob}")
+
+
 def set_budget(processor, family: Family, least: int | None, most: int | None) -> None:
     """Nothing; the processor makes pictures of `least` to `most` pixels (None: as the checkpoint has it)."""
     if least is None and most is None:
         return
-    images = getattr(processor, "image_processor", None)
-    if images is None or family.pixels not in STRATEGIES or family.pixels == "edge" and not edge_of(images):
-        raise StageError(f"image_max_pixels: {family.name} makes every picture of one size",
-                         "remove image_max_pixels and image_min_pixels")
+    require_bounds(processor, family, "image_min_pixels" if most is None else "image_max_pixels")
+    images = processor.image_processor
     strategy, bounded_below = STRATEGIES[family.pixels]
     if least is not None and not bounded_below:
         raise StageError(f"image_min_pixels: {family.name} has no lower bound for its pictures",
@@ -26,12 +41,32 @@ def set_budget(processor, family: Family, least: int | None, most: int | None) -
     strategy(images, least, most)
 
 
+def bounds_of(processor, pixels: str, most: int) -> dict:
+    """{attribute: value} of the image processor that a budget sets, by a strategy's name."""
+    images = copy.deepcopy(processor.image_processor)
+    STRATEGIES[pixels][0](images, None, most)
+    before = vars(processor.image_processor)
+    return {name: value for name, value in vars(images).items() if value != before.get(name)}
+
+
+def with_bounds(processor, bounds: dict):
+    """A copy of a processor, with these attributes of its image processor."""
+    processor = copy.copy(processor)
+    processor.image_processor = copy.deepcopy(processor.image_processor)
+    for name, value in bounds.items():
+        setattr(processor.image_processor, name, value)
+    return processor
+
+
+# ---- strategies ------------------------------------------------------------------------------------------
+
+
 def area(images, least: int | None, most: int | None, frames: int = 1) -> None:
     """The two edges of `size` are numbers of pixels, by their names to spite."""
     bounds = dict(images.size) if isinstance(images.size, dict) else vars(images.size)
     cell = (images.patch_size * images.merge_size) ** 2
     if most is not None and most < cell:
-        too_few(most, cell)
+        raise TooFew(most, cell)
     most = bounds["longest_edge"] if most is None else most * frames
     least = min(bounds["shortest_edge"], most) if least is None else least * frames
     images.size = {"shortest_edge": least, "longest_edge": most}
@@ -46,7 +81,7 @@ def edge(images, least: None, most: int) -> None:
     """`longest_edge` bounds a side: the one of a square of that many pixels."""
     patch = images.patch_size["height"] if isinstance(images.patch_size, dict) else images.patch_size
     if most < (4 * patch) ** 2:
-        too_few(most, (4 * patch) ** 2)
+        raise TooFew(most, (4 * patch) ** 2)
     images.size = {"longest_edge": min(math.isqrt(most), edge_of(images))}
 
 
@@ -54,7 +89,7 @@ def edge_of_tiles(images, least: None, most: int) -> None:
     """`longest_edge` is a multiple of a tile's, to which every picture is enlarged."""
     tile = images.max_image_size["longest_edge"]
     if most < tile**2:
-        too_few(most, tile**2)
+        raise TooFew(most, tile**2)
     images.size = {"longest_edge": min(math.isqrt(most) // tile * tile, edge_of(images))}
 
 
@@ -62,7 +97,7 @@ def tiles(images, least: None, most: int) -> None:
     """`max_patches` tiles of the size that the tower takes."""
     tile = images.size["height"] * images.size["width"]
     if most < tile:
-        too_few(most, tile)
+        raise TooFew(most, tile)
     images.max_patches = min(most // tile, images.max_patches)
 
 
@@ -70,7 +105,7 @@ def tiles_or_tokens(images, least: None, most: int) -> None:
     """`max_tiles`, and without them tokens that stand for a square of pixels each."""
     token = (images.encoder_patch_size * images.downsample_factor) ** 2
     if most < token * images.min_image_tokens:
-        too_few(most, token * images.min_image_tokens)
+        raise TooFew(most, token * images.min_image_tokens)
     images.max_image_tokens = min(most // token, images.max_image_tokens)
     images.max_tiles = min(most // images.tile_size**2, images.max_tiles)
     if images.max_tiles < images.min_tiles:
@@ -82,7 +117,7 @@ def levels(images, least: None, most: int) -> None:
     token = (images.patch_size * images.pooling_kernel_size) ** 2
     fitting = [level for level in (70, 140, 280, 560, 1120) if level * token <= most]
     if not fitting:
-        too_few(most, 70 * token)
+        raise TooFew(most, 70 * token)
     images.max_soft_tokens = fitting[-1]
 
 
@@ -95,9 +130,3 @@ def edge_of(images) -> int | None:
     """The longest edge of an image processor's size, None where it has no such bound."""
     size = images.size
     return size.get("longest_edge") if isinstance(size, dict) else getattr(size, "longest_edge", None)
-
-
-def too_few(most: int, fewest: int) -> None:
-    """Raises StageError: the processor can't make pictures so small."""
-    raise StageError(f"image_max_pixels: {most:,}: base_model's processor makes no picture of fewer than "
-                     f"{fewest:,} pixels", f"image_max_pixels: {fewest}")

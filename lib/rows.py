@@ -6,15 +6,19 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib import media, sources, terminal
+from lib import media, sources
+from lib.budget import has_coordinates, largest_budget
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.fetch import FetchError, Fetcher
 from lib.messages import NOUNS, RowError, count, normalise
 from lib.processor import placeholders, tokenizer_of
+from lib.resolution import bounds_of
 from lib.shapes import Shape, tools_of
 from lib.template import Conversation, Labels, Template
 
 TRIES = 8                          # of cutting a text: its last tokens may be others without what followed
+
+COUNTS = ("input_tokens", "supervised_tokens", "media_tokens", "cut_tokens", "image_bounds")
 
 
 class TooLong(RowError):
@@ -64,32 +68,64 @@ class Rows:
     def fetch(self, rows: list) -> None:
         """Nothing; what the parsed rows name by url is in the run's folder, or known not to be had."""
         given = [source for row in rows if not isinstance(row, RowError) for source in row[1]]
-        urls = list(dict.fromkeys(url for url in map(media.url_of, given) if url))
-        if urls:
-            with terminal.Progress(f"fetching {count(len(urls), 'url')}", len(urls)) as progress:
-                self.fetcher.fetch_all(urls, progress.update)
+        self.fetcher.fetch_all([url for url in map(media.url_of, given) if url])
 
-    def samples(self, row: tuple | RowError, number: int) -> list[dict]:
-        """The samples of a parsed row (several if the template rewrites earlier turns), or a RowError."""
+    def measured(self, given: list[sources.Row]) -> tuple[list[dict], list[dict]]:
+        """(samples, rejects) of some rows. Texts without media are tokenized together, to save time."""
+        parsed = [self.parsed(row) for _, _, row in given]
+        self.fetch(parsed)
+        talks = [self.talk(row) for row in parsed]
+        texts = [each for talk in talks if not isinstance(talk, RowError) for each in talk if not each.media]
+        counted = self.encoder.counted([(each.text, each.spans) for each in texts])
+        known = {id(each): counts for each, counts in zip(texts, counted)}
+        samples, rejects = [], []
+        for (number, where, _), row, talk in zip(given, parsed, talks):
+            try:
+                samples += self.samples(row, number, talk, known)
+            except RowError as error:
+                rejects.append({"dataset": self.spec["path"], "row": number, "where": where,
+                                "reason": error.reason, "fix": error.fix,
+                                "too_long": isinstance(error, TooLong)})
+        return samples, rejects
+
+    def talk(self, row: tuple | RowError) -> list[Conversation] | RowError:
+        """The conversations of a parsed row (several if the template rewrites earlier turns)."""
+        if isinstance(row, RowError):
+            return row
+        messages, _, tools = row
+        try:
+            template = self.template.with_options(tools, **self.config.chat_template_kwargs)
+            return template.conversations(messages, self.labels)
+        except RowError as error:
+            return error
+
+    def samples(self, row: tuple | RowError, number: int, talk: list[Conversation] | RowError,
+                known: dict[int, tuple]) -> list[dict]:
+        """The samples of a parsed row and its conversations, or a RowError; known: counts by `id`."""
         if isinstance(row, RowError):
             raise row
-        messages, given, tools = row
+        messages, given, _ = row
         pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
         if self.config.max_images is not None and pictures > self.config.max_images:
             raise RowError(f"{count(pictures, 'picture')}, over max_images {self.config.max_images}",
                            "raise max_images, or remove some with their parts")
         records, opened = self.read_media(messages, given)
-        template = self.template.with_options(tools, **self.config.chat_template_kwargs)
+        if isinstance(talk, RowError):
+            raise talk
         found = []
-        for conversation in template.conversations(messages, self.labels):
-            conversation, sizes = self.fitted(conversation, opened[:conversation.media])
+        for conversation in talk:
+            counts = known.get(id(conversation))
+            conversation, sizes = self.fitted(conversation, opened[:conversation.media], counts)
             found.append({"sample_id": f"{self.name}-{number}" + (f".{len(found)}" if found else ""),
                           "row": number, "dataset": self.spec["path"], "of": self.name,
                           "weight": self.spec["weight"], "messages": json.dumps(messages, ensure_ascii=False),
                           "text": conversation.text,
                           "spans": [{"start": start, "end": end} for start, end in conversation.spans],
+                          "reply": dict(zip(("start", "end"), conversation.reply)),
                           "media": records[:conversation.media], "ends_added": conversation.ends_added,
-                          "put_in": conversation.put_in, "tells_day": conversation.tells_day, **sizes})
+                          "put_in": conversation.put_in, "tells_day": conversation.tells_day,
+                          "pictures": pictures if pictures == len(given) else 0,
+                          "coordinates": pictures > 0 and has_coordinates(messages), **sizes})
         return found
 
     def read_media(self, messages: list[dict], given: list) -> tuple[list[dict], list]:
@@ -126,23 +162,42 @@ class Rows:
             self.fetcher.refuse(url, why)
             raise media.MediaError(shown, why) from None
 
-    def fitted(self, conversation: Conversation, opened: list) -> tuple[Conversation, dict]:
-        """(the conversation, its counts), its text cut where excess_length_strategy says so, or a RowError.
+    def fitted(self, conversation: Conversation, opened: list, counts: tuple | None):
+        """(the conversation, its counts), made to fit as excess_length_strategy says, or a RowError.
 
-        Only text after the last medium is cut: media are whole, where the template put them.
+        Only text after the last medium is cut: media are whole, where the template put them. counts: those
+        that are known without encoding it alone.
         """
-        encoded, cut = self.encode(conversation, opened), 0
-        limit = self.config.sequence_len
+        if counts and counts[0] <= self.config.sequence_len and counts[1]:
+            return conversation, dict(zip(COUNTS, (*counts, 0, None)))
+        encoded, cut, bounds = self.encode(conversation, opened), 0, None
+        limit, smallest = self.config.sequence_len, ""
         length = encoded["input_ids"].shape[1]
         excess = too_long = length - limit
         while excess > 0 and self.config.excess_length_strategy == "truncate" and cut < TRIES:
             conversation = self.without_last(conversation, excess)
             encoded, cut = self.encode(conversation, opened), cut + 1
             excess = encoded["input_ids"].shape[1] - limit
+        if excess > 0 and self.config.excess_length_strategy == "shrink_media" and pictures_of(opened):
+            bounds, smallest = self.shrunk(conversation, opened), ", even with the smallest pictures"
+            if bounds is not None:
+                encoded, excess = self.encode(conversation, opened, bounds), 0
         if excess > 0:
-            raise TooLong(f"{count(length, 'token')}, over sequence_len {limit}",
+            raise TooLong(f"{count(length, 'token')}, over sequence_len {limit}{smallest}",
                           "raise sequence_len, shorten the row, or use smaller pictures")
-        return conversation, {**self.counts(encoded), "cut_tokens": max(0, too_long)}
+        cut_tokens = 0 if bounds else max(0, too_long)
+        return conversation, {**self.counts(encoded), "cut_tokens": cut_tokens, "image_bounds": bounds}
+
+    def shrunk(self, conversation: Conversation, opened: list) -> str | None:
+        """The bounds of its pictures, as large as may be, with which it fits, as JSON; None if none do."""
+        processor, pixels = self.encoder.processor, self.encoder.pixels
+
+        def fits(bounded, most: int) -> bool:
+            encoded = replace(self.encoder, processor=bounded).encode(conversation.text, [], opened)
+            return encoded["input_ids"].shape[1] <= self.config.sequence_len
+
+        most = largest_budget(processor, pixels, fits)
+        return None if most is None else json.dumps(bounds_of(processor, pixels, most))
 
     def without_last(self, conversation: Conversation, tokens: int) -> Conversation:
         """The conversation without its last tokens; TooLong where media or nothing to learn would be left."""
@@ -153,20 +208,21 @@ class Rows:
         places = [start for start, _ in rest["offset_mapping"]]
         stop = behind + places[-tokens] if len(places) > tokens else behind
         spans = [(start, min(end, stop)) for start, end in conversation.spans if start < stop]
+        start, end = conversation.reply
         if not spans or stop == behind:
             raise TooLong(f"cut to sequence_len {self.config.sequence_len} behind its last medium, it "
                           "teaches nothing", "raise sequence_len, or use smaller pictures")
-        return replace(conversation, text=text[:stop], spans=spans)
+        reply = (start, min(end, stop)) if start < stop else spans[-1]
+        return replace(conversation, text=text[:stop], spans=spans, reply=reply)
 
-    def encode(self, conversation: Conversation, opened: list) -> dict:
+    def encode(self, conversation: Conversation, opened: list, bounds: str | None = None) -> dict:
         """The tensors of a conversation; a RowError where the processor refuses its media."""
         try:
-            return self.encoder.encode(conversation.text, conversation.spans, opened)
+            return self.encoder.bounded(bounds).encode(conversation.text, conversation.spans, opened)
         except RowError:
             raise
-        except ValueError as error:
-            pictures = [medium for medium in opened if media.kind_of(medium) == "image"]
-            sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures)
+        except (ValueError, RuntimeError) as error:
+            sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures_of(opened))
             raise RowError(f"the processor refuses this row: {error} (pictures: {sizes or 'none'})",
                            "change the picture's size, or remove the row") from None
 
@@ -178,3 +234,8 @@ class Rows:
             raise RowError("nothing to learn: no token is trained", "write what the assistant should answer")
         return {"input_tokens": len(ids), "supervised_tokens": supervised_tokens,
                 "media_tokens": sum(int((ids == media_id).sum()) for media_id in self.encoder.never_trained)}
+
+
+def pictures_of(opened: list) -> list:
+    """Those of decoded media that are pictures."""
+    return [medium for medium in opened if media.kind_of(medium) == "image"]

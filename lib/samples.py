@@ -13,8 +13,10 @@ from lib.stage import StageError
 MEDIUM = {"kind": "string", "path": "string", "bytes": "binary", "sha256": "string",
           "width": "int32", "height": "int32", "seconds": "float32"}
 SAMPLE = {"sample_id": "string", "row": "int64", "dataset": "string", "messages": "string", "text": "string",
-          "spans": [{"start": "int32", "end": "int32"}], "media": [MEDIUM],
-          "input_tokens": "int32", "media_tokens": "int32", "supervised_tokens": "int32"}
+          "spans": [{"start": "int32", "end": "int32"}], "reply": {"start": "int32", "end": "int32"},
+          "media": [MEDIUM],
+          "image_bounds": "string", "input_tokens": "int32", "media_tokens": "int32",
+          "supervised_tokens": "int32"}
 
 
 def names_of(specs: list[dict]) -> list[str]:
@@ -28,6 +30,15 @@ def names_of(specs: list[dict]) -> list[str]:
             number += 1
         names.append(name)
     return names
+
+
+def shard(rows: list, spec: dict, seed: int) -> list:
+    """The part of a data set's rows that its entry asks for: one of `shards`, equal but for a row, seeded."""
+    if spec["shards"] is None:
+        return rows
+    places = list(range(len(rows)))
+    random.Random(seed).shuffle(places)
+    return [rows[place] for place in sorted(places[spec["shards_idx"]::spec["shards"]])]
 
 
 def hold_out(samples: list[dict], size: float, seed: int) -> tuple[list[dict], list[dict]]:

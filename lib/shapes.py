@@ -23,6 +23,9 @@ class RowError(ValueError):
         # JSON can hold halves of surrogate pairs, which no file or terminal takes.
         self.reason, self.fix = (text.encode("utf-8", "backslashreplace").decode() for text in (reason, fix))
 
+    def __reduce__(self):
+        return type(self), (self.reason, self.fix)               # from one process to another
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -31,11 +34,13 @@ class Shape:
     field_messages: str | None = None
     field_tools: str = "tools"
     message_property_mappings: dict = field(default_factory=dict)
+    field_thinking: str | None = None
     message_field_role: str | None = None
     message_field_content: str | None = None
     message_field_training: str = "train"
     roles: dict = field(default_factory=dict)
     system_prompt: str | None = None
+    drop_system_message: bool = False
 
     @classmethod
     def of(cls, spec: dict) -> "Shape":
@@ -44,7 +49,8 @@ class Shape:
 
     def places(self, name: str) -> list[str]:
         """The keys under which a message may have a property: the one that the recipe names, or the usual."""
-        older = {"role": self.message_field_role, "content": self.message_field_content}
+        older = {"role": self.message_field_role, "content": self.message_field_content,
+                 "reasoning_content": self.field_thinking}
         usual = {"role": ["role", "from"], "content": ["content", "value"]}
         given = self.message_property_mappings.get(name) or older.get(name)
         return [given] if given else usual.get(name, [name])
@@ -65,7 +71,8 @@ def conversation_of(row: dict, shape: Shape) -> list:
     else:
         found = next((row[key] for key in CONVERSATIONS if row.get(key)), None)
     if isinstance(found, list) and found:
-        return [*system_of(row, shape, found), *found]
+        skipped = shape.drop_system_message and is_system(found[0], shape)
+        return [*system_of(row, shape, found), *found[skipped:]]
     for asked, answered in PAIRS:
         if not shape.field_messages and not found and row.get(asked) and answered in row:
             pair = exchange(row, asked, answered, shape.message_field_training)
@@ -94,12 +101,17 @@ def exchange(row: dict, asked: str, answered: str, train: str) -> list:
 
 def system_of(row: dict, shape: Shape, messages: list) -> list:
     """[the system message] that the row's column or the recipe adds, [] where the messages have their own."""
-    first = messages[0]
-    word = next((first[key] for key in shape.places("role") if first.get(key)), None) \
-        if isinstance(first, dict) else None
-    text = row["system"] if isinstance(row.get("system"), str) and row["system"] else shape.system_prompt
-    return [] if not text or shape.role(word) == "system" else \
+    own = row["system"] if isinstance(row.get("system"), str) and not shape.drop_system_message else ""
+    text = own or shape.system_prompt
+    return [] if not text or is_system(messages[0], shape) and not shape.drop_system_message else \
         [{shape.places("role")[0]: "system", shape.places("content")[0]: text}]
+
+
+def is_system(message, shape: Shape) -> bool:
+    """Whether a message is the system's."""
+    word = next((message[key] for key in shape.places("role") if message.get(key)), None) \
+        if isinstance(message, dict) else None
+    return shape.role(word) == "system"
 
 
 def with_parts(text: str, kinds: set[str]) -> list[dict]:

@@ -8,12 +8,28 @@ POSTER = (224, 64)                        # pixels
 
 
 def decode(raw: bytes, sampling_rate: int) -> np.ndarray:
-    """The samples [N] of a wav, flac, ogg or mp3 file, its channels averaged. Any error if it is none."""
+    """The samples [N] of a sound file of any usual kind, its channels averaged. Any error if it is none."""
     import soundfile
-    samples, rate = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)      # [N, channels]
+    try:
+        samples, rate = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)  # [N, channels]
+    except soundfile.LibsndfileError as error:
+        samples, rate = by_ffmpeg(raw, error)
     if not len(samples) or not np.isfinite(samples).all():
         raise ValueError("it holds no samples" if not len(samples) else "a sample is no finite number")
     return resampled(np.ascontiguousarray(samples.mean(axis=1)), rate, sampling_rate)
+
+
+def by_ffmpeg(raw: bytes, error: Exception) -> tuple[np.ndarray, int]:
+    """(samples [N, channels], their rate) of what soundfile doesn't read, such as m4a; else its error."""
+    import av
+    try:
+        with av.open(io.BytesIO(raw)) as container:
+            stream = container.streams.audio[0]
+            resampler = av.AudioResampler(format="fltp", rate=stream.rate)
+            frames = [frame for coded in container.decode(stream) for frame in resampler.resample(coded)]
+            return np.concatenate([frame.to_ndarray() for frame in frames], axis=1).T, stream.rate
+    except (av.FFmpegError, IndexError, ValueError):
+        raise error from None
 
 
 def resampled(mono: np.ndarray, rate: int, wanted: int) -> np.ndarray:

@@ -7,6 +7,8 @@ are none.
 
 Fork me to: train on other words (`conversations` says what a sample is, `_reply` what is trained in it).
 """
+import contextlib
+import functools
 import re
 from dataclasses import dataclass, replace
 
@@ -20,12 +22,15 @@ from lib.turns import Turn, Turns, calls_in, lost, stands_in
 class Conversation:
     """A sample's text, the (start, end) characters in it that are trained, and how many media it shows.
 
-    `ends_added` counts the replies that the template left without an end of turn, which the kit put there.
+    `reply` are the characters of the answer that 06 asks for: the last reply that trains; the last one of all
+    where none does; what trains last where there is none. `ends_added` counts the replies that the template
+    left without an end of turn, which the kit put there.
     `put_in` is what the template says by itself, such as a default system prompt; `tells_day`, whether it
     says the day.
     """
     text: str
     spans: list[tuple[int, int]]
+    reply: tuple[int, int]
     media: int
     ends_added: int
     put_in: tuple[str, ...] = ()
@@ -79,7 +84,7 @@ class Template(Turns):
             if message["role"] != "assistant":
                 turn, upto = self._asked(messages, place, full), full
             else:
-                upto = self.render(messages[:place + 1])
+                upto = full if last else self.render(messages[:place + 1])
                 turn = self._reply(messages[:place + 1], upto)
             if turn and full.startswith(upto[:turn.end]):
                 shared.append(replace(turn, **learnt))
@@ -111,27 +116,18 @@ class Template(Turns):
 
         RowError where a text other than a reply's doesn't stand in the render; `_reply` sees to those.
         """
-        texts, marked = {}, []
-        for message in messages:
-            parts = list(message["content"])
-            for place, part in enumerate(parts):
-                if part["type"] == "text" and part["text"].strip():
-                    mark = f"{MARK}{len(texts)}."
-                    parts[place] = {"type": "text", "text": mark}
-                    texts[mark] = part["text"].strip() if message["role"] != "assistant" else ""
-            marked.append({**message, "content": parts})
-        render = self.render(marked)
-        for mark, text in texts.items():
-            if text and (text not in full or mark not in render):
+        render, texts = self._skeleton(messages)
+        roles = [message["role"] for message in messages for text in texts_of(message) if text.strip()]
+        for number, (role, text) in enumerate(zip(roles, map(str.strip, texts), strict=True)):
+            if role != "assistant" and (text not in full or f"{MARK}{number}." not in render):
                 raise lost(text)
         calls = [*calls_in(messages), *(name_in(tool) for tool in self.options.get("tools") or ())]
         for text in calls:
             if not stands_in(text, full):
                 raise lost(text)
         thoughts = [message["reasoning_content"] for message in messages if "reasoning_content" in message]
-        pieces = [piece.strip() for piece in self.not_words.split(render) if len(piece.split()) > 1]
-        return tuple(dict.fromkeys(piece for piece in pieces
-                                   if not any(stands_in(text, piece) for text in calls + thoughts)))
+        return tuple(piece for piece in pieces_of(render, self.not_words)
+                     if not any(stands_in(text, piece) for text in calls + thoughts))
 
     def _refuse_lost_thought(self, message: dict, turn: str) -> None:
         """RowError where a reply that is learnt lacks the thought that its message has."""
@@ -142,19 +138,30 @@ class Template(Turns):
 
     def _sample(self, messages: list[dict], text: str, turns: list[Turn]) -> Conversation:
         """The conversation, with an end put behind each trained reply that the template left without one."""
-        spans, added = [], 0
+        spans, added, replies = [], 0, []
         for turn in sorted(turns, key=lambda turn: turn.end):
             shift = added * len(self.closing) if added else 0
             end = turn.end + shift
             *whole, (start, stop) = [(a + shift, b + shift) for a, b in turn.spans]
-            if turn.closes and turn.end_trained and not turn.ended:
+            if turn.is_reply:
+                replies.append((turn.text_trained, ((whole or [(start, stop)])[0][0], stop)))
+            if turn.is_reply and turn.end_trained and not turn.ended:
                 if not text.startswith(self.closing, end):
                     text, added = text[:end] + self.closing + text[end:], added + 1
                 end += len(self.closing)
             first = start if turn.text_trained else stop
             last = (first, end if turn.end_trained else stop)
             spans += [*(whole if turn.text_trained else ()), *([last] if first < last[1] else ())]
-        return Conversation(text, spans, self._count_media(messages, text), added)
+        reply = max(replies)[1] if replies else self._untrained_reply(messages, text) or spans[-1]
+        return Conversation(text, spans, reply, self._count_media(messages, text), added)
+
+    def _untrained_reply(self, messages: list[dict], text: str) -> tuple[int, int] | None:
+        """The characters of the last reply in a text; None where there is none that can be told exactly."""
+        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        with contextlib.suppress(RowError, IndexError):
+            upto = self.render(messages[:places[-1] + 1])
+            turn = self._reply(messages[:places[-1] + 1], upto)
+            return (turn.spans[0][0], turn.spans[-1][1]) if text.startswith(upto[:turn.end]) else None
 
     def _count_media(self, messages: list[dict], text: str) -> int:
         """How many media these messages have; RowError unless the render shows as many."""
@@ -166,3 +173,10 @@ class Template(Turns):
                 raise RowError(f"{count(kinds.count(kind), kind)} in the messages, {shown} in the render",
                                f"name a chat_template that shows every {kind}, or remove them from the row")
         return len(kinds)
+
+
+@functools.lru_cache(maxsize=256)
+def pieces_of(render: str, not_words: re.Pattern) -> tuple[str, ...]:
+    """What a render of marks says between them, each once, without single words."""
+    pieces = [piece.strip() for piece in not_words.split(render) if len(piece.split()) > 1]
+    return tuple(dict.fromkeys(pieces))

@@ -8,6 +8,7 @@ Fork me to: find turns in another way (`_reply`, `_asked`).
 """
 import functools
 import json
+import re
 from dataclasses import dataclass
 
 from lib.messages import RowError, has_media, text_parts, texts_of
@@ -16,17 +17,20 @@ from lib.render import MARK, Renderer
 from lib.shapes import inside, strings_in
 from lib.stage import StageError
 
+MOST_SHAPES = 256                                       # of rows, whose renders are kept
+NUMBERED = re.compile(rf"{MARK}(\d+)\.")
+
 
 @dataclass(frozen=True)
 class Turn:
     """The (start, stop) characters of a turn's text, several if media stand among them; where its end ends.
 
     `end` is the last `stop` where the template writes no end. `text_trained` and `end_trained` say what of it
-    is learnt; `closes`, whether the kit may put an end there.
+    is learnt; `is_reply`, whether an assistant wrote it: there, the kit may put an end.
     """
     spans: list[tuple[int, int]]
     end: int
-    closes: bool = False
+    is_reply: bool = False
     text_trained: bool = True
     end_trained: bool = True
 
@@ -47,6 +51,43 @@ class Turns(Renderer):
         super().__init__(processor, day)
         self.stops = {*stops, tokenizer_of(processor).eos_token}
         self.special, self.placeholders = special_tokens(processor), placeholders(processor)
+        self.skeletons: dict[str, str] = {}             # renders of marks, by the shape of their rows
+
+    def _skeleton(self, messages: list[dict]) -> tuple[str, list[str]]:
+        """(the render with a numbered mark in place of each text that is no blank, these texts).
+
+        Rows of one shape share it: it is rendered once for them.
+        """
+        texts, marked = [], []
+        for message in messages:
+            parts = list(message["content"])
+            for place, part in enumerate(parts):
+                if part["type"] == "text" and part["text"].strip():
+                    parts[place] = {"type": "text", "text": f"{MARK}{len(texts)}."}
+                    texts.append(part["text"])
+            marked.append({**message, "content": parts})
+        shape = repr((marked, self.options))
+        if shape not in self.skeletons:
+            if len(self.skeletons) >= MOST_SHAPES:
+                self.skeletons.clear()
+            self.skeletons[shape] = self.render(marked)
+        return self.skeletons[shape], texts
+
+    def _around(self, messages: list[dict], marks: list[dict], upto: str) -> list[str]:
+        """What stands before, between and behind the texts of the last message in a render, `upto`.
+
+        Where the render is its shape's with plain texts in place of the marks, that says it. Else, it is
+        rendered once more with a mark in each place.
+        """
+        skeleton, texts = self._skeleton(messages)
+        own = len(marks)
+        if own == 1 and texts and messages[-1]["content"][-1:] == text_parts(texts[-1]) \
+                and all(text == text.strip() for text in texts):
+            filled = NUMBERED.sub(lambda mark: texts[int(mark[1])], skeleton)
+            behind = skeleton.partition(f"{MARK}{len(texts) - 1}.")[2]
+            if filled == upto and MARK not in behind and skeleton.count(MARK) == len(texts):
+                return [upto[:len(upto) - len(behind) - len(texts[-1])], behind]
+        return self.render([*messages[:-1], {**messages[-1], "content": marks}]).split(MARK)
 
     def _reply(self, messages: list[dict], upto: str) -> Turn:
         """Where the last message, an assistant's, stands in `upto`, the render of these messages."""
@@ -57,7 +98,7 @@ class Turns(Renderer):
         if not parts or parts[-1]["type"] != "text":    # a mark behind the last medium shows the turn's end
             parts, texts = [*parts, *text_parts("")], [*texts, ""]
         marks = [{"type": "text", "text": MARK} if part["type"] == "text" else part for part in parts]
-        head, *gaps = self.render([*before, {**reply, "content": marks}]).split(MARK)
+        head, *gaps = self._around(messages, marks, upto)
         prompt = self.render(before, prompt=True) if before else head
         start = next((len(known) for known in (prompt, head) if upto.startswith(known)), None)
         stop = len(upto) - len(gaps[-1]) if len(gaps) == len(texts) and upto.endswith(gaps[-1]) else 0

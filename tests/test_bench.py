@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import against_trl, gpu, load, machine, ours, prepare, real, shapes
+from bench import against_trl, collate, gpu, load, machine, ours, prepare, real, shapes
 from lib.roles import Roles
 from lib.stage import StageError
 
@@ -197,3 +197,9 @@ def test_no_ratio_is_given_where_gpu_losses_differ():
     cases = {f"M | lora | {name}": side(loss) for name, loss in losses.items()}
     assert gpu.ratios(cases) == ["M | lora | ours / TRL: time 1.00, peak 1.00",
                                  "M | lora | ours, packed / TRL: no ratio, since losses differ by 10.0%"]
+
+
+def test_encoding_and_collating_have_a_share_of_a_step(tmp_path, capsys):
+    collate.main([str(tmp_path / "collate"), "--sizes", "tiny", "--steps", "2"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert list(found) == ["encoding", "collating", "training"] and min(found.values()) > 0

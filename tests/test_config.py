@@ -382,6 +382,7 @@ CONTRADICTIONS = (
     ["lora_target_parameters=[experts.down_proj]", "lora_dropout=0.1"],
     ["test_datasets=[{path: rows.jsonl}]"],
     ["image_size=64", "image_max_pixels=4096"],
+    ["max_image_tokens=64", "image_max_pixels=4096"], ["datasets=[{path: rows.jsonl, shards: 2, shards_idx: 2}]"],
     ["image_min_pixels=4097", "image_max_pixels=4096"],
     ["val_set_size=0", "test_datasets=[{path: rows.jsonl, weight: 2}]"],
     ["val_set_size=1.0"],
@@ -441,7 +442,7 @@ def test_config_json_holds_every_knob_and_stages_json_names_every_knob(folder):
     assert set(not_identity) == {"logging_steps", "evals_per_epoch", "saves_per_epoch", "save_steps",
                                  "save_total_limit", "dataloader_num_workers", "gradient_checkpointing",
                                  "use_tensorboard", "fsdp_version", "wandb_project", "wandb_entity",
-                                 "wandb_name", "device_map", "max_memory"}
+                                 "wandb_name", "device_map", "max_memory", "dataset_processes"}
 
 
 def test_the_recipe_is_printed_by_stage_and_what_is_no_default_has_a_star(folder, capsys):
@@ -687,8 +688,8 @@ WRONG_PATHS = (
              "give datasets as a whole, 'datasets=[…]'"),
     recipe("an unknown key of a data set", GOOD.replace("type:", "kind:"),
            ":4: datasets: chat_template is for kind, which is no such key", "…"),
-    override("a data set's key to come", "datasets=[{path: rows.jsonl, shards: 2}]",
-             " is for shards: not built yet", "remove shards"),
+    override("a data set's key to come", "datasets=[{path: rows.jsonl, preprocess_shards: 2}]",
+             " is for preprocess_shards: not built yet", "remove preprocess_shards"),
     override("a data set of another type", "datasets=[{path: rows.jsonl, type: alpaca}]",
              " must be chat_template or sharegpt", "give a list of mappings (the rows to train on)"),
     override("a template of no family", "chat_template=alpaca", " is a template that the kit doesn't hold",

@@ -10,10 +10,11 @@ from pathlib import Path
 import datasets
 import pyarrow
 import pytest
+import torch
 from PIL import Image
 
-from lib import ledger, samples
-from lib.chat import Encoder
+from lib import budget, features, fresh, ledger, proof, samples
+from lib.chat import IGNORE_INDEX, Encoder
 from lib.processor import load_processor
 from lib.seen import seen
 from lib.stage import StageError
@@ -225,6 +226,23 @@ def test_lengths_are_those_of_the_encoded_sample(kit):
     assert sample["input_tokens"] == len(row["input_ids"])
     assert sample["media_tokens"] == row["media_tokens"] == row["tokens"].count("<image>") == 2 * 16
     assert sample["supervised_tokens"] == len(["▁", "re", "d", "</s>"])
+
+
+@pytest.mark.parametrize("base", ["llava", "qwen2_5_vl", "gemma3"])
+def test_several_processes_measure_what_one_does_and_what_encoding_gives(base, kit):
+    rows = [chat(f"What is {'very ' * (n % 7)}{n}?", f" {n * n}\n" if n % 5 else "ré " * n) for n in range(150)]
+    rows[20:20] = [OPEN, CHAT | {"image": "red.png"}, CHAT | {"image": "nope.png"}]
+    kit.run("dataset_processes=2", "on_bad_row=skip", "train_on_inputs=true", base=base, rows=rows)
+    found, rejects = kit.samples(), kit.rejects()
+    assert [reject["where"] for reject in rejects] == ["data.jsonl:23"] and len(found) == 152
+    encoder = Encoder.load(kit.out / "processor")
+    for sample in found[:60:3]:
+        encoded = encoder(sample)
+        trained = int((encoded["labels"][0, 1:] != IGNORE_INDEX).sum())
+        assert (encoded["input_ids"].shape[1], trained) == (sample["input_tokens"], sample["supervised_tokens"])
+    kit.configure("dataset_processes=1", "on_bad_row=skip", "train_on_inputs=true", base=base)
+    kit.script("02_data").main(["run", "--force"])
+    assert kit.samples() == found and kit.rejects() == rejects
 
 
 def test_held_out_samples_are_a_seeded_choice(kit):
@@ -443,6 +461,53 @@ def test_a_budget_of_pixels_and_a_size_reach_the_samples_and_the_saved_encoder(k
 
 
 # ---- several data sets ----
+
+
+def test_pictures_of_a_row_that_is_too_long_are_shrunk_until_it_fits_and_no_others(kit, tmp_path, capsys):
+    Image.effect_noise((400, 400), 90).save("large.png")
+    rows = [CHAT | {"image": "large.png"}, CHAT | {"image": "red.png"}, chat("What? " * 40) | {"image": "large.png"}]
+    kit.run("sequence_len=70", "excess_length_strategy=shrink_media", base="qwen2_5_vl", rows=rows)
+    (reject,) = kit.rejects()
+    assert reject["row"] == 2 and reject["reason"].endswith("tokens, over sequence_len 70, even with the smallest pictures")
+    shrunk, whole = kit.samples()
+    assert shrunk["image_bounds"] and not whole["image_bounds"]
+    encoder = Encoder.load(kit.out / "processor")
+    assert "tokens per picture: " in capsys.readouterr().out
+    assert encoder(shrunk)["input_ids"].shape[1] == shrunk["input_tokens"] <= 70
+    free = encoder(shrunk | {"image_bounds": None})
+    assert free["input_ids"].shape[1] > 70 and free["pixel_values"].shape != encoder(shrunk)["pixel_values"].shape
+    made = proof.inputs(encoder.processor, fresh.proof_row(shrunk, encoder, tmp_path))      # what 06 proves
+    assert torch.equal(made["pixel_values"], encoder(shrunk)["pixel_values"])
+    store = features.Store(tmp_path, "")
+    assert store.pictures(shrunk) != store.pictures(shrunk | {"image_bounds": None})
+
+
+def test_a_budget_of_tokens_reaches_the_samples_and_a_family_without_one_is_refused(kit):
+    Image.effect_noise((400, 400), 90).save("large.png")
+    kit.run("max_image_tokens=12", base="qwen2_5_vl", rows=[CHAT | {"image": "large.png"}])
+    assert [sample["media_tokens"] for sample in kit.samples()] == [9 + 2]         # a square of 3, and the two around it
+    kit.configure("excess_length_strategy=shrink_media")
+    with pytest.raises(StageError, match="excess_length_strategy: LLaVA-1.5 and Pixtral makes every picture of one size"):
+        kit.script("02_data").main(["run", "--force"])
+
+
+@pytest.mark.parametrize("text, found", [
+    ("<box>(1, 2)</box>", True), ("<|box_start|>(12,50),(80,99)<|box_end|>", True), ('{"bbox_2d": [1]}', True),
+    ("at [0.1, 0.25, 0.5, 0.75].", True), ("<loc0123>", True), ('<point x="3">', True),
+    ("see [1] and f(x, y), in a box", False), ("1, 2, 3, 4", False)])
+def test_boxes_and_points_are_found_in_a_rows_texts(text, found):
+    assert budget.has_coordinates([{"content": [{"type": "image"}, {"type": "text", "text": text}]}]) == found
+
+
+def test_rows_with_boxes_whose_pictures_are_resized_are_counted_in_a_warning(capsys):
+    sample = {"dataset": "a", "pictures": 2, "media_tokens": 600, "input_tokens": 1000, "image_bounds": None}
+    given = [sample | {"row": row, "coordinates": row != 3, "image_bounds": "{}" * (row == 1)} for row in (0, 1, 2, 2, 3)]
+    budget.show_tokens(given, resized=True)
+    said = capsys.readouterr().out
+    assert "tokens per picture: 300 to 300, 300 on average" in said and "warning: 3 rows with boxes or points" in said
+    assert [line.split() for line in said.splitlines() if line.split()[:1] == ["256"]] == [["256", "440", "9%"]]
+    budget.show_tokens(given, resized=False)
+    assert "warning: 1 row with boxes" in capsys.readouterr().out
 
 
 def test_data_sets_have_keys_knobs_and_weights_of_their_own(kit):

@@ -18,7 +18,7 @@ from lib.collator import collate
 from lib.messages import RowError, normalise
 from lib.processor import load_processor, stop_tokens, tokenizer_of
 from lib.stage import StageError
-from lib.template import Template
+from lib.template import Labels, Template
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "smolvlm2", "llama_text")
 SEEING = FAMILIES[:-1]
@@ -525,11 +525,41 @@ def test_a_space_of_the_prompt_that_merges_with_the_reply_is_tokenized_apart():
     assert_labels("", Template(tokenizer), encoder, chat("one", "Yes"), "user: one<end>assistant: «Yes<end>»")
 
 
+def reply_of(conversation) -> dict:
+    """As a sample has it."""
+    return dict(zip(("start", "end"), conversation.reply))
+
+
 def test_the_prompt_for_an_answer_ends_where_the_last_reply_starts(family, tmp_path):
     template, encoder = family("llava")
     picture().save(tmp_path / "a.png")
     (conversation,) = template.conversations(chat("▣one", "two", "▣three", " four \n"))
-    spans = [{"start": start, "end": end} for start, end in conversation.spans]
     media = [{"kind": "image", "path": str(tmp_path / "a.png"), "bytes": None}] * 2
-    text, images, reply = encoder.prompt({"text": conversation.text, "spans": spans, "media": media})
+    text, images, reply = encoder.prompt({"text": conversation.text, "reply": reply_of(conversation), "media": media})
     assert text.endswith("three ASSISTANT:") and len(images) == 2 and reply == "four"
+
+
+FOUR = ("one", "two", "three", "four")
+
+
+@pytest.mark.parametrize("labels, texts, trains, asked, answer", [
+    (Labels(("system", "user", "assistant", "tool")), (*FOUR, "five"), {}, "three", "four"),
+    (Labels(("user",)), FOUR, {}, "three", "four"),
+    (Labels(("user",), "all"), (*FOUR, "five"), {}, "three", "four"),
+    (Labels(), FOUR, {3: False}, "one", "two"),
+    (Labels(("user",)), ("one",), {}, "", "one"),
+])
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava"])
+def test_the_answer_that_is_asked_for_is_the_last_reply_whoever_trains(name, labels, texts, trains, asked, answer, family):
+    template, encoder = family(name)
+    messages = [message | ({"train": trains[place]} if place in trains else {})
+                for place, message in enumerate(chat(*texts))]
+    (conversation,) = template.conversations(messages, labels)
+    text, _, reply = encoder.prompt({"text": conversation.text, "reply": reply_of(conversation), "media": []})
+    assert reply == answer and asked in text and answer not in text
+
+
+def test_a_conversation_whose_turns_the_kit_ends_has_its_answer_in_the_right_place(with_template):
+    (conversation,) = with_template(TEMPLATES["turns end with nothing"][0])[0].conversations(chat(*FOUR))
+    assert conversation.ends_added == 2
+    assert conversation.text[slice(*conversation.reply)].strip() == "four"

@@ -223,6 +223,17 @@ def test_a_sound_of_any_kind_comes_out_as_its_samples(kind, options, off):
     assert len(found) == 16_000 and np.abs(found - tone(440, 16_000))[1000:-1000].max() <= off
 
 
+def test_a_sound_that_only_ffmpeg_reads_is_a_sound():
+    av, buffer = pytest.importorskip("av"), io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:                     # m4a
+        stream = container.add_stream("aac", rate=16_000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(tone(440, 16_000)[None], format="fltp", layout="mono")
+        frame.rate = 16_000
+        container.mux([*stream.encode(frame), *stream.encode(None)])
+    found = heard(buffer.getvalue())
+    assert abs(len(found) - 16_000) <= 4096 and np.abs(np.fft.rfft(found[2000:10_000])).argmax() == 220
+
+
 @pytest.mark.parametrize("rate", [8_000, 11_025, 22_050, 44_100, 48_000])
 def test_a_tone_at_another_rate_is_the_same_tone(rate):
     found = heard(sound_file(tone(440, rate), rate, subtype="FLOAT"))

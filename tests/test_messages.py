@@ -161,10 +161,24 @@ def test_a_tag_in_the_text_of_a_row_without_pictures_is_only_characters():
     ({"conversations": SHARE, "system": "Be kind."}, Shape(system_prompt="Be brief."), "Be kind."),
     ({"messages": [{"role": "system", "content": "Be rude."}, *CHAT]}, Shape(system_prompt="Be brief."), "Be rude."),
     ({"question": "What is it?", "answer": "red"}, Shape(system_prompt="Be brief."), "Be brief."),
+    ({"messages": [{"role": "system", "content": "Be rude."}, *CHAT]},
+     Shape(system_prompt="Be brief.", drop_system_message=True), "Be brief."),
+    ({"conversations": SHARE, "system": "Be kind."}, Shape(system_prompt="Be brief.", drop_system_message=True), "Be brief."),
 ])
 def test_a_system_message_is_the_rows_own_or_its_columns_or_the_recipes(row, shape, system):
     messages, _ = normalise(row, shape)
     assert messages == [{"role": "system", "content": [{"type": "text", "text": system}]}, *PLAIN_CHAT[0]]
+
+
+def test_rows_go_without_their_system_message_where_the_recipe_drops_it():
+    row = {"messages": [{"role": "system", "content": "Be rude."}, *CHAT]}
+    assert normalise(row, Shape(drop_system_message=True)) == normalise({"messages": CHAT} | {"system": "x"}, Shape(
+        drop_system_message=True)) == PLAIN_CHAT
+
+
+def test_field_thinking_names_the_key_of_thoughts():
+    row = {"messages": [QUESTION, ANSWER | {"thinking": "Hm."}]}
+    assert normalise(row, Shape(field_thinking="thinking"))[0][1]["reasoning_content"] == "Hm."
 
 
 def test_tool_calls_results_and_thoughts_stay_with_their_messages():

@@ -1,14 +1,16 @@
 """A budget of pixels bounds what each family's own processor makes of a picture, and is saved with it."""
 
 import functools
+import json
 
 import pytest
 from PIL import Image
 
 from lib import families, pictures, registry
+from lib.budget import largest_budget, set_token_budget
 from lib.media import Sampling, decode, read_medium
 from lib.processor import load_processor
-from lib.resolution import set_budget
+from lib.resolution import bounds_of, set_budget, with_bounds
 from lib.stage import StageError
 
 LARGE = Image.new("RGB", (400, 400), "red")
@@ -76,6 +78,44 @@ def test_a_budget_that_no_picture_keeps_is_refused_with_the_least_that_is_kept(n
     with pytest.raises(StageError, match="makes no picture of fewer than") as caught:
         set_budget(processor, family, None, 9)
     set_budget(processor, family, None, int(caught.value.fix.partition(": ")[2]))
+
+
+TOKENS = {"qwen2_5_vl": 9, "paddleocr_vl": 9, "glm46v": 9, "mistral3": 12, "gemma4_e2b": 72, "llama4": 20, "internvl": 14,
+          "smolvlm2": 10, "lfm2_vl": 20}
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_a_budget_of_tokens_bounds_pictures_of_every_shape_and_is_nearly_reached(name, processor_of, tmp_path):
+    processor, family = processor_of(name)
+    set_token_budget(processor, family, TOKENS[name])
+    processor.save_pretrained(tmp_path)
+    processor = load_processor(tmp_path)
+    shapes = [(400, 400), (800, 100), (90, 700), (400, 200), (30, 30)]
+    shapes = shapes[:1] if name == "lfm2_vl" else shapes             # its own refuses very wide ones
+    made = [len(processor(text=[processor.image_token], images=[Image.new("RGB", shape)], add_special_tokens=False)
+                ["input_ids"][0]) for shape in shapes]
+    assert TOKENS[name] / 2 < max(made) <= TOKENS[name]
+    with pytest.raises(StageError, match="max_image_tokens: 1: base_model's processor makes no fewer than") as caught:
+        set_token_budget(processor_of(name)[0], family, 1)
+    set_token_budget(processor_of(name)[0], family, int(caught.value.fix.partition(": ")[2]))
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_family_with_pictures_of_one_size_refuses_a_budget_of_tokens_by_name(name, processor_of):
+    processor, family = processor_of(name)
+    with pytest.raises(StageError) as caught:
+        set_token_budget(processor, family, 64)
+    assert (caught.value.what, caught.value.fix) == (f"max_image_tokens: {family.name} makes every picture of one size",
+                                                     "remove max_image_tokens")
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_the_pictures_of_one_row_are_shrunk_and_no_others(name, processor_of):
+    processor, family = processor_of(name)
+    free, wanted = BOUNDED[name][1:]
+    most = largest_budget(processor, family.pixels, lambda bounded, _: tokens(bounded) <= wanted)
+    bounds = json.loads(json.dumps(bounds_of(processor, family.pixels, most)))
+    assert tokens(with_bounds(processor, bounds)) == wanted and tokens(processor) == free
 
 
 def test_every_strategy_of_the_families_is_written():

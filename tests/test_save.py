@@ -33,12 +33,12 @@ save = importlib.import_module("06_save")
 
 @pytest.fixture
 def make(tmp_path, monkeypatch, zoo):
-    """A function: family and knobs -> a run in a folder of its own, with 05_train finished."""
-    def make(name="llava", **knobs):
+    """A function: family, 01's overrides and knobs -> a run in a folder of its own, with 05_train finished."""
+    def make(name="llava", overrides=(), **knobs):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
         rows = text_rows() if name.endswith("_text") else None
-        return Run(folder, monkeypatch, zoo(name), rows, **{"max_steps": 2} | knobs).upto("05_train")
+        return Run(folder, monkeypatch, zoo(name), rows, **{"max_steps": 2} | knobs).upto("05_train", *overrides)
     return make
 
 
@@ -229,7 +229,7 @@ def test_the_card_says_what_the_base_is_how_it_was_made_and_how_good_it_is(adapt
     for part in ("base_model: llava", "library_name: peft", "image-text-to-text", "LoRA r=4 alpha=32",
                  "Exact match", "on 1 held-out rows", "7 samples; 2 were held out", "transformers 5.",
                  "the weights of step 4 of 4", "| rows.jsonl | 7 | 2 | 0 |", "lora_r: 4", "its card doesn't name",
-                 "vllm serve llava --chat-template chat_template.jinja", "--max-lora-rank 8 --lora-modules tuned=."):
+                 "vllm serve llava-float32 --chat-template chat_template.jinja", "--max-lora-rank 8 --lora-modules tuned=."):
         assert part in text, part
     assert text == (adapter_run.path / "06_save/README.md").read_text(encoding="utf-8")
     merged = (adapter_run.path / "06_save/merged/README.md").read_text(encoding="utf-8")
@@ -251,7 +251,7 @@ def told(adapter_run):
     ("method", {"trained_parameters": {"vision": 1, "projector": 1}}, "adapter", "It is in `merged/`"),
     ("plan", {"stored_as": "fp8"}, "merged", "The base's 8-bit floats were merged into float32"),
     ("plan", {"quantisation": {"bits": 4}}, "merged", "had 4 bits; here its original weights are merged"),
-    ("plan", {"revision": "abc"}, "adapter", "vllm serve llava --revision abc"),
+    ("plan", {"revision": "abc"}, "adapter", "vllm serve llava-float32 --revision abc"),
     ("plan", {"revision": "abc"}, "adapter", 'from_pretrained(BASE, revision="abc", dtype='),
     ("saved", {"step": 2, "best": {"eval_loss": 0.5}}, "adapter", "step 2 of 4, whose eval_loss was the best (0.5)"),
     ("saved", {"step": 3, "trained_steps": 3}, "adapter", "step 3 of 4, where training stopped early"),
@@ -451,13 +451,20 @@ def test_an_answer_is_the_argmax_token_by_token(make, monkeypatch):
 
 
 @pytest.mark.parametrize("adapter", ["lora", None])
-def test_ask_shows_both_answers_and_writes_nothing(adapter, make, capsys):
-    run = make(adapter=adapter)
+def test_ask_shows_both_answers_to_a_prompt_like_the_rows_and_writes_nothing(adapter, make, capsys, monkeypatch):
+    template = "{{ mood }} {% for m in messages %}{{ m.role }}:{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}" \
+        "</s>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+    run = make(overrides=["datasets=[{path: rows.jsonl, system_prompt: Be brief.}]"], adapter=adapter,
+               chat_template=template, chat_template_kwargs={"mood": "calm"})
+    prompts, generate = [], save.generate
+    monkeypatch.setattr(save, "generate", lambda *given: prompts.append(given[2]) or generate(*given))
     before = harness.contents(run.folder)
     capsys.readouterr()
     run("06_save", "--ask", "red.png", "Which colour is it?")
     said = capsys.readouterr().out
     assert "Which colour is it?" in said and "before" in said and "after" in said
+    assert prompts == 2 * ["calm system:Be brief.</s>user:<image>Which colour is it?</s>assistant:"]
+    assert load_from_disk(run.path / "02_data/train")[0]["text"].startswith("calm system:Be brief.</s>user:")
     assert harness.contents(run.folder) == before
 
 

@@ -155,6 +155,14 @@ def test_a_weight_is_a_seeded_share_of_an_epoch():
     assert len(set(ids)) == len(ids) and {"c-0", "c-0~2"} <= set(ids)
 
 
+def test_shards_are_seeded_parts_that_hold_every_row_once_in_its_order():
+    rows = list(range(11))
+    parts = [samples.shard(rows, {"shards": 3, "shards_idx": n}, 1) for n in range(3)]
+    assert sorted(sum(parts, [])) == rows and [len(part) for part in parts] == [4, 4, 3]
+    assert all(part == sorted(part) for part in parts) and parts[0] != rows[::3]
+    assert samples.shard(rows, {"shards": None}, 1) == rows
+
+
 def test_weights_that_leave_nothing_are_an_error():
     with pytest.raises(StageError, match="no sample is left to train on"):
         samples.weighted([{"sample_id": "a-0", "of": "a", "weight": 0.1}], 1)

@@ -1,0 +1,113 @@
+"""budget: the largest pictures that keep to a number of tokens, of all rows or of one; what larger ones cost.
+
+A budget is looked for with the processor itself, which alone knows how many tokens it makes of a picture.
+
+Fork me to: spend a row's tokens otherwise (`largest_budget`).
+"""
+import contextlib
+import math
+import re
+from collections.abc import Callable
+
+from PIL import Image
+
+from lib import terminal
+from lib.families import Family
+from lib.messages import count, texts_of
+from lib.resolution import TooFew, bounds_of, require_bounds, with_bounds
+from lib.stage import StageError
+
+CAPS = [2**power for power in range(6, 14)]    # of which 02 says what they would save
+# <box>, <|box_start|>, <point x=…, <loc0123>, bbox, and brackets around two or four numbers.
+COORDINATES = re.compile(r"<\|?(box|point|loc)|\bbbox|[(\[]\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?){1,3}\s*[)\]]",
+                         re.IGNORECASE)
+MOST_PIXELS = 2**24                       # of a budget that is looked for
+SHAPES = (1, 2, 3, 4, 5, 6, 8, 10, 12)    # of probes: so many times as wide as high, and the other way round
+
+
+def set_token_budget(processor, family: Family, most_tokens: int | None) -> None:
+    """Nothing; no picture becomes more tokens, those that the processor puts around it included."""
+    if most_tokens is None:
+        return
+    require_bounds(processor, family, "max_image_tokens")
+
+    def fits(bounded, pixels: int) -> bool:
+        return most_tokens_of(bounded, pixels) <= most_tokens
+
+    pixels = largest_budget(processor, family.pixels, fits)
+    if pixels is None:
+        fewest = fewest_pixels(processor, family.pixels)
+        least = most_tokens_of(with_bounds(processor, bounds_of(processor, family.pixels, fewest)), fewest)
+        raise StageError(f"max_image_tokens: {most_tokens}: base_model's processor makes no fewer than "
+                         f"{least}", f"max_image_tokens: {least}")
+    if pixels < MOST_PIXELS // 2:                                # else it bounds nothing
+        for name, value in bounds_of(processor, family.pixels, pixels).items():
+            setattr(processor.image_processor, name, value)
+    terminal.say(f"max_image_tokens: {most_tokens} means pictures of at most {pixels:,} pixels")
+
+
+def most_tokens_of(processor, pixels: int) -> int:
+    """The most tokens that a processor with this budget of pixels makes of a picture of a usual shape."""
+    lengths = []
+    for wide in (*SHAPES, *(1 / high for high in SHAPES[1:])):
+        size = math.ceil(math.sqrt(1.2 * pixels * wide)), math.ceil(math.sqrt(1.2 * pixels / wide))
+        with contextlib.suppress(ValueError, RuntimeError):      # some refuse what is so wide
+            made = processor(text=[processor.image_token], images=[Image.new("RGB", size)],
+                             add_special_tokens=False)
+            lengths.append(len(made["input_ids"][0]))
+    return max(lengths)
+
+
+def largest_budget(processor, pixels: str, fits: Callable) -> int | None:
+    """The largest budget, to 1 in 4,096, for which `fits(processor with it, budget)`; None: none does."""
+    def tried(most: int) -> bool:
+        return fits(with_bounds(processor, bounds_of(processor, pixels, most)), most)
+
+    fewest, most = fewest_pixels(processor, pixels), MOST_PIXELS
+    if not tried(fewest):
+        return None
+    while most - fewest > max(1, fewest // 4096):
+        middle = (fewest + most) // 2 if most < 2 * fewest else math.isqrt(fewest * most)
+        fewest, most = (middle, most) if tried(middle) else (fewest, middle)
+    return fewest
+
+
+def fewest_pixels(processor, pixels: str) -> int:
+    """The smallest budget that a processor can keep."""
+    try:
+        bounds_of(processor, pixels, 1)
+    except TooFew as error:
+        return error.fewest
+    return 1
+
+
+# ---- what is said of it ----------------------------------------------------------------------------------
+
+
+def has_coordinates(messages: list[dict]) -> bool:
+    """Whether a row's texts hold boxes or points."""
+    return any(COORDINATES.search(text) for message in messages for text in texts_of(message))
+
+
+def show_tokens(samples, resized: bool) -> None:
+    """Print how many tokens pictures are, what a cap would save, and how many rows have coordinates.
+
+    resized: whether the recipe changes the size of all pictures. Of a sample with several, the mean counts.
+    """
+    found = [(sample["media_tokens"] / sample["pictures"], sample["pictures"]) for sample in samples
+             if sample["pictures"]]
+    if found:
+        every = sum(sample["input_tokens"] for sample in samples)
+        fewest, most = (round(pick(tokens for tokens, _ in found)) for pick in (min, max))
+        mean = sum(tokens * number for tokens, number in found) / sum(number for _, number in found)
+        terminal.say(f"tokens per picture: {fewest} to {most}, {mean:.0f} on average")
+        saved = [(cap, round(sum(max(0, tokens - cap) * number for tokens, number in found)))
+                 for cap in CAPS if cap < most]
+        if saved:
+            terminal.table("what a cap would save", ["max_image_tokens", "tokens", "of all"],
+                           [[cap, tokens, f"{tokens / every:.0%}"] for cap, tokens in saved])
+    off = {(sample["dataset"], sample["row"]) for sample in samples
+           if sample["coordinates"] and (resized or sample["image_bounds"])}
+    if off:
+        terminal.warn(f"{count(len(off), 'row')} with boxes or points, and pictures that are resized: "
+                      "coordinates in pixels would be wrong, shares of a side stay right")

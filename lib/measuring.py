@@ -1,0 +1,84 @@
+"""measuring: the rows of a data set, measured by several processes and handed on in their order.
+
+A worker gets rows and gives plain data, so nothing of a result depends on how many there are.
+"""
+import os
+import signal
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
+from pathlib import Path
+
+import torch
+
+from lib.rows import Rows
+from lib.sources import Row
+from lib.stage import StageError
+
+ROWS = 64                                 # that a process measures at a time; fewer need no other process
+AHEAD = 4                                 # such parts that wait for each process
+
+reader: Rows | None = None                # a worker's own
+
+
+@dataclass
+class Part:
+    """What became of some rows: samples, rejects, and the files that were read, with their hashes."""
+    rows: int
+    samples: list[dict] = field(default_factory=list)
+    rejects: list[dict] = field(default_factory=list)
+    files: list[tuple[Path, str | None]] = field(default_factory=list)
+
+
+def measured(rows: Rows, given: Iterator[Row], processes: int | None) -> Iterator[Part]:
+    """The Parts of all rows, in their order; processes: None is one for each core."""
+    given = iter(given)
+    parts = iter(lambda: list(islice(given, ROWS)), [])
+    first = list(islice(parts, 2))
+    if len(first) < 2 or processes == 1:
+        start(rows)
+        yield from map(part, chain(first, parts))
+        return
+    number = processes or cores()
+    waiting = deque()
+    with ProcessPoolExecutor(number, initializer=start_worker, initargs=(replace(rows, uses=None),)) as pool:
+        try:
+            for each in chain(first, parts):
+                waiting.append(pool.submit(part, each))
+                if len(waiting) > AHEAD * number:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise StageError("a process that measured rows has died, most often for want of memory",
+                             "dataset_processes: 1, or fewer than now") from None
+
+
+def cores() -> int:
+    """How many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def start_worker(rows: Rows) -> None:
+    """Nothing; this process measures with one thread, and leaves Ctrl-C to the one that started it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)
+    start(rows)
+
+
+def start(rows: Rows) -> None:
+    """Nothing; this process measures rows of that data set."""
+    global reader
+    reader = rows
+
+
+def part(given: list[Row]) -> Part:
+    """What becomes of these rows."""
+    found = Part(len(given))
+    noting = replace(reader, uses=lambda path, sha256=None: found.files.append((path, sha256)))
+    found.samples, found.rejects = noting.measured(given)
+    return found
