@@ -20,9 +20,9 @@ from typing import Literal
 
 from lib import stage, terminal
 from lib.checks import (
-    bnb_arguments, chat_template, data_path, day, filled, model_path, name_ends, properties, regex,
-    role_words, side, size, template_arguments)
-from lib.knobs import REQUIRED, in_words, knob, knobs_of
+    bnb_arguments, chat_template, data_path, day, filled, hook, metrics, model_path, name_ends, properties,
+    regex, role_words, side, size, template_arguments)
+from lib.knobs import REQUIRED, Hook, in_words, knob, knobs_of
 from lib.ledger import read_json, write_json
 from lib.reading import read_knobs
 from lib.recipe import Entry, read_overrides, read_recipe, read_text, written
@@ -41,8 +41,10 @@ ImageSize = int | list[int] | None
 Init = Literal[True, "gaussian"]
 Kernel = Literal["sdpa", "eager"]
 Key = str | None
+Loss = Literal["cross_entropy"] | Hook
+Metrics = list[Literal["exact_match", "contains", "anls", "json_f1"] | Hook]
 Modules = str | list[str] | None
-Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"]
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"] | Hook
 Rate = float | None
 Role = Literal["language", "vision", "audio", "projector", "cross_attention", "head", "embedding", "experts",
                "router"]
@@ -51,7 +53,7 @@ QuantisedRoles = list[Literal["language", "vision", "audio"]]
 RolesOrAll = list[Role | Literal["all"]]
 Resize = Literal["bilinear", "bicubic", "lanczos"]
 RowType = Literal["chat_template", "sharegpt"]
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "constant"] | Hook
 Steps = int | None
 Switch = bool | Literal["auto"]
 Turns = list[Literal["system", "user", "assistant", "tool"]]
@@ -151,8 +153,9 @@ class Recipe:
     gradient_accumulation_steps: int = knob(1, "05", "forward passes in an optimizer step", low=1)
     num_epochs: int | float          = knob(1, "05", "passes over the data", above=0)
     max_steps: int | None            = knob(None, "05", "optimizer steps, in place of num_epochs", low=1)
-    optimizer: Optimizer             = knob("adamw_torch_fused", "05", "AdamW: in one kernel, many, 8 bits")
-    lr_scheduler: Schedule           = knob("cosine", "05", "the rate's course after the warm-up")
+    optimizer: Optimizer             = knob("adamw_torch_fused", "05", "AdamW; or a hook", check=hook)
+    lr_scheduler: Schedule           = knob("cosine", "05", "the rate after the warm-up", check=hook)
+    loss: Loss                       = knob("cross_entropy", "05", "of a token; or a hook", check=hook)
     cosine_min_lr_ratio: float       = knob(0.0, "05", "where cosine ends, as a share", low=0, below=1)
     learning_rate: float             = knob(2e-4, "05", "the highest rate", above=0)
     learning_rate_vision: Rate       = knob(None, "05", "the vision tower's rate; null: as all", above=0)
@@ -162,6 +165,9 @@ class Recipe:
     warmup_ratio: float | None       = knob(None, "05", "share of the steps; null: 0.03", low=0, below=1)
     warmup_steps: int | None         = knob(None, "05", "or their number", low=0)
     weight_decay: float              = knob(0.0, "05", "AdamW's, on matrices", low=0)
+    weight_decay_vision: Rate        = knob(None, "05", "the vision tower's; null: as all", low=0)
+    weight_decay_audio: Rate         = knob(None, "05", "the audio tower's; null: as all", low=0)
+    weight_decay_projector: Rate     = knob(None, "05", "the projector's; null: as all", low=0)
     adam_beta1: float                = knob(0.9, "05", "memory of the gradients' mean", low=0, below=1)
     adam_beta2: float                = knob(0.999, "05", "memory of their squares' mean", low=0, below=1)
     adam_epsilon: float              = knob(1e-8, "05", "keeps AdamW's division finite", above=0)
@@ -180,6 +186,11 @@ class Recipe:
     skip_nonfinite: int              = knob(0, "05", "steps left out if the loss is no number", low=0)
     logging_steps: int               = knob(1, "05", "steps from line to line", low=1, identity=False)
     evals_per_epoch: int             = knob(1, "05", "evaluations in an epoch", low=0, identity=False)
+    eval_steps: Steps                = knob(None, "05", "or steps between them", low=1, identity=False)
+    eval_answer_rows: int            = knob(0, "05", "held-out rows that each evaluation answers", low=0)
+    eval_max_new_tokens: int         = knob(64, "05", "their longest answer", "tokens", low=1)
+    eval_metrics: Metrics            = knob(["exact_match", "contains", "anls"], "05 06", "scores of answers",
+                                            check=metrics)
     saves_per_epoch: int             = knob(1, "05", "checkpoints in an epoch", low=0, identity=False)
     save_steps: int | None           = knob(None, "05", "or steps between them", low=1, identity=False)
     save_total_limit: int            = knob(3, "05", "checkpoints kept", low=1, identity=False)
@@ -259,9 +270,9 @@ RULES = (  # the knobs it is about; when they contradict each other; why; how to
      "features are kept rank by rank, and a sharded model runs on all ranks at once", "remove one of them"),
     ("sample_packing group_by_length", lambda k: k.sample_packing and k.group_by_length,
      "packed rows are full, whatever their samples' lengths", "remove group_by_length"),
-    ("early_stopping_patience load_best_model_at_end evals_per_epoch val_set_size test_datasets",
+    ("early_stopping_patience load_best_model_at_end evals_per_epoch eval_steps val_set_size test_datasets",
      lambda k: (k.early_stopping_patience or k.load_best_model_at_end)
-     and not (k.evals_per_epoch and (k.val_set_size or k.test_datasets)),
+     and not ((k.evals_per_epoch or k.eval_steps) and (k.val_set_size or k.test_datasets)),
      "nothing is evaluated, so no step is the best", "val_set_size: 0.05 with evals_per_epoch: 1"),
     ("warmup_ratio warmup_steps", lambda k: k.warmup_ratio is not None and k.warmup_steps is not None,
      "the warm-up is a share of the steps or a number of them", "remove one of them"),

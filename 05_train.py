@@ -6,7 +6,8 @@
 
 Reads:  02_data (samples, processor), 03_load_model/model.json, 04_lora/adapter.
 Writes: 05_train/adapter/ or model/, checkpoints/step-N/, metrics.jsonl (exact), timings.jsonl, loss.svg,
-        golden.safetensors (what the trained weights answer, for 06 to compare), trained.json (which step).
+        answers.jsonl (of evaluations), trained.json (which step), golden.safetensors (what the trained
+        weights answer, for 06 to compare).
 Stops:  after Ctrl-C or SIGTERM with a checkpoint of the step, and exit code 130 or 143.
 Source: loss on generated text only, normalised over the whole optimizer step; gradient checkpointing
         (arXiv 1604.06174).
@@ -14,6 +15,7 @@ Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the sche
         of samples (lib/sampler.py).
 """
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -23,10 +25,10 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import checkpoint, fast, faults, features, folder, model, optim, packing, parallel, rehearsal
-from lib import sharding, stage, terminal
+from lib import checkpoint, fast, faults, features, folder, hooks, model, optim, packing, parallel
+from lib import rehearsal, sharding, stage, terminal
 from lib.chat import Encoder
-from lib.evaluate import held_out_loss
+from lib.evaluate import held_out_answers, held_out_loss, metrics_of
 from lib.golden import golden_answers, write_golden
 from lib.ledger import read_json, write_json
 from lib.loss import forward_loss
@@ -86,6 +88,7 @@ class Run:
     order: Order
     first_step: int
     total_steps: int
+    loss: Callable = forward_loss                                  # or with a user's losses of tokens
     skipped: int = 0                                               # steps whose loss was not finite
     now: tuple[int, list[Row]] = (0, ())                           # step and micro-batch, for messages
 
@@ -124,12 +127,15 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     global_batch_size = per_rank * world.world_size
     if work.checkpoint:
         checkpoint.load(work.checkpoint, parameters, optimizer)
-        first_step, global_batch_size = go_on(checkpoint.read_state(work.checkpoint), per_rank, world)
+        state = checkpoint.read_state(work.checkpoint)
+        first_step, global_batch_size = go_on(state, per_rank, world)
+        for group, numbers in zip(optimizer.param_groups, state["groups"]):
+            group.update(numbers)
     room = config.sequence_len if config.sample_packing else None
     order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length,
                   samples.kinds)
     return Run(work, world, net, roles, parameters, watch, optimizer, autocast, samples, held_out, order,
-               first_step, order.total_steps(config.num_epochs, config.max_steps))
+               first_step, order.total_steps(config.num_epochs, config.max_steps), hooks.loss_of(config))
 
 
 def keep_features(run: Run) -> None:
@@ -177,7 +183,7 @@ def train(run: Run) -> Log:
             log.step(step + 1, figures)
             if (step + 1) % config.logging_steps == 0:
                 progress.update(step + 1, **log.line())
-            if due(step + 1, per_epoch, config.evals_per_epoch, total):
+            if due(step + 1, per_epoch, config.evals_per_epoch, total, config.eval_steps):
                 evaluate(run, held_out, log, step + 1)
             saves.look()
             stop = run.world.most(asked.signal)
@@ -212,7 +218,7 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
         waited += time.monotonic() - asked
         tokens += batch["input_ids"].numel()
         with run.autocast():
-            loss, right = forward_loss(run.model, to_device(batch, world.device))
+            loss, right = run.loss(run.model, to_device(batch, world.device))
         (loss / step_tokens).backward()
         found[world.rank, number] = torch.stack([loss.detach(), right])
     world.sum_gradients(run.parameters.values())
@@ -240,12 +246,17 @@ def micro_batches(run: Run) -> Iterator[dict]:
     return iter(loader(run.samples, mine, config.dataloader_num_workers, world.device))
 
 
-def held_out_batches(run: Run) -> Iterable[dict]:
-    """This rank's share of the held-out samples, to go through at every evaluation."""
-    config, world = run.work.config, run.world
-    rows = in_turn(run.held_out, run.order.room)
-    mine = run.held_out.dealt(rows, config.micro_batch_size, world.rank, world.world_size)
-    return loader(run.held_out, mine, config.dataloader_num_workers, world.device)
+def held_out_batches(run: Run) -> Callable[[], Iterable[tuple[str, dict]]]:
+    """A function that goes through this rank's share of the held-out samples: each batch is of the data set
+    that it comes with.
+    """
+    config, world, mine = run.work.config, run.world, []
+    for name, chosen in run.held_out.by_dataset().items():
+        rows = in_turn(run.held_out, run.order.room, chosen)
+        shares = run.held_out.dealt(rows, config.micro_batch_size, world.rank, world.world_size)
+        mine += [(name, batch) for batch in shares]
+    batches = loader(run.held_out, [batch for _, batch in mine], config.dataloader_num_workers, world.device)
+    return lambda: zip((name for name, _ in mine), batches)
 
 
 def due(step: int, steps_per_epoch: int, per_epoch: int, total: int, every: int | None = None) -> bool:
@@ -257,15 +268,25 @@ def due(step: int, steps_per_epoch: int, per_epoch: int, total: int, every: int 
     return step * per_epoch // steps_per_epoch > (step - 1) * per_epoch // steps_per_epoch
 
 
-def evaluate(run: Run, batches: Iterable[dict], log: Log, step: int) -> None:
-    """Loss on the held-out samples, written to metrics.jsonl; nothing where there are none."""
+def evaluate(run: Run, batches: Callable[[], Iterable[tuple[str, dict]]], log: Log, step: int) -> None:
+    """Losses on held-out samples, answers and their scores, written down; nothing where there are none."""
     config = run.work.config
-    if len(run.held_out) and config.evals_per_epoch:
-        found = held_out_loss(run.model, batches, run.world, run.autocast)
-        if config.metric_for_best_model not in found:
-            run.world.stop(f"metric_for_best_model: {config.metric_for_best_model} is no evaluation's figure",
-                           f"in 01_config.py: metric_for_best_model={' or '.join(found)}")
-        log.write({"step": step, **found})
+    if not len(run.held_out) or not (config.evals_per_epoch or config.eval_steps):
+        return
+    began, answers = time.monotonic(), []
+    found = held_out_loss(run, batches())
+    seconds = {"eval_seconds": time.monotonic() - began}
+    if config.eval_answer_rows:
+        answers = held_out_answers(run)
+        seconds["answers_seconds"] = time.monotonic() - began - seconds["eval_seconds"]
+        texts = [[row[side] for row in answers] for side in ("answer", "reference")]
+        scores = run.world.agree(lambda: json.dumps(
+            {f"eval_{name}": metric(*texts) for name, metric in metrics_of(config.eval_metrics).items()}))
+        found |= json.loads(scores)
+    if config.metric_for_best_model not in found:
+        run.world.stop(f"metric_for_best_model: {config.metric_for_best_model} is no evaluation's figure",
+                       f"in 01_config.py: metric_for_best_model={' or '.join(found)}")
+    log.evaluation(step, found, answers, seconds)
 
 
 # ---- saving ----
@@ -273,7 +294,8 @@ def evaluate(run: Run, batches: Iterable[dict], log: Log, step: int) -> None:
 def save_checkpoint(run: Run, saves: checkpoint.Writer, log: Log, step: int) -> None:
     """Nothing; rank 0 begins to write checkpoints/step-N."""
     if run.world.is_leader:
-        state = {"global_batch_size": run.order.global_batch_size, "world_size": run.world.world_size}
+        state = {"global_batch_size": run.order.global_batch_size, "world_size": run.world.world_size,
+                 "groups": optim.numbers_in_groups(run.optimizer, run.work.config)}
         saves.save(step, run.parameters, run.optimizer, state, also_keep=to_keep(run, log))
 
 

@@ -67,7 +67,6 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "fsdp": ("sharding by FSDP 1; fsdp_version: 2 shards the frozen base",),
     "deepspeed": ("sharding over ranks",),
     "resume_from_checkpoint": ("going on from another run's checkpoint", False, True),
-    "eval_steps": ("evaluating by steps; evals_per_epoch does it by epochs",),
     "neftune_noise_alpha": ("noise on embeddings",),
     "torch_compile": ("compiled layers", False),
     "shuffle_merged_datasets": ("rows in the order of their files", True),

@@ -157,8 +157,11 @@ class Step:
 
 
 def moments_bytes(elements: int, optimizer: str) -> int:
-    """What AdamW keeps of a tensor: two floats for each element, or two bytes and a scale for each 256."""
-    if optimizer.startswith("adamw_torch") or elements < 4096:
+    """What AdamW keeps of a tensor: two floats for each element, or two bytes and a scale for each 256.
+
+    A user's own optimizer counts as AdamW.
+    """
+    if not optimizer.endswith("8bit") or elements < 4096:
         return 2 * FLOAT32 * elements
     return 2 * (elements + FLOAT32 * -(-elements // 256))
 

@@ -34,8 +34,9 @@ class Log:
             if not lines or json.loads(lines[-1])["step"] != first_step:
                 world.stop(f"{folder / 'metrics.jsonl'} has no line of step {first_step}, to go on from",
                            "put the file back, or start over with --force")
-            for name in ("metrics.jsonl", "timings.jsonl") if world.is_leader else ():
-                cut_back(folder / name, first_step)
+            for name in ("metrics.jsonl", "timings.jsonl", "answers.jsonl") if world.is_leader else ():
+                if (folder / name).exists():
+                    cut_back(folder / name, first_step)
 
     def step(self, step: int, figures: dict) -> None:
         """Write what one optimizer step found, and how long it took."""
@@ -60,6 +61,19 @@ class Log:
         self._append("metrics.jsonl", row)
         if "loss" not in row:
             self.notable.append(row)
+
+    def evaluation(self, step: int, found: dict, answers: list[dict], seconds: dict[str, float]) -> None:
+        """Write what an evaluation found, what it cost, and the answers, which no tracker gets; say it."""
+        self.write({"step": step, **found})
+        self._append("timings.jsonl", {"step": step} | {key: round(took, 4) for key, took in seconds.items()})
+        if answers and self.world.is_leader:
+            lines = [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in answers]
+            with (self.folder / "answers.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+            ledger.sync(self.folder / "answers.jsonl")             # a checkpoint must not outlive its lines
+        figures = ", ".join(f"{name} {figure:.4f}" for name, figure in found.items())
+        took = ", ".join(f"{key.replace('_', ' ')} {value:.1f}" for key, value in seconds.items())
+        terminal.say(f"step {step}: {figures} ({took})")
 
     def skipped_steps(self) -> int:
         """How many steps were skipped so far, as their loss or gradient was not finite."""

@@ -51,13 +51,20 @@ class World:
             sys.exit(1)
         return text
 
-    def _broadcast(self, text: str) -> str:
-        """Rank 0's text, on every rank."""
+    def everyones(self, text: str) -> list[str]:
+        """The texts of all ranks, by rank, on every rank."""
+        if self.world_size == 1:
+            return [text]
+        return [self._broadcast(text, rank) for rank in range(self.world_size)]
+
+    def _broadcast(self, text: str, source: int = 0) -> str:
+        """One rank's text, on every rank."""
         sent = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         size = torch.tensor([len(sent)], device=self.device)
-        dist.broadcast(size, src=0)
-        body = sent if self.is_leader else torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-        dist.broadcast(body, src=0)
+        dist.broadcast(size, src=source)
+        mine = self.rank == source
+        body = sent if mine else torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(body, src=source)
         return bytes(body.tolist()).decode()
 
     def stop(self, what: str, fix: str) -> None:

@@ -190,7 +190,7 @@ peft_use_rslora: true | peft_init_lora_weights: true | micro_batch_size: 1 | gra
 num_epochs: 1 | max_steps: 10 | optimizer: adamw_torch_fused | lr_scheduler: cosine | learning_rate: 2e-4
 learning_rate: '0.0002' | bf16: true | bf16: auto | warmup_ratio: 0.1 | warmup_steps: 10 | weight_decay: 0.0
 gradient_checkpointing: true | logging_steps: 1 | evals_per_epoch: 1 | saves_per_epoch: 1
-output_dir: ./outputs/out
+output_dir: ./outputs/out | eval_steps: 50 | eval_max_new_tokens: 128
 train_on_inputs: true | roles_to_train: [assistant, user] | train_on_eos: all | train_on_eos: none
 chat_template_kwargs: {enable_thinking: false} | excess_length_strategy: truncate
 excess_length_strategy: raise | datasets: [{path: owner/rows, split: 'train[:1%]', revision: main}]

@@ -220,7 +220,8 @@ def knobs(**changes):
     given = dict(learning_rate=1.0, warmup_steps=None, warmup_ratio=0.0, lr_scheduler="constant",
                  weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8,
                  optimizer="adamw_torch", cosine_min_lr_ratio=0.0, loraplus_lr_ratio=1.0,
-                 learning_rate_vision=None, learning_rate_audio=None, learning_rate_projector=None)
+                 learning_rate_vision=None, learning_rate_audio=None, learning_rate_projector=None,
+                 weight_decay_vision=None, weight_decay_audio=None, weight_decay_projector=None)
     return SimpleNamespace(**given | changes)
 
 
