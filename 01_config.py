@@ -108,7 +108,8 @@ class Recipe:
     quantize_roles: QuantisedRoles   = knob(["language"], "03", "whose layers get few bits", check=filled)
     bnb_config_kwargs: dict          = knob({}, "03", "bitsandbytes' arguments", check=bnb_arguments)
     attn_implementation: Kernel      = knob("sdpa", "03", "eager is the plain and slow one")
-    bf16: Switch                     = knob("auto", "03 05", "auto: where it is native; false: fp32")
+    bf16: Switch                     = knob("auto", "03", "bfloat16 weights and products; false: float32")
+    fp16: bool                       = knob(False, "03", "float16, for cards without bfloat16 (T4, V100)")
 
     # The data
     datasets: Datasets               = knob(REQUIRED, "02", "the rows to train on", check=filled)
@@ -219,6 +220,8 @@ def adapts_experts(k: Recipe) -> bool:
 
 
 RULES = (  # the knobs it is about; when they contradict each other; why; how to mend it
+    ("fp16 bf16", lambda k: k.fp16 and k.bf16 is True, "a product has one type or the other",
+     "remove one of them"),
     ("load_in_4bit load_in_8bit", lambda k: k.load_in_4bit and k.load_in_8bit,
      "a weight has 4 bits or 8", "remove one of them"),
     ("load_in_4bit adapter", lambda k: k.load_in_4bit and not k.adapter,

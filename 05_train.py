@@ -18,7 +18,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -89,6 +89,7 @@ class Run:
     first_step: int
     total_steps: int
     loss: Callable = forward_loss                                  # or with a user's losses of tokens
+    scaler: optim.Scaler = field(default_factory=lambda: optim.Scaler("float32", torch.device("cpu")))
     skipped: int = 0                                               # steps whose loss was not finite
     now: tuple[int, list[Row]] = (0, ())                           # step and micro-batch, for messages
 
@@ -113,8 +114,9 @@ def load(work: stage.Work, world: parallel.World) -> Run:
         model.checkpoint_trained_layers(net, roles, set(role_of.values()))
     if shards:
         sharding.shard(net, roles, world)
-    bf16 = plan["dtype"] == "bfloat16"
-    autocast = partial(torch.autocast, world.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext
+    half = None if plan["dtype"] == "float32" else getattr(torch, plan["dtype"])
+    autocast = partial(torch.autocast, world.device.type, half) if half else contextlib.nullcontext
+    parallel.warn_of_emulation(world.device, plan["dtype"])
     # The samples.
     encoder = Encoder.load(data / "processor", config.trust_remote_code)
     packed = packing.needs(net, family_of(plan["model_type"])) if config.sample_packing else {}
@@ -123,19 +125,22 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     watch = optim.GradientWatch(role_of, kinds_in_data=set().union(*samples.media))
     # The optimizer, the checkpoint to go on from, and the order of the samples, which it fixes.
     optimizer = optim.make_optimizer(parameters, role_of, config)
+    scaler = optim.Scaler(plan["dtype"], world.device)
     first_step, per_rank = 0, config.micro_batch_size * config.gradient_accumulation_steps
     global_batch_size = per_rank * world.world_size
     if work.checkpoint:
         checkpoint.load(work.checkpoint, parameters, optimizer)
         state = checkpoint.read_state(work.checkpoint)
         first_step, global_batch_size = go_on(state, per_rank, world)
+        scaler = optim.Scaler(plan["dtype"], world.device, state["scaler"])
         for group, numbers in zip(optimizer.param_groups, state["groups"]):
             group.update(numbers)
     room = config.sequence_len if config.sample_packing else None
     order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length,
                   samples.kinds)
     return Run(work, world, net, roles, parameters, watch, optimizer, autocast, samples, held_out, order,
-               first_step, order.total_steps(config.num_epochs, config.max_steps), hooks.loss_of(config))
+               first_step, order.total_steps(config.num_epochs, config.max_steps), hooks.loss_of(config),
+               scaler)
 
 
 def keep_features(run: Run) -> None:
@@ -219,22 +224,27 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
         tokens += batch["input_ids"].numel()
         with run.autocast():
             loss, right = run.loss(run.model, to_device(batch, world.device))
-        (loss / step_tokens).backward()
+        run.scaler.scale(loss / step_tokens).backward()
         found[world.rank, number] = torch.stack([loss.detach(), right])
     world.sum_gradients(run.parameters.values())
-    kinds = {kind for row in rows for index in row for kind in samples.media[index]}
-    run.watch.look(run.parameters, world, kinds)
+    run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.parameters.values(), config.max_grad_norm)
     found, norm = world.sum(found).tolist(), float(norm)          # the step's one wait for the device
-    if not (skipped := faults.not_finite(run, step, shares, found, norm)):
+    overflow = run.scaler.overflowed(found, norm)                 # only in float16
+    scaling = run.scaler.figures()
+    skipped = [] if overflow else faults.not_finite(run, step, shares, found, norm)
+    if not (skipped or overflow):
+        kinds = {kind for row in rows for index in row for kind in samples.media[index]}
+        run.watch.look(run.parameters, world, kinds)
         for group in run.optimizer.param_groups:
             group["lr"] = rate * group["share"]
         run.optimizer.step()
+    run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     loss, right = (sum(micro_batch[i] for share in found for micro_batch in share) for i in (0, 1))
     return {"loss": loss / step_tokens, "token_accuracy": right / step_tokens, "learning_rate": rate,
-            "grad_norm": norm, "supervised_tokens": step_tokens, "tokens": tokens, "waited": waited,
-            "seconds": time.monotonic() - began, "skipped": skipped}
+            "grad_norm": None if overflow else norm, "supervised_tokens": step_tokens, **scaling,
+            "tokens": tokens, "waited": waited, "seconds": time.monotonic() - began, "skipped": skipped}
 
 
 def micro_batches(run: Run) -> Iterator[dict]:
@@ -295,7 +305,7 @@ def save_checkpoint(run: Run, saves: checkpoint.Writer, log: Log, step: int) -> 
     """Nothing; rank 0 begins to write checkpoints/step-N."""
     if run.world.is_leader:
         state = {"global_batch_size": run.order.global_batch_size, "world_size": run.world.world_size,
-                 "groups": optim.numbers_in_groups(run.optimizer, run.work.config)}
+                 "scaler": run.scaler.state_dict(), "groups": optim.numbers_in_groups(run.optimizer, run.work.config)}
         saves.save(step, run.parameters, run.optimizer, state, also_keep=to_keep(run, log))
 
 

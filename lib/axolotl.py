@@ -18,6 +18,7 @@ SPELLINGS = {  # an older key: the knob and value it means where it is switched 
     "sdp_attention": ("attn_implementation", "sdpa"),
     "eager_attention": ("attn_implementation", "eager"),
     "bfloat16": ("bf16", "true"),
+    "float16": ("fp16", "true"),
 }
 
 REPLACED = {  # a knob: its values, what they become, why that is the same
@@ -58,8 +59,6 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "unfrozen_parameters": ("training by parameter name; train_roles chooses by part",),
     "role_boundaries": ("finding turns by their tokens; the template's render shows where they are",),
     "chat_template_jinja": ("a second key for the template; write its text into chat_template",),
-    "fp16": ("float16", False),
-    "float16": ("float16", False),
     "activation_offloading": ("activations in host memory", False),
     "device_map": ("one model over several devices", "auto"),
     "max_memory": ("one model over several devices",),

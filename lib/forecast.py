@@ -57,7 +57,7 @@ class Step:
 
     def __init__(self, planned: dict, knobs, cuda: bool = True):
         self.knobs, self.cuda, self.roles = knobs, cuda, Roles.of_plan(planned)
-        self.bf16 = planned["dtype"] == "bfloat16"
+        self.half = None if planned["dtype"] == "float32" else getattr(torch, planned["dtype"])
         net = plan.on_meta(planned).requires_grad_(False)
         keep_in_float32(net)
         few_bits = in_few_bits(net, planned)
@@ -105,7 +105,7 @@ class Step:
         with fast.paths(self.net, self.roles), self._kernels(), count:
             for _ in range(min(2, self.knobs.gradient_accumulation_steps)):
                 count.enter("language forward")
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                with torch.autocast("cpu", self.half, enabled=self.half is not None):
                     loss, _ = forward_loss(self.net, batch)
                 count.enter("backward")
                 loss.backward()
@@ -147,7 +147,7 @@ class Step:
             yield
             return
         short, fast.SHORT = fast.SHORT, 0
-        torch.set_autocast_enabled("cuda", self.bf16)
+        torch.set_autocast_enabled("cuda", self.half is not None)
         try:
             with hollow.cuda_kernels():
                 yield

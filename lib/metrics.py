@@ -13,7 +13,7 @@ from lib import charts, ledger, parallel, terminal
 from lib.stage import StageError
 from lib.trackers import Tracker, numbers
 
-EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens")
+EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens", "loss_scale", "overflows")
 
 
 class Log:
@@ -42,7 +42,7 @@ class Log:
         """Write what one optimizer step found, and how long it took."""
         epoch = round(step / self.steps_per_epoch, 4)
         exact = ("skipped",) if figures["skipped"] else EXACT
-        self.write({"step": step, "epoch": epoch} | {key: figures[key] for key in exact})
+        self.write({"step": step, "epoch": epoch} | {key: figures[key] for key in exact if key in figures})
         seconds = figures["seconds"]
         timing = {"step": step, "seconds": round(seconds, 4),
                   "tokens_per_second": round(figures["tokens"] * self.world.world_size / seconds, 1),

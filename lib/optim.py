@@ -75,6 +75,40 @@ def rate_share(name: str, role: str, knobs) -> float:
     return share * (knobs.loraplus_lr_ratio if ".lora_B." in name else 1.0)
 
 
+FIRST_SCALE = 2.0**16
+
+
+class Scaler(torch.amp.GradScaler):
+    """Loss scaling for float16, whose smallest gradients would vanish; for other types it does nothing.
+
+    A step whose scaled gradients overflow is left out, and the scale halved; so it is on every rank, since
+    they look at the same sums. overflows: how many such steps there were.
+    Source: mixed precision training (arXiv 1710.03740, section 3.2).
+    """
+
+    def __init__(self, dtype: str, device: torch.device, state: dict | None = None):
+        super().__init__(device.type, FIRST_SCALE, enabled=dtype == "float16")
+        self.overflows = state["overflows"] if state else 0
+        if state and self.is_enabled():
+            self.load_state_dict({key: value for key, value in state.items() if key != "overflows"})
+        self.scale(torch.zeros((), device=device))       # a rank may have no row in its first step
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds of it, in plain numbers; {} for other types."""
+        return super().state_dict() | {"overflows": self.overflows} if self.is_enabled() else {}
+
+    def overflowed(self, found: list, norm: float) -> bool:
+        """Whether only scaling made a gradient infinite: losses are finite, and the scale can be smaller."""
+        finite = all(math.isfinite(loss) for share in found for loss, _ in share)
+        over = self.is_enabled() and finite and not math.isfinite(norm) and self.get_scale() > 1
+        self.overflows += over
+        return over
+
+    def figures(self) -> dict[str, float]:
+        """The step's figures for metrics.jsonl; {} for other types."""
+        return {"loss_scale": self.get_scale(), "overflows": self.overflows} if self.is_enabled() else {}
+
+
 def warmup_steps(knobs, total_steps: int) -> int:
     """Steps of linear warm-up, from `warmup_steps` or `warmup_ratio` of the run."""
     if knobs.warmup_steps is not None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from lib import terminal
 from lib.stage import StageError
 
 BUCKET = 2**26                            # gradient elements that are summed over ranks at once: 256 MiB
@@ -146,6 +147,14 @@ def pick_device(local_rank: int = 0) -> torch.device:
     if torch.backends.mps.is_available():
         return torch.device("mps")
     return torch.device("cpu")
+
+
+def warn_of_emulation(device: torch.device, dtype: str) -> None:
+    """Nothing; says so where the GPU has no bfloat16 of its own, such as a T4 or a V100."""
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not native:
+        terminal.warn(f"{torch.cuda.get_device_name(device)} has no bfloat16: it is emulated, which is slow; "
+                      "fp16: true takes float16 and a gradient scaler, bf16: false takes float32")
 
 
 def peak_memory_gib(device: torch.device) -> float:
