@@ -20,8 +20,8 @@ from typing import Literal
 
 from lib import stage, terminal
 from lib.checks import (
-    bnb_arguments, chat_template, data_path, day, filled, hook, metrics, model_path, name_ends, properties,
-    regex, role_words, side, size, template_arguments)
+    bnb_arguments, chat_template, data_path, day, filled, hook, metrics, model_path, name_ends, name_regexes,
+    properties, regex, role_words, side, size, template_arguments)
 from lib.knobs import REQUIRED, Hook, in_words, knob, knobs_of
 from lib.ledger import read_json, write_json
 from lib.reading import read_knobs
@@ -44,6 +44,7 @@ Key = str | None
 Loss = Literal["cross_entropy"] | Hook
 Metrics = list[Literal["exact_match", "contains", "anls", "json_f1"] | Hook]
 Modules = str | list[str] | None
+Names = list[str] | None
 Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"] | Hook
 Rate = float | None
 Role = Literal["language", "vision", "audio", "projector", "cross_attention", "head", "embedding", "experts",
@@ -146,6 +147,7 @@ class Recipe:
     peft_use_rslora: bool            = knob(False, "04", "rsLoRA: scaled by lora_alpha / sqrt(lora_r)")
     peft_init_lora_weights: Init     = knob(True, "04", "how A begins (true: Kaiming); B begins at zero")
     train_roles: RolesOrAll          = knob(["all"], "04 05", "what full fine-tuning trains", check=filled)
+    unfrozen_parameters: Names       = knob(None, "04 05", "of these, regexes on names", check=name_regexes)
     freeze_mm_modules: bool          = knob(False, "01", "no vision, audio, projector in train_roles")
     full_finetune: bool | None       = knob(None, "01", "says once more that adapter is empty")
 
@@ -238,6 +240,8 @@ RULES = (  # the knobs it is about; when they contradict each other; why; how to
      "without an adapter, the model itself trains", "adapter: lora, or remove full_finetune"),
     ("train_roles adapter", lambda k: k.train_roles != ["all"] and k.adapter,
      "with an adapter, only the adapter trains", "say where in lora_target_roles, and remove train_roles"),
+    ("unfrozen_parameters adapter", lambda k: k.unfrozen_parameters and k.adapter,
+     "with an adapter, only the adapter trains", "say where in lora_target_modules"),
     ("train_roles", lambda k: "all" in k.train_roles and len(k.train_roles) > 1,
      "all is more than these", "train_roles: [all], or the list without all"),
     ("freeze_mm_modules lora_target_roles",

@@ -104,7 +104,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
     net, roles = model.load(plan, at), Roles.of_plan(plan)
     if config.adapter is None:
-        model.train_roles(net, roles, config.train_roles)
+        model.train_roles(net, roles, config.train_roles, config.unfrozen_parameters)
     else:
         net = model.attach(net, work.input("04_lora") / "adapter")
     parameters = model.trained_parameters(net)
@@ -285,10 +285,10 @@ def evaluate(run: Run, batches: Callable[[], Iterable[tuple[str, dict]]], log: L
         return
     began, answers = time.monotonic(), []
     found = held_out_loss(run, batches())
-    seconds = {"eval_seconds": time.monotonic() - began}
+    seconds = {"losses": time.monotonic() - began}
     if config.eval_answer_rows:
         answers = held_out_answers(run)
-        seconds["answers_seconds"] = time.monotonic() - began - seconds["eval_seconds"]
+        seconds["answers"] = time.monotonic() - began - seconds["losses"]
         texts = [[row[side] for row in answers] for side in ("answer", "reference")]
         scores = run.world.agree(lambda: json.dumps(
             {f"eval_{name}": metric(*texts) for name, metric in metrics_of(config.eval_metrics).items()}))
@@ -305,7 +305,8 @@ def save_checkpoint(run: Run, saves: checkpoint.Writer, log: Log, step: int) -> 
     """Nothing; rank 0 begins to write checkpoints/step-N."""
     if run.world.is_leader:
         state = {"global_batch_size": run.order.global_batch_size, "world_size": run.world.world_size,
-                 "scaler": run.scaler.state_dict(), "groups": optim.numbers_in_groups(run.optimizer, run.work.config)}
+                 "scaler": run.scaler.state_dict(),
+                 "groups": optim.numbers_in_groups(run.optimizer, run.work.config)}
         saves.save(step, run.parameters, run.optimizer, state, also_keep=to_keep(run, log))
 
 
@@ -330,7 +331,7 @@ def save(run: Run, log: Log) -> None:
                            "01_config.py with load_best_model_at_end=false, then 05_train.py --resume")
         checkpoint.load_weights(best, run.parameters)
     rows = run.held_out if len(run.held_out) else run.samples
-    answers = golden_answers(net, rows, config.golden_rows)       # on every rank: each may hold a part of it
+    answers = golden_answers(model.as_stored(net), rows, config.golden_rows)   # on every rank: a part of it
     run.world.barrier()                   # some rank may still be reading the checkpoint that is moved here
     if run.world.is_leader:
         if config.adapter is None:

@@ -56,7 +56,6 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "lora_modules_to_save": ("whole modules saved with the adapter",),
     "lora_model_dir": ("training an adapter further",),
     "loraplus_lr_embedding": ("another rate for embeddings",),
-    "unfrozen_parameters": ("training by parameter name; train_roles chooses by part",),
     "role_boundaries": ("finding turns by their tokens; the template's render shows where they are",),
     "chat_template_jinja": ("a second key for the template; write its text into chat_template",),
     "activation_offloading": ("activations in host memory", False),

@@ -48,6 +48,15 @@ def regex(target: str | list[str]) -> str | list[str]:
         raise Wrong(f"is no regex: {error}", "mend it; a recipe holds a regex in single quotes") from None
 
 
+def name_regexes(given: list[str]) -> list[str]:
+    """Regexes on parameters' names; Axolotl's ranges of rows are refused."""
+    for text in filled(given):
+        if re.search(r"\[\d*:\d*\]$", text):
+            raise Wrong(f"asks for some rows of a tensor ({text}): not built yet", "name whole tensors")
+        regex(text)
+    return given
+
+
 def name_ends(names: str | list[str]) -> list[str]:
     """The ends of parameters' names; one of them may stand without a list."""
     return filled([names] if isinstance(names, str) else names)

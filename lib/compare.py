@@ -40,7 +40,7 @@ def figures(run: Path) -> dict[str, str]:
     """{figure: its value in words} of one trained run; what 06 finds out only where it has finished."""
     losses = loss_series(run / "05_train" / "metrics.jsonl")
     text = (run / "05_train" / "timings.jsonl").read_text(encoding="utf-8")
-    timings = [line for line in map(json.loads, text.splitlines()) if "seconds" in line]
+    timings = [json.loads(line) for line in text.splitlines()]
     seconds = sum(line["seconds"] for line in timings)
     tokens = sum(line["tokens_per_second"] * line["seconds"] for line in timings)
     check = run / "06_save" / "check.json" if ledger.finished(run / "06_save") else None

@@ -132,8 +132,9 @@ def in_place_of_features(model, make) -> Iterator[None]:
     from peft import PeftModel
     modules = [module for module in model.modules()
                if hasattr(type(module), "get_image_features") and not isinstance(module, PeftModel)]
-    for module in modules:                # `wraps`, since generate asks which arguments it takes
-        module.get_image_features = functools.wraps(module.get_image_features)(make(module.get_image_features))
+    for module in modules:
+        own = module.get_image_features
+        module.get_image_features = functools.wraps(own)(make(own))   # generate asks what arguments it takes
     try:
         yield
     finally:

@@ -62,7 +62,7 @@ class Step:
         keep_in_float32(net)
         few_bits = in_few_bits(net, planned)
         if knobs.adapter is None:
-            model.train_roles(net, self.roles, knobs.train_roles)
+            model.train_roles(net, self.roles, knobs.train_roles, knobs.unfrozen_parameters)
         else:
             net, _ = adapter.put_on(net, planned, knobs, real=False)
             for parameter in model.trained_parameters(net).values():

@@ -43,7 +43,7 @@ def loaded(knob: str, path: str, name: str) -> Callable:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     told(knob, path, spec.loader.exec_module)(module)
     if not callable(getattr(module, name, None)):
-        raise StageError(f"{knob}: {path} has no function {name}", f"write `def {name}(…):` there")
+        raise StageError(f"{knob}: {os.path.relpath(path)} has no function {name}", f"write `def {name}(…):` there")
     return told(knob, path, getattr(module, name))
 
 
@@ -57,8 +57,9 @@ def told(knob: str, path: str, called: Callable) -> Callable:
                 raise
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                      if frame.filename == path]
-            place = f"{path}:{lines[-1]}" if lines else path
-            raise StageError(f"{knob}: {place}: {type(error).__name__}: {error}", f"mend {path}") from error
+            place, shown = f":{lines[-1]}" if lines else "", os.path.relpath(path)
+            raise StageError(f"{knob}: {shown}{place}: {type(error).__name__}: {error}",
+                             f"mend {shown}") from error
     return call
 
 
@@ -92,7 +93,7 @@ def hooked_loss(text: str, model, batch: dict) -> tuple[torch.Tensor, torch.Tens
 
     def compute(rows):                                                           # [N, D]
         chunks = zip(rows.split(CHUNK), batch["targets"].split(CHUNK))
-        with set_checkpoint_early_stop(False):    # by an exception, which would pass through the user's function
+        with set_checkpoint_early_stop(False):    # which is an exception inside the user's function
             parts = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
         return tuple(sum(part) for part in zip(*parts))
 

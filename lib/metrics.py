@@ -13,7 +13,8 @@ from lib import charts, ledger, parallel, terminal
 from lib.stage import StageError
 from lib.trackers import Tracker, numbers
 
-EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens", "loss_scale", "overflows")
+EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens",
+         "loss_scale", "overflows")                                # the last two in float16 only
 
 
 class Log:
@@ -65,14 +66,13 @@ class Log:
     def evaluation(self, step: int, found: dict, answers: list[dict], seconds: dict[str, float]) -> None:
         """Write what an evaluation found, what it cost, and the answers, which no tracker gets; say it."""
         self.write({"step": step, **found})
-        self._append("timings.jsonl", {"step": step} | {key: round(took, 4) for key, took in seconds.items()})
         if answers and self.world.is_leader:
             lines = [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in answers]
             with (self.folder / "answers.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(lines)
             ledger.sync(self.folder / "answers.jsonl")             # a checkpoint must not outlive its lines
         figures = ", ".join(f"{name} {figure:.4f}" for name, figure in found.items())
-        took = ", ".join(f"{key.replace('_', ' ')} {value:.1f}" for key, value in seconds.items())
+        took = ", ".join(f"{terminal.duration(value)} for {what}" for what, value in seconds.items())
         terminal.say(f"step {step}: {figures} ({took})")
 
     def skipped_steps(self) -> int:

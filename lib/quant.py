@@ -50,7 +50,8 @@ def make_plan(plan: dict, config, knobs, model, roles: Roles) -> dict | None:
     kept = sorted(set(linear_names(model)) - set(linears))
     how = {"load_in_8bit": True} if bits == 8 else {
         "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_quant_storage": "float16" if knobs.fp16 else "bfloat16", "bnb_4bit_compute_dtype": plan["dtype"]}
+        "bnb_4bit_quant_storage": "float16" if knobs.fp16 else "bfloat16",
+        "bnb_4bit_compute_dtype": plan["dtype"]}
     # transformers matches these from the start of the name: "vision_tower" would skip nothing inside
     # "model.vision_tower", so every name is written out. An explicit list also replaces the default one,
     # which keeps the output head; it is among the names here.

@@ -190,7 +190,8 @@ peft_use_rslora: true | peft_init_lora_weights: true | micro_batch_size: 1 | gra
 num_epochs: 1 | max_steps: 10 | optimizer: adamw_torch_fused | lr_scheduler: cosine | learning_rate: 2e-4
 learning_rate: '0.0002' | bf16: true | bf16: auto | warmup_ratio: 0.1 | warmup_steps: 10 | weight_decay: 0.0
 gradient_checkpointing: true | logging_steps: 1 | evals_per_epoch: 1 | saves_per_epoch: 1
-output_dir: ./outputs/out | eval_steps: 50 | eval_max_new_tokens: 128
+output_dir: ./outputs/out | eval_steps: 50 | eval_max_new_tokens: 128 | fp16: true
+float16: true | unfrozen_parameters: ['^lm_head.weight$', 'model.language_model.layers.[0-3].mlp']
 train_on_inputs: true | roles_to_train: [assistant, user] | train_on_eos: all | train_on_eos: none
 chat_template_kwargs: {enable_thinking: false} | excess_length_strategy: truncate
 excess_length_strategy: raise | datasets: [{path: owner/rows, split: 'train[:1%]', revision: main}]
@@ -226,14 +227,14 @@ quant_type: | lora_modules_to_save:
 NOT_YET = """
 tokenizer_use_mistral_common: true | special_tokens: {pad_token: <pad>, eos_token: <end>} | quant_type: nf4
 gptq: true | quantize_moe_experts: true | llama4_linearized_experts: true | device_map: balanced
-max_memory: {0: 20GiB} | gpu_memory_limit: 20GiB | fp16: true
+max_memory: {0: 20GiB} | gpu_memory_limit: 20GiB
 role_boundaries: [{role: user}]
 lora_model_dir: ./old | lora_modules_to_save: [lm_head, embed_tokens] | activation_offloading: true
 fsdp: [full_shard] | plugins: [mine.Plugin] | resume_from_checkpoint: ./checkpoint-5
 wandb_log_model: checkpoint | optimizer: paged_adamw_32bit | optimizer: adamw_torch_8bit
 optimizer: adamw_torch_4bit | lr_scheduler: rex | chat_template: chatml | deepspeed: ds.json | rl: dpo
 peft_init_lora_weights: pissa | gradient_checkpointing: offload | loraplus_lr_embedding: 1e-6
-unfrozen_parameters: [lm_head] | float16: true | liger_use_token_scaling: true
+unfrozen_parameters: ['embed_tokens.weight$[:100]'] | liger_use_token_scaling: true
 """
 
 
@@ -382,6 +383,8 @@ CONTRADICTIONS = (
     ["warmup_ratio=0.1", "warmup_steps=5"],
     ["sample_packing=true", "group_by_length=true"],
     ["cosine_min_lr_ratio=0.1", "lr_scheduler=linear"],
+    ["fp16=true", "bf16=true"],
+    ["unfrozen_parameters=[lm_head]"],
     ["fsdp_version=2", "adapter=null"],
     ["fsdp_version=2", "cache_vision_features=true"],
 )
@@ -430,8 +433,8 @@ def test_config_json_holds_every_knob_and_stages_json_names_every_knob(folder):
     assert set(values) == set(KNOBS) and values["output_dir"] == "runs/a"
     not_identity = stages.pop("not_identity")
     assert list(stages) == list(STAGES) and set().union(*stages.values()) == set(KNOBS)
-    assert set(not_identity) == {"logging_steps", "evals_per_epoch", "saves_per_epoch", "save_steps",
-                                 "save_total_limit", "dataloader_num_workers", "use_tensorboard", "fsdp_version",
+    assert set(not_identity) == {"logging_steps", "evals_per_epoch", "eval_steps", "saves_per_epoch",
+                                 "save_steps", "save_total_limit", "dataloader_num_workers", "use_tensorboard", "fsdp_version",
                                  "wandb_project", "wandb_entity", "wandb_name"}
 
 
@@ -604,8 +607,8 @@ WRONG_VALUES = (
          "optimizer: adafactor is not built yet, and its steps are others",
          "optimizer: adamw_torch_fused"),
     line("an optimizer that is none", "optimizer: adamw",
-         "optimizer: adamw must be adamw_torch_fused, adamw_torch, adamw_bnb_8bit or paged_adamw_8bit",
-         "for example optimizer: adamw_torch_fused (AdamW: in one kernel, many, 8 bits)"),
+         "optimizer: adamw must be adamw_torch_fused, adamw_torch, adamw_bnb_8bit or paged_adamw_8bit or "
+         "path/to/file.py:function", "for example optimizer: adamw_torch_fused (AdamW; or a hook)"),
     line("an initialisation that rewrites the base", "peft_init_lora_weights: pissa",
          "peft_init_lora_weights: pissa rewrites the base, so the adapter would not fit the published one",
          "peft_init_lora_weights: true"),

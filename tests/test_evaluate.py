@@ -1,5 +1,6 @@
 """Evaluation while training: losses by data set, and answers that are the saved model's own."""
 import json
+import re
 import signal
 
 import pytest
@@ -63,9 +64,7 @@ def test_an_evaluation_answers_as_the_saved_weights_do_and_loses_by_data_set(nam
     mean = last["eval_texts_loss"] * sum(tokens[:2]) + last["eval_colours_loss"] * sum(tokens[2:])
     assert mean / sum(tokens) == pytest.approx(last["eval_loss"], rel=1e-6)
     assert last["eval_colours_loss"] != last["eval_texts_loss"]
-    cost = [line for line in lines(run.path / "05_train/timings.jsonl") if "answers_seconds" in line]
-    assert [line["step"] for line in cost] == [line["step"] for line in evaluations(run)]
-    assert "step 0: eval_loss " in capsys.readouterr().out
+    assert re.search(r"step 0: eval_loss .* \(.* s for losses, .* s for answers\)", capsys.readouterr().out)
 
 
 def test_answers_change_nothing_in_training_and_survive_a_kill(make):

@@ -167,8 +167,8 @@ def test_a_training_killed_on_two_ranks_goes_on_on_any_number(number, make):
     train_on_two(killed, before=after_two())
     partial = killed.path / "05_train.partial"
     assert stage.newest_checkpoint(partial).name == "step-2"
-    assert checkpoint.read_state(partial / "checkpoints/step-2") == {
-        "step": 2, "global_batch_size": 4, "world_size": 2}
+    state = checkpoint.read_state(partial / "checkpoints/step-2")
+    assert (state["step"], state["global_batch_size"], state["world_size"]) == (2, 4, 2)
     if number == 2:
         assert_trained(train_on_two(killed))
         assert killed.metrics() == whole.metrics()                 # to the byte

@@ -247,7 +247,7 @@ def test_weight_decay_is_on_matrices_alone():
         matrix: 0.1, vector: 0.0}
 
 
-def test_roles_and_b_matrices_learn_at_their_own_rates():
+def test_roles_learn_and_decay_at_their_own_rates_and_b_matrices_learn_faster():
     roles = {"layers.0.lora_A.default.weight": "language", "layers.0.lora_B.default.weight": "language",
              "tower.0.lora_B.default.weight": "vision", "projector.weight": "projector"}
     parameters = {name: torch.nn.Parameter(torch.ones(2, 2)) for name in roles}
@@ -255,6 +255,10 @@ def test_roles_and_b_matrices_learn_at_their_own_rates():
     optimizer = optim.make_optimizer(parameters, roles, given)
     shares = {p: group["share"] for group in optimizer.param_groups for p in group["params"]}
     assert [shares[p] for p in parameters.values()] == pytest.approx([1.0, 16.0, 1.6, 1.0])
+    given = knobs(weight_decay=0.1, weight_decay_vision=0.0, weight_decay_projector=0.3)
+    optimizer = optim.make_optimizer(parameters, roles, given)
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert [decays[p] for p in parameters.values()] == [0.1, 0.1, 0.0, 0.3]
 
 
 def test_cosine_may_end_above_zero():
