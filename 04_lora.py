@@ -76,11 +76,13 @@ def full_fine_tuning(planned: dict, work) -> dict:
         trained[roles.of(name)] += parameter.numel() * parameter.requires_grad
     for name, module in meta.named_modules():
         modules[roles.of(name)] += any(p.requires_grad for p in module.parameters(recurse=False))
-    if not trained.total():
+    if not +trained:
         raise StageError(f"unfrozen_parameters: none that trains is named so in {planned['class']}",
                          f"names begin as in {next(name for name, _ in meta.named_parameters())}")
-    return {"method": "full fine-tuning", "targets": None, "modules": dict(+modules),
-            "trained_parameters": dict(+trained), "experts": 0, "first_hits": {}}
+    trained = dict(+trained)
+    return {"method": "full fine-tuning", "targets": None,
+            "modules": {role: modules[role] for role in trained},
+            "trained_parameters": trained, "experts": 0, "first_hits": {}}
 
 
 def print_facts(facts: dict, parameters: dict[str, int]) -> None:
