@@ -43,7 +43,8 @@ def loaded(knob: str, path: str, name: str) -> Callable:
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     told(knob, path, spec.loader.exec_module)(module)
     if not callable(getattr(module, name, None)):
-        raise StageError(f"{knob}: {os.path.relpath(path)} has no function {name}", f"write `def {name}(…):` there")
+        raise StageError(f"{knob}: {os.path.relpath(path)} has no function {name}",
+                         f"write `def {name}(…):` there")
     return told(knob, path, getattr(module, name))
 
 

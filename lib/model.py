@@ -142,7 +142,7 @@ def train_roles(model, roles: Roles, wanted: list[str], named: list[str] | None 
 
 
 def as_stored(model):
-    """The model, from here on each parameter in the type that the base has it in: what is exported and serves.
+    """The model, each parameter in the type that the base has it in from here on: so it is exported and serves.
 
     Only parameters are cast: `model.to(bfloat16)` would also round buffers, such as the rope's frequencies.
     """

@@ -191,7 +191,7 @@ num_epochs: 1 | max_steps: 10 | optimizer: adamw_torch_fused | lr_scheduler: cos
 learning_rate: '0.0002' | bf16: true | bf16: auto | warmup_ratio: 0.1 | warmup_steps: 10 | weight_decay: 0.0
 gradient_checkpointing: true | logging_steps: 1 | evals_per_epoch: 1 | saves_per_epoch: 1
 output_dir: ./outputs/out | eval_steps: 50 | eval_max_new_tokens: 128 | fp16: true
-float16: true | unfrozen_parameters: ['^lm_head.weight$', 'model.language_model.layers.[0-3].mlp']
+float16: true
 train_on_inputs: true | roles_to_train: [assistant, user] | train_on_eos: all | train_on_eos: none
 chat_template_kwargs: {enable_thinking: false} | excess_length_strategy: truncate
 excess_length_strategy: raise | datasets: [{path: owner/rows, split: 'train[:1%]', revision: main}]

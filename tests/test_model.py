@@ -40,7 +40,7 @@ ON_DISK = {
 
 def knobs(base, **changes):
     """The knobs that a plan is made of."""
-    given = dict(base_model=str(base), revision=None, trust_remote_code=False, model_type=None, bf16=False,
+    given = dict(base_model=str(base), revision=None, trust_remote_code=False, model_type=None, bf16=False, fp16=False,
                  attn_implementation="sdpa", load_in_4bit=False, load_in_8bit=False, bnb_config_kwargs={})
     return SimpleNamespace(**given | changes)
 
