@@ -142,7 +142,7 @@ def train_roles(model, roles: Roles, wanted: list[str], named: list[str] | None 
 
 
 def as_stored(model):
-    """The model, each parameter in the type that the base has it in from here on: so it is exported and serves.
+    """The model, from here on with each parameter in the type that the base has it in, as it is exported.
 
     Only parameters are cast: `model.to(bfloat16)` would also round buffers, such as the rope's frequencies.
     """
