@@ -25,7 +25,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import checkpoint, fast, faults, features, folder, hooks, model, optim, packing, parallel
+from lib import checkpoint, fast, faults, features, folder, hooks, metrics, model, optim, packing, parallel
 from lib import rehearsal, sharding, stage, terminal
 from lib.chat import Encoder
 from lib.evaluate import held_out_answers, held_out_loss, metrics_of
@@ -211,17 +211,16 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
     ranks, known before the first forward: how samples are cut into micro-batches and ranks changes nothing.
     """
     config, world, samples = run.work.config, run.world, run.samples
-    began, waited, tokens = time.monotonic(), 0.0, 0
-    step_tokens = sum(samples.supervised_tokens[index] for row in rows for index in row)
-    ranks = range(world.world_size)
+    began, waited, ranks = time.monotonic(), 0.0, range(world.world_size)
     shares = [samples.dealt(rows, config.micro_batch_size, rank, world.world_size) for rank in ranks]
+    sizes = metrics.sizes(samples, rows, shares)
+    step_tokens = sizes["supervised_tokens"]
     found = torch.zeros(len(shares), max(map(len, shares)), 2, device=world.device)  # [rank, batch, figure]
     torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)   # dropout repeats when resumed
     for number, micro_batch in enumerate(shares[world.rank]):
         run.now, asked = (step, micro_batch), time.monotonic()
         batch = next(batches)
         waited += time.monotonic() - asked
-        tokens += batch["input_ids"].numel()
         with run.autocast():
             loss, right = run.loss(run.model, to_device(batch, world.device))
         run.scaler.scale(loss / step_tokens).backward()
@@ -242,9 +241,9 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     loss, right = (sum(micro_batch[i] for share in found for micro_batch in share) for i in (0, 1))
-    return {"loss": loss / step_tokens, "token_accuracy": right / step_tokens, "learning_rate": rate,
-            "grad_norm": None if overflow else norm, "supervised_tokens": step_tokens, **scaling,
-            "tokens": tokens, "waited": waited, "seconds": time.monotonic() - began, "skipped": skipped}
+    return {"loss": loss / step_tokens, "token_accuracy": right / step_tokens, **optim.rates(config, rate),
+            "grad_norm": None if overflow else norm, **sizes, **scaling,
+            "waited": waited, "seconds": time.monotonic() - began, "skipped": skipped}
 
 
 def micro_batches(run: Run) -> Iterator[dict]:

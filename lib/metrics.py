@@ -17,6 +17,20 @@ EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tok
          "loss_scale", "overflows")                                # the last two in float16 only
 
 
+EXACT_BY_ROLE = ("learning_rate_", "grad_norm_")
+
+
+def sizes(samples, rows: list[tuple[int, ...]], shares: list) -> dict[str, int]:
+    """{supervised_tokens, tokens, room, images} of a step, over all ranks; room counts padding, too."""
+    def tokens(row: tuple[int, ...]) -> int:
+        return sum(samples.input_tokens[max(index, ~index)] for index in row)      # ~index: a blank one
+    every = [index for row in rows for index in row]
+    return {"supervised_tokens": sum(samples.supervised_tokens[index] for index in every),
+            "tokens": sum(map(tokens, rows)),
+            "room": sum(max(map(tokens, batch)) * len(batch) for share in shares for batch in share),
+            "images": sum(samples.media[index].count("image") for index in every)}
+
+
 class Log:
     """Appends a line a step on rank 0. On resuming at step N, lines of later steps are cut off first.
 
@@ -42,12 +56,15 @@ class Log:
     def step(self, step: int, figures: dict) -> None:
         """Write what one optimizer step found, and how long it took."""
         epoch = round(step / self.steps_per_epoch, 4)
-        exact = ("skipped",) if figures["skipped"] else EXACT
-        self.write({"step": step, "epoch": epoch} | {key: figures[key] for key in exact if key in figures})
+        exact = ("skipped",) if figures["skipped"] else (
+            key for key in figures if key in EXACT or key.startswith(EXACT_BY_ROLE))
+        self.write({"step": step, "epoch": epoch} | {key: figures[key] for key in exact})
         seconds = figures["seconds"]
-        timing = {"step": step, "seconds": round(seconds, 4),
-                  "tokens_per_second": round(figures["tokens"] * self.world.world_size / seconds, 1),
+        rates = {f"{what}_per_second": round(figures[what] / seconds, 1)
+                 for what in ("tokens", "supervised_tokens", "images")}
+        timing = {"step": step, "seconds": round(seconds, 4), **rates,
                   "data_wait": round(figures["waited"] / seconds, 4),
+                  "padding": round(1 - figures["tokens"] / figures["room"], 4),
                   "peak_memory_gib": round(parallel.peak_memory_gib(self.world.device), 3)}
         self._append("timings.jsonl", timing)
         self.last, self.steps = figures | timing, step

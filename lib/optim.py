@@ -66,6 +66,14 @@ def of_role(role: str, knobs) -> tuple[float, float]:
     return (knobs.learning_rate if rate is None else rate, knobs.weight_decay if decay is None else decay)
 
 
+def rates(knobs, rate: float) -> dict[str, float]:
+    """A step's rate, and of the roles that have their own, as figures."""
+    own = {"vision": knobs.learning_rate_vision, "audio": knobs.learning_rate_audio,
+           "projector": knobs.learning_rate_projector}
+    return {"learning_rate": rate} | {f"learning_rate_{role}": rate * its / knobs.learning_rate
+                                      for role, its in own.items() if its is not None}
+
+
 def rate_share(name: str, role: str, knobs) -> float:
     """A parameter's learning rate as a part of the run's: by its role, and LoRA+'s ratio on B matrices.
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lib import checkpoint, model, optim, rehearsal
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.golden import fingerprint, read_header
+from lib.metrics import sizes
 from lib.parallel import World
 from lib.sampler import Order, Samples, dealt
 from lib.stage import StageError
@@ -315,11 +316,24 @@ def test_metrics_are_exact_and_timings_are_apart(make):
     assert [line["epoch"] for line in steps] == [0.5, 1.0]
     timings = lines(one.path / "05_train/timings.jsonl")
     assert [list(line) for line in timings] == 2 * [
-        ["step", "seconds", "tokens_per_second", "data_wait", "peak_memory_gib"]]
+        ["step", "seconds", "tokens_per_second", "supervised_tokens_per_second", "images_per_second", "data_wait",
+         "padding", "peak_memory_gib"]]
     assert all(0 <= line["data_wait"] <= 1 and line["tokens_per_second"] > 0 for line in timings)
     wrote = one.json("05_train/stage.json")["wrote"]
     assert {"metrics.jsonl", "golden.safetensors", "loss.svg"} < set(wrote)
     assert not [name for name in wrote if "timings" in name or "checkpoints" in name]
+
+
+def test_a_steps_sizes_count_all_ranks_and_the_padding_of_each_batch():
+    samples = SimpleNamespace(input_tokens=[3, 5, 4], supervised_tokens=[1, 2, 2],
+                              media=[("image",), (), ("image", "audio", "image")])
+    rows, shares = [(0,), (1,), (2,)], [[[(0,), (1,)]], [[(2,)], [(~0,)]]]     # the second rank has a blank
+    assert sizes(samples, rows, shares) == {"supervised_tokens": 5, "tokens": 12, "room": 10 + 4 + 3, "images": 3}
+
+
+def test_a_role_with_a_rate_of_its_own_has_its_figure():
+    found = optim.rates(knobs(learning_rate=1e-3, learning_rate_vision=1e-4), 5e-4)
+    assert found == pytest.approx({"learning_rate": 5e-4, "learning_rate_vision": 5e-5})
 
 
 def test_the_evaluation_loss_is_the_mean_over_all_held_out_tokens(make):
