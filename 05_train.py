@@ -97,6 +97,7 @@ class Run:
 def load(work: stage.Work, world: parallel.World) -> Run:
     """The run as the earlier stages planned it, on this rank's device, as its newest checkpoint left it."""
     config, data = work.config, work.input("02_data")
+    world.agree(lambda: hooks.look(config))
     plan = read_json(work.input("03_load_model") / "model.json")
     planned = read_json(work.input("04_lora") / "adapter.json")
     # The model, and what of it trains.

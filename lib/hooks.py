@@ -30,6 +30,16 @@ from lib.loss import CHUNK, capped, forward_loss, in_place_of_logits, softcap_of
 from lib.stage import StageError
 
 
+def look(knobs) -> str:
+    """No text; a StageError, before weights are loaded, where a function that is named can't be had."""
+    named = {"optimizer": [knobs.optimizer], "lr_scheduler": [knobs.lr_scheduler], "loss": [knobs.loss],
+             "eval_metrics": knobs.eval_metrics}
+    for knob, texts in named.items():
+        for text in filter(HOOK.fullmatch, texts):
+            function(knob, text)
+    return ""
+
+
 def function(knob: str, text: str) -> Callable:
     """The function that a knob's value names; what goes wrong in it ends in two lines."""
     path, name = HOOK.fullmatch(text).groups()

@@ -1,5 +1,6 @@
 """A recipe may name functions of one's own. MINE is what such a file looks like; the tests say what holds."""
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from datasets import load_from_disk
 from safetensors import safe_open
 
-from lib import model, optim, stage
+from lib import hooks, model, optim, stage
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.evaluate import metrics_of
 from lib.metrics import Log
@@ -143,6 +144,8 @@ def test_a_recipe_that_names_no_function_ends_in_two_lines(case, tmp_path):
     ("import nothing_of_this_name\nf = 1\n",
      lambda f: optim.learning_rate(knobs(lr_scheduler=f), 0, 4), ":1: ModuleNotFoundError: "),
     ("f = 1\n", lambda f: optim.learning_rate(knobs(lr_scheduler=f), 0, 4), "has no function f"),
+    ("g = 1\n", lambda f: hooks.look(SimpleNamespace(optimizer="adamw_torch", lr_scheduler="cosine", loss=f,
+                                                     eval_metrics=["anls"])), "loss: mine.py has no function f"),
     ("def f(answers, references):\n    return None\n",
      lambda f: metrics_of([f])["f"](["a"], ["b"]), "eval_metrics: mine.py:f returned None, not a number"),
 ])
