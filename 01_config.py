@@ -21,9 +21,9 @@ from typing import Literal
 
 from lib import origin, registry, stage, terminal
 from lib.checks import (
-    bnb_arguments, chat_template, data_path, day, filled, limits, model_overrides, model_path, name_ends,
-    properties, regex, role_words, side, size, template_arguments)
-from lib.knobs import REQUIRED, in_words, knob, knobs_of
+    bnb_arguments, chat_template, data_path, day, filled, hook, limits, metrics, model_overrides, model_path,
+    name_ends, name_regexes, properties, regex, role_words, side, size, template_arguments)
+from lib.knobs import REQUIRED, Hook, in_words, knob, knobs_of
 from lib.ledger import read_json, write_json
 from lib.reading import read_knobs
 from lib.recipe import Entry, read_overrides, read_recipe, read_text, written
@@ -42,8 +42,11 @@ ImageSize = int | list[int] | None
 Init = Literal[True, "gaussian"]
 Kernel = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
 Key = str | None
+Loss = Literal["cross_entropy"] | Hook
+Metrics = list[Literal["exact_match", "contains", "anls", "json_f1"] | Hook]
 Modules = str | list[str] | None
-Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"]
+Names = list[str] | None
+Optimizer = Literal["adamw_torch_fused", "adamw_torch", "adamw_bnb_8bit", "paged_adamw_8bit"] | Hook
 PagesHold = Literal["none", "eval", "all"]
 Rate = float | None
 Rerun = bool | Literal["auto", "offload"]
@@ -54,7 +57,7 @@ QuantisedRoles = list[Literal["language", "vision", "audio"]]
 RolesOrAll = list[Role | Literal["all"]]
 Resize = Literal["bilinear", "bicubic", "lanczos"]
 RowType = Literal["chat_template", "sharegpt"]
-Schedule = Literal["cosine", "linear", "constant"]
+Schedule = Literal["cosine", "linear", "constant"] | Hook
 Spread = Literal["auto"] | None
 Steps = int | None
 Switch = bool | Literal["auto"]
@@ -115,6 +118,7 @@ class Recipe:
     bnb_config_kwargs: dict          = knob({}, "03", "bitsandbytes' arguments", check=bnb_arguments)
     attn_implementation: Kernel      = knob("sdpa", "03", "what lacks here becomes sdpa")
     bf16: Switch                     = knob("auto", "03 05", "auto: where it is native; false: fp32")
+    fp16: bool                       = knob(False, "03", "float16, for cards without bfloat16 (T4, V100)")
 
     overrides_of_model_config: dict  = knob({}, "03", "rope_theta, rope_scaling", check=model_overrides)
     tf32: bool                       = knob(False, "05", "with bf16: false, products of float32 in TF32")
@@ -156,6 +160,7 @@ class Recipe:
     peft_use_rslora: bool            = knob(False, "04", "rsLoRA: scaled by lora_alpha / sqrt(lora_r)")
     peft_init_lora_weights: Init     = knob(True, "04", "how A begins (true: Kaiming); B begins at zero")
     train_roles: RolesOrAll          = knob(["all"], "04 05", "what full fine-tuning trains", check=filled)
+    unfrozen_parameters: Names       = knob(None, "04 05", "of these, regexes on names", check=name_regexes)
     freeze_mm_modules: bool          = knob(False, "01", "no vision, audio, projector in train_roles")
     full_finetune: bool | None       = knob(None, "01", "says once more that adapter is empty")
 
@@ -164,8 +169,9 @@ class Recipe:
     gradient_accumulation_steps: int = knob(1, "05", "forward passes in an optimizer step", low=1)
     num_epochs: int | float          = knob(1, "05", "passes over the data", above=0)
     max_steps: int | None            = knob(None, "05", "optimizer steps, in place of num_epochs", low=1)
-    optimizer: Optimizer             = knob("adamw_torch_fused", "05", "AdamW: in one kernel, many, 8 bits")
-    lr_scheduler: Schedule           = knob("cosine", "05", "the rate's course after the warm-up")
+    optimizer: Optimizer             = knob("adamw_torch_fused", "05", "AdamW; or a hook", check=hook)
+    lr_scheduler: Schedule           = knob("cosine", "05", "the rate after the warm-up", check=hook)
+    loss: Loss                       = knob("cross_entropy", "05", "of a token; or a hook", check=hook)
     cosine_min_lr_ratio: float       = knob(0.0, "05", "where cosine ends, as a share", low=0, below=1)
     learning_rate: float             = knob(2e-4, "05", "the highest rate", above=0)
     learning_rate_vision: Rate       = knob(None, "05", "the vision tower's rate; null: as all", above=0)
@@ -175,6 +181,9 @@ class Recipe:
     warmup_ratio: float | None       = knob(None, "05", "share of the steps; null: 0.03", low=0, below=1)
     warmup_steps: int | None         = knob(None, "05", "or their number", low=0)
     weight_decay: float              = knob(0.0, "05", "AdamW's, on matrices", low=0)
+    weight_decay_vision: Rate        = knob(None, "05", "the vision tower's; null: as all", low=0)
+    weight_decay_audio: Rate         = knob(None, "05", "the audio tower's; null: as all", low=0)
+    weight_decay_projector: Rate     = knob(None, "05", "the projector's; null: as all", low=0)
     adam_beta1: float                = knob(0.9, "05", "memory of the gradients' mean", low=0, below=1)
     adam_beta2: float                = knob(0.999, "05", "memory of their squares' mean", low=0, below=1)
     adam_epsilon: float              = knob(1e-8, "05", "keeps AdamW's division finite", above=0)
@@ -195,6 +204,11 @@ class Recipe:
     skip_nonfinite: int              = knob(0, "05", "steps left out if the loss is no number", low=0)
     logging_steps: int               = knob(1, "05", "steps from line to line", low=1, identity=False)
     evals_per_epoch: int             = knob(1, "05", "evaluations in an epoch", low=0, identity=False)
+    eval_steps: Steps                = knob(None, "05", "or steps between them", low=1, identity=False)
+    eval_answer_rows: int            = knob(0, "05", "held-out rows that each evaluation answers", low=0)
+    eval_max_new_tokens: int         = knob(64, "05", "their longest answer", "tokens", low=1)
+    eval_metrics: Metrics            = knob(["exact_match", "contains", "anls"], "05 06", "scores of answers",
+                                            check=metrics)
     saves_per_epoch: int             = knob(1, "05", "checkpoints in an epoch", low=0, identity=False)
     save_steps: int | None           = knob(None, "05", "or steps between them", low=1, identity=False)
     save_total_limit: int            = knob(3, "05", "checkpoints kept", low=1, identity=False)
@@ -224,6 +238,8 @@ def adapts_experts(k: Recipe) -> bool:
 
 
 RULES = (  # the knobs it is about; when they contradict each other; why; how to mend it
+    ("fp16 bf16", lambda k: k.fp16 and k.bf16 is True, "a product has one type or the other",
+     "remove one of them"),
     ("load_in_4bit load_in_8bit", lambda k: k.load_in_4bit and k.load_in_8bit,
      "a weight has 4 bits or 8", "remove one of them"),
     ("load_in_4bit adapter", lambda k: k.load_in_4bit and not k.adapter,
@@ -240,6 +256,8 @@ RULES = (  # the knobs it is about; when they contradict each other; why; how to
      "without an adapter, the model itself trains", "adapter: lora, or remove full_finetune"),
     ("train_roles adapter", lambda k: k.train_roles != ["all"] and k.adapter,
      "with an adapter, only the adapter trains", "say where in lora_target_roles, and remove train_roles"),
+    ("unfrozen_parameters adapter", lambda k: k.unfrozen_parameters and k.adapter,
+     "with an adapter, only the adapter trains", "say where in lora_target_modules"),
     ("train_roles", lambda k: "all" in k.train_roles and len(k.train_roles) > 1,
      "all is more than these", "train_roles: [all], or the list without all"),
     ("freeze_mm_modules lora_target_roles",
@@ -285,15 +303,16 @@ RULES = (  # the knobs it is about; when they contradict each other; why; how to
      "what limits a GPU's part says nothing where one holds all", "device_map: auto, or remove max_memory"),
     ("sample_packing group_by_length", lambda k: k.sample_packing and k.group_by_length,
      "packed rows are full, whatever their samples' lengths", "remove group_by_length"),
-    ("attn_implementation bf16", lambda k: k.attn_implementation.startswith("flash") and k.bf16 is False,
+    ("attn_implementation bf16 fp16",
+     lambda k: k.attn_implementation.startswith("flash") and k.bf16 is False and not k.fp16,
      "flash attention computes in 16 bits", "attn_implementation: sdpa, or bf16: auto"),
     ("attn_implementation sample_packing micro_batch_size",
      lambda k: k.attn_implementation.startswith("flash") and k.sample_packing and k.micro_batch_size > 1,
      "flash attention tells packed samples apart in batches of one row only",
      "micro_batch_size: 1 and more gradient_accumulation_steps, or attn_implementation: sdpa"),
-    ("early_stopping_patience load_best_model_at_end evals_per_epoch val_set_size test_datasets",
+    ("early_stopping_patience load_best_model_at_end evals_per_epoch eval_steps val_set_size test_datasets",
      lambda k: (k.early_stopping_patience or k.load_best_model_at_end)
-     and not (k.evals_per_epoch and (k.val_set_size or k.test_datasets)),
+     and not ((k.evals_per_epoch or k.eval_steps) and (k.val_set_size or k.test_datasets)),
      "nothing is evaluated, so no step is the best", "val_set_size: 0.05 with evals_per_epoch: 1"),
     ("warmup_ratio warmup_steps", lambda k: k.warmup_ratio is not None and k.warmup_steps is not None,
      "the warm-up is a share of the steps or a number of them", "remove one of them"),

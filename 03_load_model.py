@@ -56,7 +56,8 @@ def main(argv=None):
         write_json(work.path / "forecast.json", forecast)
         fit.print_facts(forecast)
     # 4. Load it for real, by the plan.
-    parallel.ask_for_bf16(work.config.bf16, device)
+    if planned["dtype"] == "bfloat16":
+        parallel.ask_for_bf16(work.config.bf16, device)
     began = time.monotonic()
     loaded = model.load(planned, device, "inference", parallel.spread(work.config, device))
     seconds = time.monotonic() - began

@@ -67,15 +67,22 @@ def full_fine_tuning(planned: dict, work) -> dict:
     if "head" in wanted and planned["tied_head"] and "embedding" not in wanted:
         raise StageError(f"train_roles: the head of {planned['class']} is its embedding, one tensor",
                          "name embedding instead of head")
-    chosen = [role for role in there if role in wanted or wanted == ["all"]]
-    if not chosen:
+    if not there.keys() & set(wanted) and wanted != ["all"]:
         raise StageError(f"train_roles: {planned['class']} has no {', '.join(wanted)}",
                          f"choose among {', '.join(there)}")
-    modules = Counter(roles.of(name) for name, module in meta.named_modules()
-                      if list(module.parameters(recurse=False)) and not roles.is_idle(name))
+    model.train_roles(meta.requires_grad_(False), roles, wanted, work.config.unfrozen_parameters)
+    trained, modules = Counter(), Counter()
+    for name, parameter in meta.named_parameters():
+        trained[roles.of(name)] += parameter.numel() * parameter.requires_grad
+    for name, module in meta.named_modules():
+        modules[roles.of(name)] += any(p.requires_grad for p in module.parameters(recurse=False))
+    if not +trained:
+        raise StageError(f"unfrozen_parameters: none that trains is named so in {planned['class']}",
+                         f"names begin as in {next(name for name, _ in meta.named_parameters())}")
+    trained = dict(+trained)
     return {"method": "full fine-tuning", "targets": None,
-            "modules": {role: modules[role] for role in chosen},
-            "trained_parameters": {role: there[role] for role in chosen}, "experts": 0, "first_hits": {}}
+            "modules": {role: modules[role] for role in trained},
+            "trained_parameters": trained, "experts": 0, "first_hits": {}}
 
 
 def print_facts(facts: dict, parameters: dict[str, int]) -> None:

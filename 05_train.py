@@ -6,7 +6,8 @@
 
 Reads:  02_data (samples, processor), 03_load_model/model.json, 04_lora/adapter.
 Writes: 05_train/adapter/ or model/, checkpoints/step-N/, metrics.jsonl (exact), timings.jsonl, loss.svg,
-        golden.safetensors (what the trained weights answer, for 06 to compare), trained.json (which step).
+        answers.jsonl (of evaluations), trained.json (which step), golden.safetensors (what the trained
+        weights answer, for 06 to compare).
 Stops:  after Ctrl-C or SIGTERM with a checkpoint of the step, and exit code 130 or 143.
 Source: loss on generated text only, normalised over the whole optimizer step; gradient checkpointing
         (arXiv 1604.06174).
@@ -14,19 +15,20 @@ Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the sche
         of samples (lib/sampler.py).
 """
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 import datasets
 import torch
 
-from lib import checkpoint, fast, faults, features, fit, folder, model, optim, packing, parallel, rehearsal
-from lib import sharding, stage, terminal
+from lib import checkpoint, fast, faults, features, fit, folder, hooks, metrics, model, optim, packing
+from lib import parallel, rehearsal, sharding, stage, terminal
 from lib.chat import Encoder
-from lib.evaluate import held_out_loss
+from lib.evaluate import held_out_answers, held_out_loss, metrics_of
 from lib.golden import golden_answers, write_golden
 from lib.ledger import read_json, write_json
 from lib.loss import forward_loss
@@ -88,6 +90,8 @@ class Run:
     order: Order
     first_step: int
     total_steps: int
+    loss: Callable = forward_loss                                  # or with a user's losses of tokens
+    scaler: optim.Scaler = field(default_factory=lambda: optim.Scaler("float32", torch.device("cpu")))
     skipped: int = 0                                               # steps whose loss was not finite
     now: tuple[int, list[Row]] = (0, ())                           # step and micro-batch, for messages
 
@@ -95,10 +99,12 @@ class Run:
 def load(work: stage.Work, world: parallel.World) -> Run:
     """The run as the earlier stages planned it, on this rank's device, as its newest checkpoint left it."""
     config, data = work.config, work.input("02_data")
+    world.agree(lambda: hooks.look(config))
     plan = read_json(work.input("03_load_model") / "model.json")
     planned = read_json(work.input("04_lora") / "adapter.json")
     # The model, and what of it trains.
-    parallel.ask_for_bf16(config.bf16, world.device)
+    if plan["dtype"] == "bfloat16":
+        parallel.ask_for_bf16(config.bf16, world.device)
     if config.device_map and world.world_size > 1:
         world.stop(f"device_map: {config.device_map} shares one process's model out, and torchrun gives each "
                    "rank its own GPU", "python 05_train.py, without torchrun; or remove device_map")
@@ -110,7 +116,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
         parallel.keep_freed_memory()
     roles = Roles.of_plan(plan)
     if config.adapter is None:
-        model.train_roles(net, roles, config.train_roles)
+        model.train_roles(net, roles, config.train_roles, config.unfrozen_parameters)
     else:
         net = model.attach(net, work.input("04_lora") / "adapter")
     parameters = model.trained_parameters(net)
@@ -121,8 +127,8 @@ def load(work: stage.Work, world: parallel.World) -> Run:
                                         offload=config.gradient_checkpointing == "offload")
     if shards:
         sharding.shard(net, roles, world)
-    bf16 = plan["dtype"] == "bfloat16"
-    autocast = partial(torch.autocast, world.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext
+    half = None if plan["dtype"] == "float32" else getattr(torch, plan["dtype"])
+    autocast = partial(torch.autocast, world.device.type, half) if half else contextlib.nullcontext
     # The samples.
     encoder = Encoder.load(data / "processor", config.trust_remote_code)
     packed = packing.needs(net, family_of(plan["model_type"])) if config.sample_packing else {}
@@ -131,16 +137,22 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     watch = optim.GradientWatch(role_of, kinds_in_data=set().union(*samples.media))
     # The optimizer, the checkpoint to go on from, and the order of the samples, which it fixes.
     optimizer = optim.make_optimizer(parameters, role_of, config)
+    scaler = optim.Scaler(plan["dtype"], world.device)
     first_step, per_rank = 0, config.micro_batch_size * config.gradient_accumulation_steps
     global_batch_size = per_rank * world.world_size
     if work.checkpoint:
         checkpoint.load(work.checkpoint, parameters, optimizer)
-        first_step, global_batch_size = go_on(checkpoint.read_state(work.checkpoint), per_rank, world)
+        state = checkpoint.read_state(work.checkpoint)
+        first_step, global_batch_size = go_on(state, per_rank, world)
+        scaler = optim.Scaler(plan["dtype"], world.device, state["scaler"])
+        for group, numbers in zip(optimizer.param_groups, state["groups"]):
+            group.update(numbers)
     room = config.sequence_len if config.sample_packing else None
     order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length,
                   samples.kinds)
     return Run(work, world, net, roles, parameters, role_of, watch, optimizer, autocast, samples, held_out,
-               order, first_step, order.total_steps(config.num_epochs, config.max_steps))
+               order, first_step, order.total_steps(config.num_epochs, config.max_steps),
+               hooks.loss_of(config), scaler)
 
 
 def share_of_kept_layers(work: stage.Work, world: parallel.World, plan: dict, shards: bool) -> float:
@@ -206,7 +218,7 @@ def train(run: Run) -> Log:
             log.step(step + 1, figures)
             if (step + 1) % config.logging_steps == 0:
                 progress.update(step + 1, **log.line())
-            if due(step + 1, per_epoch, config.evals_per_epoch, total):
+            if due(step + 1, per_epoch, config.evals_per_epoch, total, config.eval_steps):
                 evaluate(run, held_out, log, step + 1)
             saves.look()
             stop = run.world.most(asked.signal)
@@ -229,36 +241,41 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
     ranks, known before the first forward: how samples are cut into micro-batches and ranks changes nothing.
     """
     config, world, samples = run.work.config, run.world, run.samples
-    began, waited, tokens = time.monotonic(), 0.0, 0
-    step_tokens = sum(samples.supervised_tokens[index] for row in rows for index in row)
-    ranks = range(world.world_size)
+    began, waited, ranks = time.monotonic(), 0.0, range(world.world_size)
     shares = [samples.dealt(rows, config.micro_batch_size, rank, world.world_size) for rank in ranks]
+    sizes = metrics.sizes(samples, rows, shares)
+    step_tokens = sizes["supervised_tokens"]
     found = torch.zeros(len(shares), max(map(len, shares)), 2, device=world.device)  # [rank, batch, figure]
     torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)   # dropout repeats when resumed
     for number, micro_batch in enumerate(shares[world.rank]):
         run.now, asked = (step, micro_batch), time.monotonic()
         batch = next(batches)
         waited += time.monotonic() - asked
-        tokens += batch["input_ids"].numel()
         with run.autocast():
-            loss, right = forward_loss(run.model, to_device(batch, world.device))
-        (loss / step_tokens).backward()
+            loss, right = run.loss(run.model, to_device(batch, world.device))
+        run.scaler.scale(loss / step_tokens).backward()
         found[world.rank, number] = torch.stack([loss.detach(), right])
     world.sum_gradients(run.parameters.values())
-    kinds = {kind for row in rows for index in row for kind in samples.media[index]}
-    run.watch.look(run.parameters, world, kinds)
+    run.scaler.unscale_(run.optimizer)
     norms = optim.clip_gradients(run.parameters, run.role_of, config.max_grad_norm)
     found = world.sum(found).tolist()                             # the step's one wait for the device
     norms = {name: float(norm) for name, norm in norms.items()}
-    if not (skipped := faults.not_finite(run, step, shares, found, norms["grad_norm"])):
+    overflow = run.scaler.overflowed(found, norms["grad_norm"])   # only in float16
+    scaling = run.scaler.figures()
+    skipped = [] if overflow else faults.not_finite(run, step, shares, found, norms["grad_norm"])
+    if not (skipped or overflow):
+        kinds = {kind for row in rows for index in row for kind in samples.media[index]}
+        run.watch.look(run.parameters, world, kinds)
         for group in run.optimizer.param_groups:
             group["lr"] = rate * group["share"]
         run.optimizer.step()
+    run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
     loss, right = (sum(micro_batch[i] for share in found for micro_batch in share) for i in (0, 1))
-    return {"loss": loss / step_tokens, "token_accuracy": right / step_tokens, "learning_rate": rate,
-            **norms, "supervised_tokens": step_tokens, "tokens": tokens, "waited": waited,
-            "seconds": time.monotonic() - began, "skipped": skipped}
+    norms = dict.fromkeys(norms) if overflow else norms            # infinity is no JSON
+    return {"loss": loss / step_tokens, "token_accuracy": right / step_tokens, **optim.rates(config, rate),
+            **norms, **sizes, **scaling,
+            "waited": waited, "seconds": time.monotonic() - began, "skipped": skipped}
 
 
 def micro_batches(run: Run) -> Iterator[dict]:
@@ -270,12 +287,17 @@ def micro_batches(run: Run) -> Iterator[dict]:
     return iter(loader(run.samples, mine, config.dataloader_num_workers, world.device))
 
 
-def held_out_batches(run: Run) -> Iterable[dict]:
-    """This rank's share of the held-out samples, to go through at every evaluation."""
-    config, world = run.work.config, run.world
-    rows = in_turn(run.held_out, run.order.room)
-    mine = run.held_out.dealt(rows, config.micro_batch_size, world.rank, world.world_size)
-    return loader(run.held_out, mine, config.dataloader_num_workers, world.device)
+def held_out_batches(run: Run) -> Callable[[], Iterable[tuple[str, dict]]]:
+    """A function that goes through this rank's share of the held-out samples: each batch is of the data set
+    that it comes with.
+    """
+    config, world, mine = run.work.config, run.world, []
+    for name, chosen in run.held_out.by_dataset().items():
+        rows = in_turn(run.held_out, run.order.room, chosen)
+        shares = run.held_out.dealt(rows, config.micro_batch_size, world.rank, world.world_size)
+        mine += [(name, batch) for batch in shares]
+    batches = loader(run.held_out, [batch for _, batch in mine], config.dataloader_num_workers, world.device)
+    return lambda: zip((name for name, _ in mine), batches)
 
 
 def due(step: int, steps_per_epoch: int, per_epoch: int, total: int, every: int | None = None) -> bool:
@@ -287,15 +309,25 @@ def due(step: int, steps_per_epoch: int, per_epoch: int, total: int, every: int 
     return step * per_epoch // steps_per_epoch > (step - 1) * per_epoch // steps_per_epoch
 
 
-def evaluate(run: Run, batches: Iterable[dict], log: Log, step: int) -> None:
-    """Loss on the held-out samples, written to metrics.jsonl; nothing where there are none."""
+def evaluate(run: Run, batches: Callable[[], Iterable[tuple[str, dict]]], log: Log, step: int) -> None:
+    """Losses on held-out samples, answers and their scores, written down; nothing where there are none."""
     config = run.work.config
-    if len(run.held_out) and config.evals_per_epoch:
-        found = held_out_loss(run.model, batches, run.world, run.autocast)
-        if config.metric_for_best_model not in found:
-            run.world.stop(f"metric_for_best_model: {config.metric_for_best_model} is no evaluation's figure",
-                           f"in 01_config.py: metric_for_best_model={' or '.join(found)}")
-        log.write({"step": step, **found})
+    if not len(run.held_out) or not (config.evals_per_epoch or config.eval_steps):
+        return
+    began, answers = time.monotonic(), []
+    found = held_out_loss(run, batches())
+    seconds = {"losses": time.monotonic() - began}
+    if config.eval_answer_rows:
+        answers = held_out_answers(run)
+        seconds["answers"] = time.monotonic() - began - seconds["losses"]
+        texts = [[row[side] for row in answers] for side in ("answer", "reference")]
+        scores = run.world.agree(lambda: json.dumps(
+            {f"eval_{name}": metric(*texts) for name, metric in metrics_of(config.eval_metrics).items()}))
+        found |= json.loads(scores)
+    if config.metric_for_best_model not in found:
+        run.world.stop(f"metric_for_best_model: {config.metric_for_best_model} is no evaluation's figure",
+                       f"in 01_config.py: metric_for_best_model={' or '.join(found)}")
+    log.evaluation(step, found, answers, seconds)
 
 
 # ---- saving ----
@@ -305,7 +337,8 @@ def save_checkpoint(run: Run, saves: checkpoint.Writer, log: Log, step: int) -> 
     if run.world.is_leader:
         config = run.work.config
         per_rank = config.micro_batch_size * config.gradient_accumulation_steps  # at the first start, too
-        state = {"global_batch_size": run.order.global_batch_size, "per_rank": per_rank}
+        state = {"global_batch_size": run.order.global_batch_size, "per_rank": per_rank,
+                 "scaler": run.scaler.state_dict(), "groups": optim.numbers_in_groups(run.optimizer, config)}
         saves.save(step, run.parameters, run.optimizer, state, also_keep=to_keep(run, log))
 
 
@@ -330,7 +363,7 @@ def save(run: Run, log: Log) -> None:
                            "01_config.py with load_best_model_at_end=false, then 05_train.py --resume")
         checkpoint.load_weights(best, run.parameters)
     rows = run.held_out if len(run.held_out) else run.samples
-    answers = golden_answers(net, rows, config.golden_rows)       # on every rank: each may hold a part of it
+    answers = golden_answers(model.as_stored(net), rows, config.golden_rows)   # on every rank: a part of it
     run.world.barrier()                   # some rank may still be reading the checkpoint that is moved here
     if run.world.is_leader:
         if config.adapter is None:

@@ -18,6 +18,7 @@ SPELLINGS = {  # an older key: the knob and value it means where it is switched 
     "sdp_attention": ("attn_implementation", "sdpa"),
     "eager_attention": ("attn_implementation", "eager"),
     "bfloat16": ("bf16", "true"),
+    "float16": ("fp16", "true"),
 }
 
 REPLACED = {  # a knob: its values, what they become, why that is the same
@@ -59,17 +60,13 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "lora_modules_to_save": ("whole modules saved with the adapter",),
     "lora_model_dir": ("training an adapter further",),
     "loraplus_lr_embedding": ("another rate for embeddings",),
-    "unfrozen_parameters": ("training by parameter name; train_roles chooses by part",),
     "role_boundaries": ("finding turns by their tokens; the template's render shows where they are",),
     "chat_template_jinja": ("a second key for the template; write its text into chat_template",),
-    "fp16": ("float16", False),
-    "float16": ("float16", False),
     "activation_offloading": ("activations in host memory; gradient_checkpointing: offload does it", False),
     "gpu_memory_limit": ("a limit to a GPU's memory",),
     "fsdp": ("sharding by FSDP 1; fsdp_version: 2 shards the frozen base",),
     "deepspeed": ("sharding over ranks",),
     "resume_from_checkpoint": ("going on from another run's checkpoint", False, True),
-    "eval_steps": ("evaluating by steps; evals_per_epoch does it by epochs",),
     "neftune_noise_alpha": ("noise on embeddings",),
     "torch_compile": ("compiled layers", False),
     "shuffle_merged_datasets": ("rows in the order of their files", True),

@@ -86,8 +86,17 @@ def host_copy(tensor: torch.Tensor) -> torch.Tensor:
 
 def moments(parameters: dict[str, torch.nn.Parameter], optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's tensors in host memory, named by parameter: `NAME|exp_avg` and so on."""
-    return {f"{name}|{kind}": host_copy(torch.as_tensor(value))
-            for name, p in parameters.items() for kind, value in optimizer.state.get(p, {}).items()}
+    return {f"{name}|{kind}": host_copy(as_tensor(kind, value))
+            for name, p in parameters.items() for kind, value in optimizer.state.get(p, {}).items()
+            if value is not None}
+
+
+def as_tensor(kind: str, value) -> torch.Tensor:
+    """A value that an optimizer keeps of a parameter; a number is one in full precision."""
+    if not isinstance(value, (torch.Tensor, int, float)):
+        raise StageError(f"optimizer: its {kind} of a parameter is a {type(value).__name__}, which no "
+                         "checkpoint holds", "keep tensors and numbers in its state")
+    return torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
 
 
 def prune(path: Path, step: int, keep: int, also: Collection[int] = ()) -> None:
@@ -114,8 +123,8 @@ def load(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer) -> No
     numbers = {p: number for number, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
     for key, value in load_file(path / "optimizer.safetensors").items():
         name, _, kind = key.rpartition("|")
-        counts = value.dtype == torch.int64     # bitsandbytes' steps, which are plain numbers there
-        state["state"].setdefault(numbers[parameters[name]], {})[kind] = int(value) if counts else value
+        plain = value.dtype in (torch.int64, torch.float64) and not value.dim()   # as bitsandbytes' steps are
+        state["state"].setdefault(numbers[parameters[name]], {})[kind] = value.item() if plain else value
     optimizer.load_state_dict(state)  # which knows the device and dtype that each moment needs
 
 

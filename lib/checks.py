@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 
 from lib import registry
+from lib.ledger import HOOK
 
 BNB_ARGUMENTS = {
     "bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_use_double_quant": (True, False),
@@ -48,9 +49,42 @@ def regex(target: str | list[str]) -> str | list[str]:
         raise Wrong(f"is no regex: {error}", "mend it; a recipe holds a regex in single quotes") from None
 
 
+def name_regexes(given: list[str]) -> list[str]:
+    """Regexes on parameters' names; Axolotl's ranges of rows are refused."""
+    for text in filled(given):
+        if re.search(r"\[\d*:\d*\]$", text):
+            raise Wrong(f"asks for some rows of a tensor ({text}): not built yet", "name whole tensors")
+        regex(text)
+    return given
+
+
 def name_ends(names: str | list[str]) -> list[str]:
     """The ends of parameters' names; one of them may stand without a list."""
     return filled([names] if isinstance(names, str) else names)
+
+
+def hook(given: str | list[str]) -> str | list[str]:
+    """A choice, a hook whose file is there and holds the function's name, or a list of such."""
+    for text in given if isinstance(given, list) else [given]:
+        if not (found := HOOK.fullmatch(text)):
+            continue
+        path, name = Path(found[1]), found[2]
+        if not os.path.isfile(path):
+            raise Wrong("is in no file here", similar(path) or f"a relative path starts from {Path.cwd()}")
+        code = path.read_text(encoding="utf-8", errors="replace")
+        if not re.search(rf"\b{name}\b", code):
+            close = difflib.get_close_matches(name, re.findall(r"^def (\w+)", code, re.MULTILINE), n=1)
+            raise Wrong(f"names {name}, which isn't in that file",
+                        f"did you mean {path}:{close[0]}?" if close else f"write `def {name}(…):` there")
+    return given
+
+
+def metrics(given: list[str]) -> list[str]:
+    """Metrics of answers that can be told apart by their names."""
+    names = [text.rpartition(":")[2] for text in given]
+    if again := {name for name in names if names.count(name) > 1}:
+        raise Wrong(f"has two metrics named {again.pop()}", "rename the function")
+    return hook(given)
 
 
 def size(text: str) -> str:

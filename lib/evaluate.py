@@ -1,41 +1,85 @@
 """evaluate: loss on held-out samples, greedy answers, and how much of them is right.
 
-Fork me to: count something else as right (`METRICS`).
+Fork me to: count something else as right (`METRICS`, or a function of yours in `eval_metrics`).
 """
-from collections.abc import Iterable
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import torch
 
+from lib import fast, features, hooks
 from lib.chat import Encoder
-from lib.loss import forward_loss
 from lib.parallel import World
+from lib.plan import quiet
 from lib.processor import tokenizer_of
-from lib.sampler import to_device
+from lib.sampler import Samples, to_device
 
 
 @torch.no_grad()
-def held_out_loss(model, batches: Iterable[dict], world: World, autocast) -> dict[str, float]:
-    """{loss per supervised token, token accuracy} over the batches of all ranks."""
+def held_out_loss(run, batches: Iterable[tuple[str, dict]]) -> dict[str, float]:
+    """{loss per supervised token, token accuracy} over the batches of all ranks, which come with the names of
+    their data sets; where there are several, the loss of each, too.
+    """
+    world, names = run.world, list(run.held_out.by_dataset())
     exact = torch.float32 if world.device.type == "mps" else torch.float64
-    totals = torch.zeros(3, dtype=exact, device=world.device)
-    model.eval()
-    for batch in batches:
+    totals = torch.zeros(len(names), 3, dtype=exact, device=world.device)
+    run.model.eval()
+    for name, batch in batches:
         tokens = len(batch["targets"])
-        with autocast():
-            loss, right = forward_loss(model, to_device(batch, world.device))
-        totals += torch.stack([loss.to(totals), right.to(totals), totals.new_tensor(tokens)])
-    model.train()
-    loss, right, tokens = world.sum(totals).tolist()
-    return {"eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
+        with run.autocast():
+            loss, right = run.loss(run.model, to_device(batch, world.device))
+        batch_totals = loss.to(totals), right.to(totals), totals.new_tensor(tokens)
+        totals[names.index(name)] += torch.stack(batch_totals)
+    run.model.train()
+    of_each = world.sum(totals)
+    loss, right, tokens = of_each.sum(0).tolist()
+    found = {"eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
+    if len(names) > 1:
+        pairs = zip(names, of_each.tolist())
+        found |= {f"eval_{name}_loss": loss / tokens for name, (loss, _, tokens) in pairs}
+    return found
 
 
 @torch.no_grad()
-def generate(model, encoder: Encoder, text: str, media: list, max_new_tokens: int) -> str:
-    """The model's greedy answer to a rendered prompt and its media, without special tokens."""
+def held_out_answers(run) -> list[dict]:
+    """[{sample_id, answer, reference}] of `eval_answer_rows` held-out samples, always the same ones.
+
+    They are evenly spread. Ranks share the work, and all of them have the answers. A sharded model wants as
+    many forwards on each.
+    """
+    samples, world = run.held_out, run.world
+    count = min(len(samples), run.work.config.eval_answer_rows)
+    chosen = [place * len(samples) // count for place in range(count)]
+    mine = chosen[world.rank::world.world_size]
+    if samples.even:
+        mine += chosen[:math.ceil(count / world.world_size) - len(mine)]
+    fast.of_batch({}), features.of_batch({})                       # what the batch before held is over
+    run.model.eval()
+    found = []
+    for index in mine:
+        text, shown, reference = samples.encoder.prompt(samples.records[index])
+        with quiet(), run.autocast():
+            answer = generate(run.model, samples.encoder, text, shown, run.work.config.eval_max_new_tokens,
+                              together=samples.even)
+        found.append({"sample_id": samples.ids[index], "answer": answer, "reference": reference})
+    run.model.train()
+    shares = list(map(json.loads, world.everyones(json.dumps(found))))
+    return [shares[place % world.world_size][place // world.world_size] for place in range(count)]
+
+
+@torch.no_grad()
+def generate(model, encoder: Encoder, text: str, media: list, max_new_tokens: int, together=False) -> str:
+    """The model's greedy answer to a rendered prompt and its media, without special tokens.
+
+    together: as many forwards as the rank with the longest answer, as a sharded model wants it.
+    """
     batch = encoder.encode(text, [], media)
     inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
-                            pad_token_id=encoder.pad_id)
+                            pad_token_id=encoder.pad_id, synced_gpus=together)
     new = output[0, inputs["input_ids"].shape[1]:]
     return tokenizer_of(encoder.processor).decode(new, skip_special_tokens=True).strip()
 
@@ -72,4 +116,50 @@ def edits(one: str, other: str) -> int:
     return row[-1]
 
 
-METRICS = {"exact_match": exact_match, "contains": contains, "anls": anls}
+def json_f1(answers: list[str], references: list[str]) -> float:
+    """The F1 of fields: over all rows, how many of answers' and references' (path, value) pairs agree.
+
+    An answer's JSON may stand in words or a fence; one without any has no field.
+    Source: the field-level F1 of Donut (arXiv 2111.15664, section 3.1).
+    """
+    same = every = 0
+    for answer, reference in zip(answers, references, strict=True):
+        given, wanted = Counter(fields_of(answer)), Counter(fields_of(reference))
+        same, every = same + (given & wanted).total(), every + given.total() + wanted.total()
+    return 2 * same / max(1, every)
+
+
+def fields_of(text: str) -> list[tuple[str, str]]:
+    """(path, value) of each field of the JSON in a text; places in a list don't count."""
+    def fields(path: str, value) -> list[tuple[str, str]]:
+        if isinstance(value, dict):
+            return [field for key, inner in value.items() for field in fields(f"{path}.{key}", inner)]
+        if isinstance(value, list):
+            return [field for inner in value for field in fields(f"{path}[]", inner)]
+        return [(path, str(value).strip())]
+    found = re.search(r"[{\[].*[}\]]", text, re.DOTALL)
+    try:
+        return fields("", json.loads(found[0])) if found else []
+    except (ValueError, RecursionError):
+        return []
+
+
+METRICS = {"exact_match": exact_match, "contains": contains, "anls": anls, "json_f1": json_f1}
+
+
+def metrics_of(named: list[str]) -> dict[str, Callable]:
+    """{name: function} of the recipe's `eval_metrics`: of those above, or a user's own."""
+    return {text.rpartition(":")[2]: METRICS[text] if text in METRICS else hooked_metric(text)
+            for text in named}
+
+
+def hooked_metric(text: str) -> Callable:
+    """The user's function; a StageError where what it returns is no number."""
+    score = hooks.function("eval_metrics", text)
+
+    def metric(answers: list[str], references: list[str]) -> float:
+        found = score(answers, references)
+        if not (isinstance(found, (int, float)) and math.isfinite(found)):
+            raise hooks.wrong("eval_metrics", text, found, "a number")
+        return float(found)
+    return metric

@@ -26,6 +26,7 @@ class Family:
     uncast: the module that takes pictures in its own type only; elsewhere models cast them themselves.
     longest_sound_seconds: how much of a sound the processor takes; it cuts off the rest without a word.
     one_kind: a row can't have pictures and clips: processor or model takes one for the other.
+    float16: why it can't compute in float16; empty where it can.
     packing: why samples can't share a row; empty where they can, which 05 shows on the loaded model.
     block_masks: kinds of layers in which a picture's tokens see all of it; packed rows then need own masks.
     pixels: how its processor bounds a picture's pixels, by the name of a strategy in lib/resolution.py.
@@ -54,6 +55,7 @@ class Family:
     uncast: str = ""
     longest_sound_seconds: float | None = None
     one_kind: bool = False
+    float16: str = ""
     packing: str = ""
     block_masks: tuple[str, ...] = ()
     pixels: str = ""
@@ -73,6 +75,7 @@ TOWER = {"model.vision_tower": "vision", "model.multi_modal_projector": "project
 VISUAL = {"model.visual": "vision", "model.visual.merger": "projector", "model.language_model": "language"}
 QWEN_WRAPPERS = ("<|vision_start|>", "<|vision_end|>")
 STATE = "its layers hand a state from token to token, over the border between samples"
+OVERFLOW = "its activations pass 65504, the largest number there, and become infinite"
 CONVOLUTION = {"causal_conv1d": "causal-conv1d"}
 GEMMA_WRAPPERS = ("<start_of_image>", "<end_of_image>", "<start_of_audio>", "<end_of_audio>")
 GLM_WRAPPERS = ("<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>")
@@ -112,14 +115,14 @@ FAMILIES = (
                          "Maverick-17B-128E-Instruct")},
            note="experts train only by lora_target_parameters"),
     Family("Gemma-3", ("gemma3",), TOWER, block_masks=("full_attention", "sliding_attention"),
-           template_names=("gemma3",),
+           template_names=("gemma3",), float16=OVERFLOW,
            note="picture tokens attend in both directions, by token_type_ids"),
     Family("Gemma-3n", ("gemma3n",),
            {"model.vision_tower": "vision", "model.audio_tower": "audio", "model.embed_vision": "projector",
             "model.embed_audio": "projector", "model.language_model": "language"},
            wrappers=GEMMA_WRAPPERS, longest_sound_seconds=30, no_lora=("altup",),
            no_quant=("altup",),                                     # whose forward reads the weights itself
-           packages={"timm": "timm==1.0.31"}, template_names=("gemma3n",),
+           packages={"timm": "timm==1.0.31"}, template_names=("gemma3n",), float16=OVERFLOW,
            first_loss_note="Gemma-3n's loss and gradient are known to start high (Axolotl's guide suspects "
                            "the convolutions of its tower)"),
     Family("Gemma-4", ("gemma4",),

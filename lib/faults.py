@@ -45,7 +45,7 @@ def told(run) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:                   # torch.OutOfMemoryError is a RuntimeError
-        if isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY):
+        if is_no_memory(error):
             raise out_of_memory(run) from None
         # torch raises it wherever the loop is when it hears of the death.
         if "DataLoader worker" in str(error):
@@ -53,6 +53,11 @@ def told(run) -> Iterator[None]:
         if run.world.world_size > 1 and any(words in str(error) for words in LOST):
             raise lost_rank(run) from None
         raise
+
+
+def is_no_memory(error: Exception) -> bool:
+    """Whether it says that memory ran out, be it the host's or a device's."""
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def out_of_memory(run) -> StageError:

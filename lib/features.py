@@ -6,6 +6,7 @@ named by a hash of the pictures, the processor and the base model. Samples with 
 
 Fork me to: keep them elsewhere, or in another type (`Store`).
 """
+import functools
 import hashlib
 import json
 import shutil
@@ -133,7 +134,8 @@ def in_place_of_features(model, make) -> Iterator[None]:
     modules = [module for module in model.modules()
                if hasattr(type(module), "get_image_features") and not isinstance(module, PeftModel)]
     for module in modules:
-        module.get_image_features = make(module.get_image_features)
+        own = module.get_image_features
+        module.get_image_features = functools.wraps(own)(make(own))   # generate asks what arguments it takes
     try:
         yield
     finally:

@@ -57,12 +57,12 @@ class Step:
 
     def __init__(self, planned: dict, knobs, cuda: bool = True):
         self.knobs, self.cuda, self.roles = knobs, cuda, Roles.of_plan(planned)
-        self.bf16 = planned["dtype"] == "bfloat16"
+        self.half = None if planned["dtype"] == "float32" else getattr(torch, planned["dtype"])
         net = plan.on_meta(planned).requires_grad_(False)
         keep_in_float32(net)
         few_bits = in_few_bits(net, planned)
         if knobs.adapter is None:
-            model.train_roles(net, self.roles, knobs.train_roles)
+            model.train_roles(net, self.roles, knobs.train_roles, knobs.unfrozen_parameters)
         else:
             net, _ = adapter.put_on(net, planned, knobs, real=False)
             for parameter in model.trained_parameters(net).values():
@@ -105,7 +105,7 @@ class Step:
         with fast.paths(self.net, self.roles), self._kernels(), count:
             for _ in range(min(2, self.knobs.gradient_accumulation_steps)):
                 count.enter("language forward")
-                with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+                with torch.autocast("cpu", self.half, enabled=self.half is not None):
                     loss, _ = forward_loss(self.net, batch)
                 count.enter("backward")
                 loss.backward()
@@ -147,7 +147,7 @@ class Step:
             yield
             return
         short, fast.SHORT = fast.SHORT, 0
-        torch.set_autocast_enabled("cuda", self.bf16)
+        torch.set_autocast_enabled("cuda", self.half is not None)
         try:
             with hollow.cuda_kernels():
                 yield
@@ -157,8 +157,11 @@ class Step:
 
 
 def moments_bytes(elements: int, optimizer: str) -> int:
-    """What AdamW keeps of a tensor: two floats for each element, or two bytes and a scale for each 256."""
-    if optimizer.startswith("adamw_torch") or elements < 4096:
+    """What AdamW keeps of a tensor: two floats for each element, or two bytes and a scale for each 256.
+
+    A user's own optimizer counts as AdamW.
+    """
+    if not optimizer.endswith("8bit") or elements < 4096:
         return 2 * FLOAT32 * elements
     return 2 * (elements + FLOAT32 * -(-elements // 256))
 

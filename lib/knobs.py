@@ -16,11 +16,17 @@ import yaml
 
 from lib import axolotl
 from lib.checks import Wrong
-from lib.ledger import STAGES
+from lib.ledger import HOOK, STAGES
 from lib.recipe import FALSE, TRUE, is_null, number, pairs_of, plain, written
 
+
+class Hook(str):
+    """A value that names a user's function, which lib/hooks.py loads."""
+
+
 REQUIRED = ...                                                   # the default of a knob that has none
-WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping"}
+WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "a mapping",
+         Hook: "path/to/file.py:function"}
 TAGS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map")
 
 
@@ -100,6 +106,8 @@ def scalars(node: yaml.ScalarNode, kind: type) -> list:
                 if (lowered in TRUE if choice is True else text == choice)]
     if kind is str:
         return [] if is_null(node) else [text]
+    if kind is Hook:
+        return [text] if HOOK.fullmatch(text) else []
     if kind is bool:
         return [lowered in TRUE] if lowered in TRUE + FALSE else []
     value = number(text, kind) if kind in (int, float) else None

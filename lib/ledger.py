@@ -15,8 +15,11 @@ import functools
 import hashlib
 import json
 import os
+import re
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
+from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_config", "02_data", "03_load_model", "04_lora", "05_train", "06_save")
@@ -28,6 +31,7 @@ UPSTREAM = {  # whose outputs a stage reads; of 01's, the knobs are followed one
     "05_train": ("02_data", "03_load_model", "04_lora"),
     "06_save": ("02_data", "03_load_model", "04_lora", "05_train"),
 }
+HOOK = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a value that names a user's function (lib/hooks.py)
 MARKS = ("stage.json", "started.json", "lock")  # the ledger's own files in a stage folder are nobody's output
 
 
@@ -125,18 +129,32 @@ def knobs(run: Path, stem: str) -> tuple[dict, dict]:
     return mine, {knob: value for knob, value in mine.items() if knob not in declared["not_identity"]}
 
 
-def source(stem: str) -> dict[str, str]:
-    """{file: sha256} of the stage's script and of every file of lib that it imports, if only through another.
+def source(stem: str, knobs: Mapping = MappingProxyType({})) -> dict[str, str]:
+    """{file: sha256} of the stage's script, of every file of lib that it imports, if only through another,
+    and of the files whose functions its knobs name.
 
     Hashed is the syntax tree without docstrings, so comments, wrapping and help texts don't count.
     """
-    digests, waiting = {}, [f"{stem}.py"]
+    digests, waiting = {}, [f"{stem}.py", *hook_files(knobs)]
     while waiting:
         name = waiting.pop()
         if name not in digests and (ROOT / name).is_file():
             digests[name], imported = _read_source(name, (ROOT / name).read_bytes())
             waiting += imported
     return dict(sorted(digests.items()))
+
+
+def hook_files(knobs: Mapping) -> list[str]:
+    """The files whose functions these knobs name, as `outside` names them."""
+    texts = [text for value in knobs.values() for text in (value if isinstance(value, list) else [value])
+             if isinstance(text, str)]
+    return [name_of(Path(hook[1])) for hook in map(HOOK.fullmatch, texts) if hook]
+
+
+def name_of(path: Path) -> str:
+    """A file's name in a ledger: relative where it lies inside the kit, so that the kit may be moved."""
+    path = Path(os.path.abspath(path))
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
 
 
 @functools.lru_cache(maxsize=None)
@@ -172,12 +190,8 @@ def _text_of_tree(node) -> str:
 
 
 def outside(path: Path, sha256: str | None = None) -> dict[str, dict]:
-    """{name: stamp} of a file, or of a folder's files and its list of names, so that a new file is noticed.
-
-    A name is relative to the kit where the file lies inside it, so that the kit may be moved; else absolute.
-    """
-    path = Path(os.path.abspath(path))
-    name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
+    """{name: stamp} of a file, or of a folder's files and its list of names: a new file is noticed."""
+    name = name_of(path)
     if not path.is_dir():
         return {name: stamp(path, sha256)}
     names = files_under(path)

@@ -13,7 +13,22 @@ from lib import charts, ledger, parallel, terminal
 from lib.stage import StageError
 from lib.trackers import Tracker, numbers
 
-EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens")
+EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens",
+         "loss_scale", "overflows")                                # the last two in float16 only
+
+
+EXACT_BY_ROLE = ("learning_rate_", "grad_norm_")
+
+
+def sizes(samples, rows: list[tuple[int, ...]], shares: list) -> dict[str, int]:
+    """{supervised_tokens, tokens, room, images} of a step, over all ranks; room counts padding, too."""
+    def tokens(row: tuple[int, ...]) -> int:
+        return sum(samples.input_tokens[max(index, ~index)] for index in row)      # ~index: a blank one
+    every = [index for row in rows for index in row]
+    return {"supervised_tokens": sum(samples.supervised_tokens[index] for index in every),
+            "tokens": sum(map(tokens, rows)),
+            "room": sum(max(map(tokens, batch)) * len(batch) for share in shares for batch in share),
+            "images": sum(samples.media[index].count("image") for index in every)}
 
 
 class Log:
@@ -34,19 +49,22 @@ class Log:
             if not lines or json.loads(lines[-1])["step"] != first_step:
                 world.stop(f"{folder / 'metrics.jsonl'} has no line of step {first_step}, to go on from",
                            "put the file back, or start over with --force")
-            for name in ("metrics.jsonl", "timings.jsonl") if world.is_leader else ():
-                cut_back(folder / name, first_step)
+            for name in ("metrics.jsonl", "timings.jsonl", "answers.jsonl") if world.is_leader else ():
+                if (folder / name).exists():
+                    cut_back(folder / name, first_step)
 
     def step(self, step: int, figures: dict) -> None:
         """Write what one optimizer step found, and how long it took."""
         epoch = round(step / self.steps_per_epoch, 4)
-        by_role = (key for key in figures if key.startswith("grad_norm_"))
-        exact = ("skipped",) if figures["skipped"] else (*EXACT, *by_role)
+        exact = ("skipped",) if figures["skipped"] else (
+            key for key in figures if key in EXACT or key.startswith(EXACT_BY_ROLE))
         self.write({"step": step, "epoch": epoch} | {key: figures[key] for key in exact})
         seconds = figures["seconds"]
-        timing = {"step": step, "seconds": round(seconds, 4),
-                  "tokens_per_second": round(figures["tokens"] * self.world.world_size / seconds, 1),
+        rates = {f"{what}_per_second": round(figures[what] / seconds, 1)
+                 for what in ("tokens", "supervised_tokens", "images")}
+        timing = {"step": step, "seconds": round(seconds, 4), **rates,
                   "data_wait": round(figures["waited"] / seconds, 4),
+                  "padding": round(1 - figures["tokens"] / figures["room"], 4),
                   "peak_memory_gib": round(parallel.peak_memory_gib(self.world.device), 3)}
         self._append("timings.jsonl", timing)
         self.last, self.steps = figures | timing, step
@@ -61,6 +79,18 @@ class Log:
         self._append("metrics.jsonl", row)
         if "loss" not in row:
             self.notable.append(row)
+
+    def evaluation(self, step: int, found: dict, answers: list[dict], seconds: dict[str, float]) -> None:
+        """Write what an evaluation found, what it cost, and the answers, which no tracker gets; say it."""
+        self.write({"step": step, **found})
+        if answers and self.world.is_leader:
+            lines = [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in answers]
+            with (self.folder / "answers.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+            ledger.sync(self.folder / "answers.jsonl")             # a checkpoint must not outlive its lines
+        figures = ", ".join(f"{name} {figure:.4f}" for name, figure in found.items())
+        took = ", ".join(f"{terminal.duration(value)} for {what}" for what, value in seconds.items())
+        terminal.say(f"step {step}: {figures} ({took})")
 
     def skipped_steps(self) -> int:
         """How many steps were skipped so far, as their loss or gradient was not finite."""

@@ -20,6 +20,7 @@ from lib.stage import StageError
 
 __all__ = ["attach", "base_name", "checkpoint_trained_layers", "compare", "load", "load_config", "make_plan"]
 __all__ += ["new_adapter", "on_meta", "save_adapter", "save_full", "train_roles", "trained_parameters"]
+__all__ += ["as_stored", "trains"]
 
 
 # ---- loading ----
@@ -137,25 +138,41 @@ def checkpointed(offload: bool, function, *args):
 
 # ---- full fine-tuning ----
 
-def train_roles(model, roles: Roles, wanted: list[str]) -> None:
-    """Full fine-tuning: the parameters of these roles train, as float32 masters (bf16 ones would not move).
+def trains(name: str, roles: Roles, wanted: list[str], named: list[str] | None = None) -> bool:
+    """Whether full fine-tuning trains a parameter: of a wanted role, and one of those named, if any are.
+
+    As in Axolotl, a regex is matched from the name's start, and a dot in it is a dot.
+    """
+    of_role = wanted == ["all"] or roles.of(name) in wanted
+    return of_role and (named is None or any(
+        re.match(re.sub(r"(?<!\\)\.(?![*+?{])", r"\.", regex), name) for regex in named))
+
+
+def train_roles(model, roles: Roles, wanted: list[str], named: list[str] | None = None) -> None:
+    """Full fine-tuning: what `trains` says does, as float32 masters (bf16 ones would not move).
 
     What no loss depends on becomes float32 too, since it may still run on what the others hand it.
     """
     for name, parameter in model.named_parameters():
-        if wanted == ["all"] or roles.of(name) in wanted:
+        if trains(name, roles, wanted, named):
             parameter.checkpoint_dtype = parameter.dtype
             parameter.data = parameter.data.float()
             parameter.requires_grad_(not roles.is_idle(name))
 
 
-def save_full(model, folder: Path, max_shard_size: str | None = None) -> dict[str, torch.Tensor]:
-    """{name: tensor} of the model as written, each in the type that the base had it in; the model stays so.
+def as_stored(model):
+    """The model, from here on with each parameter in the type that the base has it in, as it is exported.
 
     Only parameters are cast: `model.to(bfloat16)` would also round buffers, such as the rope's frequencies.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(parameter, "checkpoint_dtype", parameter.dtype))
+    return model
+
+
+def save_full(model, folder: Path, max_shard_size: str | None = None) -> dict[str, torch.Tensor]:
+    """{name: tensor} of the model as written, and as it is afterwards: `as_stored`."""
+    as_stored(model)
     with quiet():
         model.save_pretrained(folder, max_shard_size=max_shard_size or "50GB")
     return model.state_dict()

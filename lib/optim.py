@@ -6,8 +6,10 @@ import math
 
 import torch
 
-from lib import terminal
+from lib import hooks, terminal
+from lib.ledger import HOOK
 from lib.parallel import World
+from lib.stage import StageError
 
 
 def make_optimizer(parameters: dict[str, torch.nn.Parameter], roles: dict[str, str],
@@ -16,11 +18,14 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
 
     roles: parameter name -> role. Each group's "share" is its learning rate as a part of the run's.
     """
-    groups: dict[tuple[float, bool], list] = {}
+    groups: dict[tuple[float, float], list] = {}
     for name, p in parameters.items():
-        groups.setdefault((rate_share(name, roles[name], knobs), p.dim() >= 2), []).append(p)
-    groups = [{"params": found, "share": share, "weight_decay": knobs.weight_decay if matrices else 0.0}
-              for (share, matrices), found in groups.items()]
+        share, decay = rate_share(name, roles[name], knobs), of_role(roles[name], knobs)[1]
+        groups.setdefault((share, decay if p.dim() >= 2 else 0.0), []).append(p)
+    groups = [{"params": found, "share": share, "weight_decay": decay}
+              for (share, decay), found in groups.items()]
+    if HOOK.fullmatch(knobs.optimizer):
+        return hooked_optimizer(groups, knobs)
     options = {"lr": knobs.learning_rate, "betas": (knobs.adam_beta1, knobs.adam_beta2),
                "eps": knobs.adam_epsilon}
     if knobs.optimizer.startswith("adamw_torch"):
@@ -30,15 +35,86 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
     return getattr(bitsandbytes.optim, cls)(groups, **options)
 
 
+def hooked_optimizer(groups: list[dict], knobs) -> torch.optim.Optimizer:
+    """What a user's function makes of the groups; a StageError where that can't be trained with."""
+    trained = {p for group in groups for p in group["params"]}
+    made = hooks.function("optimizer", knobs.optimizer)(groups, knobs)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise hooks.wrong("optimizer", knobs.optimizer, made, "a torch.optim.Optimizer")
+    if left := trained ^ {p for group in made.param_groups for p in group["params"]}:
+        raise StageError(f"optimizer: {knobs.optimizer} has {len(left)} tensors too few or too many, of "
+                         f"{len(trained)} that train", "give it all of groups, and nothing else")
+    for group in made.param_groups:                                # groups of its own have rates of their own
+        group.setdefault("share", group["lr"] / knobs.learning_rate)
+    return made
+
+
+def numbers_in_groups(optimizer, knobs) -> list[dict[str, float]]:
+    """What a user's optimizer may have changed in its groups, and a checkpoint has to hold; else nothing."""
+    groups = optimizer.param_groups if HOOK.fullmatch(knobs.optimizer) else []
+    return [{key: value for key, value in group.items()
+             if isinstance(value, (int, float)) and key not in ("lr", "share", "weight_decay")}
+            for group in groups]
+
+
+def of_role(role: str, knobs) -> tuple[float, float]:
+    """(learning rate, weight decay) of a role: its own where the recipe gives one."""
+    rate, decay = {"vision": (knobs.learning_rate_vision, knobs.weight_decay_vision),
+                   "audio": (knobs.learning_rate_audio, knobs.weight_decay_audio),
+                   "projector": (knobs.learning_rate_projector, knobs.weight_decay_projector),
+                   }.get(role, (None, None))
+    return (knobs.learning_rate if rate is None else rate, knobs.weight_decay if decay is None else decay)
+
+
+def rates(knobs, rate: float) -> dict[str, float]:
+    """A step's rate, and of the roles that have their own, as figures."""
+    own = {"vision": knobs.learning_rate_vision, "audio": knobs.learning_rate_audio,
+           "projector": knobs.learning_rate_projector}
+    return {"learning_rate": rate} | {f"learning_rate_{role}": rate * its / knobs.learning_rate
+                                      for role, its in own.items() if its is not None}
+
+
 def rate_share(name: str, role: str, knobs) -> float:
     """A parameter's learning rate as a part of the run's: by its role, and LoRA+'s ratio on B matrices.
 
     Source: LoRA+ (arXiv 2402.12354).
     """
-    of_role = {"vision": knobs.learning_rate_vision, "audio": knobs.learning_rate_audio,
-               "projector": knobs.learning_rate_projector}.get(role)
-    share = 1.0 if of_role is None else of_role / knobs.learning_rate
+    share = of_role(role, knobs)[0] / knobs.learning_rate
     return share * (knobs.loraplus_lr_ratio if ".lora_B." in name else 1.0)
+
+
+FIRST_SCALE = 2.0**16
+
+
+class Scaler(torch.amp.GradScaler):
+    """Loss scaling for float16, whose smallest gradients would vanish; for other types it does nothing.
+
+    A step whose scaled gradients overflow is left out, and the scale halved; so it is on every rank, since
+    they look at the same sums. overflows: how many such steps there were.
+    Source: mixed precision training (arXiv 1710.03740, section 3.2).
+    """
+
+    def __init__(self, dtype: str, device: torch.device, state: dict | None = None):
+        super().__init__(device.type, FIRST_SCALE, enabled=dtype == "float16")
+        self.overflows = state["overflows"] if state else 0
+        if state and self.is_enabled():
+            self.load_state_dict({key: value for key, value in state.items() if key != "overflows"})
+        self.scale(torch.zeros((), device=device))       # a rank may have no row in its first step
+
+    def state_dict(self) -> dict:
+        """What a checkpoint holds of it, in plain numbers; {} for other types."""
+        return super().state_dict() | {"overflows": self.overflows} if self.is_enabled() else {}
+
+    def overflowed(self, found: list, norm: float) -> bool:
+        """Whether only scaling made a gradient infinite: losses are finite, and the scale can be smaller."""
+        finite = all(math.isfinite(loss) for share in found for loss, _ in share)
+        over = self.is_enabled() and finite and not math.isfinite(norm) and self.get_scale() > 1
+        self.overflows += over
+        return over
+
+    def figures(self) -> dict[str, float]:
+        """The step's figures for metrics.jsonl; {} for other types."""
+        return {"loss_scale": self.get_scale(), "overflows": self.overflows} if self.is_enabled() else {}
 
 
 def warmup_steps(knobs, total_steps: int) -> int:
@@ -53,6 +129,11 @@ def learning_rate(knobs, step: int, total_steps: int) -> float:
     warmup = warmup_steps(knobs, total_steps)
     if step < warmup:
         return knobs.learning_rate * (step + 1) / (warmup + 1)
+    if HOOK.fullmatch(knobs.lr_scheduler):
+        part = hooks.function("lr_scheduler", knobs.lr_scheduler)(step - warmup, total_steps - warmup)
+        if not (isinstance(part, (int, float)) and 0 <= part < math.inf):
+            raise hooks.wrong("lr_scheduler", knobs.lr_scheduler, part, "a number from 0")
+        return knobs.learning_rate * part
     progress = (step - warmup) / max(1, total_steps - warmup)
     low = knobs.cosine_min_lr_ratio
     factor = {"constant": 1.0,

@@ -17,6 +17,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from lib import terminal
 from lib.stage import StageError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # of malloc.h
@@ -55,13 +56,20 @@ class World:
             sys.exit(1)
         return text
 
-    def _broadcast(self, text: str) -> str:
-        """Rank 0's text, on every rank."""
+    def everyones(self, text: str) -> list[str]:
+        """The texts of all ranks, by rank, on every rank."""
+        if self.world_size == 1:
+            return [text]
+        return [self._broadcast(text, rank) for rank in range(self.world_size)]
+
+    def _broadcast(self, text: str, source: int = 0) -> str:
+        """One rank's text, on every rank."""
         sent = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         size = torch.tensor([len(sent)], device=self.device)
-        dist.broadcast(size, src=0)
-        body = sent if self.is_leader else torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-        dist.broadcast(body, src=0)
+        dist.broadcast(size, src=source)
+        mine = self.rank == source
+        body = sent if mine else torch.zeros(int(size), dtype=torch.uint8, device=self.device)
+        dist.broadcast(body, src=source)
         return bytes(body.tolist()).decode()
 
     def stop(self, what: str, fix: str) -> None:
@@ -205,7 +213,8 @@ def ask_for_bf16(bf16: bool | str, device: torch.device, native=None) -> None:
     native = native or functools.partial(torch.cuda.is_bf16_supported, including_emulation=False)
     if bf16 == "auto" and device.type == "cuda" and not native():
         raise StageError("bf16: auto: this GPU has no bfloat16 of its own",
-                         "bf16: false (float32), or bf16: true (emulated, slow)")
+                         "fp16: true (float16 with a gradient scaler), bf16: false (float32), or bf16: true "
+                         "(emulated, slow)")
 
 
 @contextmanager

@@ -28,11 +28,13 @@ def make_plan(knobs) -> dict:
     check_weight_files(Path(knobs.base_model))
     family = registry.family_of(config.model_type)
     registry.require_packages(family)
+    if knobs.fp16 and family.float16:
+        raise StageError(f"fp16: {family.name} can't train in float16: {family.float16}", "fp16: false")
     plan = {"base_model": knobs.base_model, "trust_remote_code": knobs.trust_remote_code,
             "revision": getattr(config, "_commit_hash", None) or knobs.revision,
             "model_type": config.model_type, "family": family.name,
             "class": registry.model_class(config, knobs.model_type).__name__,
-            "dtype": "float32" if knobs.bf16 is False else "bfloat16",
+            "dtype": "float16" if knobs.fp16 else "float32" if knobs.bf16 is False else "bfloat16",
             "attn_implementation": kernels.asked(family, config, knobs.attn_implementation),
             "text_config": rope.changes(config, knobs.overrides_of_model_config, knobs.sequence_len),
             "stored_as": quant.stored_as(config), "quantisation": None}

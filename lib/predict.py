@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lib import ledger, model, parallel, sources, stage, terminal
 from lib.chat import Encoder
-from lib.evaluate import METRICS, generate
+from lib.evaluate import generate, metrics_of
 from lib.plan import quiet
 from lib.rows import Rows
 from lib.stage import StageError
@@ -24,13 +24,14 @@ def evaluate_file(run: Path, path: str, out: Path) -> None:
     plan = ledger.read_json(work.input("03_load_model") / "model.json")
     encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
     samples = read(path, data, encoder)                             # what is wrong, before weights are loaded
+    metrics = metrics_of(work.config.eval_metrics)
     lines, net = [], trained_model(work, plan)
     with quiet(), terminal.Progress(f"answering {path}", len(samples)) as progress:
         for place, sample in enumerate(samples, start=1):
             text, shown, reference = encoder.prompt(sample)
             own = encoder.bounded(sample["image_bounds"])
             answer = generate(net, own, text, shown, work.config.max_new_tokens)
-            scores = {name: metric([answer], [reference]) for name, metric in METRICS.items()}
+            scores = {name: metric([answer], [reference]) for name, metric in metrics.items()}
             lines.append({"sample_id": sample["sample_id"], "row": sample["row"], "answer": answer,
                           "reference": reference, **scores})
             progress.update(place)
@@ -39,7 +40,7 @@ def evaluate_file(run: Path, path: str, out: Path) -> None:
     half.replace(out)
     answers, references = [[line[side] for line in lines] for side in ("answer", "reference")]
     means = [[name.replace("_", " "), f"{metric(answers, references):.1%}"]
-             for name, metric in METRICS.items()]
+             for name, metric in metrics.items()]
     terminal.table(f"{len(lines)} answers, in {out}", ["metric", "mean"], means)
 
 

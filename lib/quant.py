@@ -33,8 +33,9 @@ def make_plan(plan: dict, config, knobs, model, roles: Roles) -> dict | None:
     """
     bits = 4 if knobs.load_in_4bit else 8 if knobs.load_in_8bit else None
     if plan["stored_as"] and plan["dtype"] != "bfloat16":
-        raise StageError(f"bf16: false: {plan['base_model']} is quantised, and what it holds whole is "
-                         "bfloat16", "bf16: auto")
+        asked = "fp16: true" if knobs.fp16 else "bf16: false"
+        raise StageError(f"{asked}: {plan['base_model']} is quantised, and what it holds whole is bfloat16",
+                         "bf16: auto, without fp16")
     if plan["stored_as"] == "bitsandbytes":
         return stored_plan(config, knobs, bits, model)
     if plan["stored_as"] and bits:
@@ -49,7 +50,8 @@ def make_plan(plan: dict, config, knobs, model, roles: Roles) -> dict | None:
     kept = sorted(set(linear_names(model)) - set(linears))
     how = {"load_in_8bit": True} if bits == 8 else {
         "load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_quant_storage": "bfloat16", "bnb_4bit_compute_dtype": plan["dtype"]}
+        "bnb_4bit_quant_storage": "float16" if knobs.fp16 else "bfloat16",
+        "bnb_4bit_compute_dtype": plan["dtype"]}
     # transformers matches these from the start of the name: "vision_tower" would skip nothing inside
     # "model.vision_tower", so every name is written out. An explicit list also replaces the default one,
     # which keeps the output head; it is among the names here.

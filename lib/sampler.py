@@ -72,12 +72,12 @@ def epoch(order: Order, number: int) -> list[Row]:
     return [(index,) for index in samples]
 
 
-def in_turn(samples: "Samples", room: int | None) -> list[Row]:
-    """Rows of all samples in their own order, packed where rows have room: for evaluation."""
-    every = range(len(samples))
+def in_turn(samples: "Samples", room: int | None, chosen: Iterable[int] | None = None) -> list[Row]:
+    """Rows of all samples, or the chosen ones, in their own order, packed where rows have room."""
+    chosen = range(len(samples)) if chosen is None else chosen
     if room is None:
-        return [(index,) for index in every]
-    return packed(every, samples.input_tokens, room, samples.kinds)
+        return [(index,) for index in chosen]
+    return packed(chosen, samples.input_tokens, room, samples.kinds)
 
 
 def packed(samples: Iterable[int], lengths: list[int], room: int, kinds: list[int] | None) -> list[Row]:
@@ -162,6 +162,13 @@ class Samples(Dataset):
         shares = [dealt(rows, micro_batch_size, each, world_size, self.kinds) for each in range(world_size)]
         blank = [(~rows[0][0],)]
         return shares[rank] + [blank] * (max(map(len, shares)) - len(shares[rank]))
+
+    def by_dataset(self) -> dict[str, list[int]]:
+        """{data set's name: its samples}; a sample is called by it and its row."""
+        found: dict[str, list[int]] = {}
+        for index, sample_id in enumerate(self.ids):
+            found.setdefault(sample_id.rpartition("-")[0], []).append(index)
+        return found
 
     def __len__(self) -> int:
         return len(self.ids)

@@ -64,10 +64,11 @@ def decide(stem: str, run: Path, force=False, resume=False, knobs: dict | None =
     try:
         folder.heal(run, stem)
         warnings = _check_upstream(run, stem)
+        mine = {} if stem == "01_config" else ledger.knobs(run, stem)[1]
         reads = {
-            "knobs": knobs if stem == "01_config" else ledger.knobs(run, stem)[1],
+            "knobs": knobs if stem == "01_config" else mine,
             "upstream": {earlier: ledger.digest(run / earlier) for earlier in UPSTREAM[stem]},
-            "source": ledger.source(stem),
+            "source": ledger.source(stem, mine),
         }
         checkpoint = newest_checkpoint(path)
         if force and not (checkpoint and _torchrun_restarts(path)):
@@ -134,15 +135,16 @@ def _check_upstream(run: Path, stem: str) -> list[str]:
         _check_outputs(final, again)
         then = ledger.read_json(final / "stage.json")["reads"]
         now = then | {"upstream": {each: ledger.digest(run / each) for each in UPSTREAM[earlier]}}
+        mine = {} if earlier == "01_config" else ledger.knobs(run, earlier)[1]
         if earlier != "01_config":
-            now["knobs"] = ledger.knobs(run, earlier)[1]
+            now["knobs"] = mine
         since = ledger.changes(then, now) + ledger.outside_changes(then["outside"])
         if earlier == "05_train" and now["upstream"] == then["upstream"]:
             # A training is worth more than a knob that was edited after it: 06 saves what was trained.
             warnings += [f"{final} is kept as it was trained, but {change}" for change in since]
         elif since:
             raise StageError(f"{final} is out of date: {_count(since)}", f"run first: {again}")
-        if edited := ledger.edited_sources(then["source"], ledger.source(earlier)):
+        if edited := ledger.edited_sources(then["source"], ledger.source(earlier, mine)):
             warnings.append(f"edited since {earlier} ran: {', '.join(edited)}; to run it again: {again}")
     return warnings
 

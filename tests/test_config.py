@@ -192,7 +192,7 @@ num_epochs: 1 | max_steps: 10 | optimizer: adamw_torch_fused | lr_scheduler: cos
 learning_rate: '0.0002' | bf16: true | bf16: auto | warmup_ratio: 0.1 | warmup_steps: 10 | weight_decay: 0.0
 gradient_checkpointing: true | logging_steps: 1 | evals_per_epoch: 1 | saves_per_epoch: 1
 overrides_of_model_config: {rope_theta: 1000000, rope_scaling: {rope_type: linear, factor: 2.0}}
-device_map: auto
+device_map: auto | eval_steps: 50 | eval_max_new_tokens: 128 | fp16: true | float16: true
 output_dir: ./outputs/out | tf32: true | tf32: false | tf32: auto
 train_on_inputs: true | roles_to_train: [assistant, user] | train_on_eos: all | train_on_eos: none
 chat_template_kwargs: {enable_thinking: false} | excess_length_strategy: truncate
@@ -228,7 +228,7 @@ quant_type: | lora_modules_to_save: | rope_theta: | rope_scaling:
 """
 NOT_YET = """
 tokenizer_use_mistral_common: true | special_tokens: {pad_token: <pad>, eos_token: <end>} | quant_type: nf4
-gptq: true | quantize_moe_experts: true | llama4_linearized_experts: true | gpu_memory_limit: 20GiB | fp16: true
+gptq: true | quantize_moe_experts: true | llama4_linearized_experts: true | gpu_memory_limit: 20GiB
 role_boundaries: [{role: user}]
 lora_model_dir: ./old | lora_modules_to_save: [lm_head, embed_tokens] | activation_offloading: true
 fsdp: [full_shard] | plugins: [mine.Plugin] | resume_from_checkpoint: ./checkpoint-5
@@ -236,7 +236,7 @@ wandb_log_model: checkpoint | optimizer: paged_adamw_32bit | optimizer: adamw_to
 optimizer: adamw_torch_4bit | lr_scheduler: rex | chat_template: chatml | deepspeed: ds.json | rl: dpo
 peft_init_lora_weights: pissa | gradient_checkpointing: offload_disk | loraplus_lr_embedding: 1e-6
 rope_theta: 1000000 | rope_scaling: {type: linear, factor: 2.0}
-unfrozen_parameters: [lm_head] | float16: true | liger_use_token_scaling: true
+unfrozen_parameters: ['embed_tokens.weight$[:100]'] | liger_use_token_scaling: true
 """
 
 
@@ -389,6 +389,8 @@ CONTRADICTIONS = (
     ["warmup_ratio=0.1", "warmup_steps=5"],
     ["sample_packing=true", "group_by_length=true"],
     ["cosine_min_lr_ratio=0.1", "lr_scheduler=linear"],
+    ["fp16=true", "bf16=true"],
+    ["unfrozen_parameters=[lm_head]"],
     ["fsdp_version=2", "adapter=null"],
     ["fsdp_version=2", "cache_vision_features=true"],
 )
@@ -439,10 +441,11 @@ def test_config_json_holds_every_knob_and_stages_json_names_every_knob(folder):
     not_identity, given = stages.pop("not_identity"), stages.pop("given")
     assert "base_model" in given and "lora_r" not in given
     assert list(stages) == list(STAGES) and set().union(*stages.values()) == set(KNOBS)
-    assert set(not_identity) == {"logging_steps", "evals_per_epoch", "saves_per_epoch", "save_steps",
-                                 "save_total_limit", "dataloader_num_workers", "gradient_checkpointing",
-                                 "use_tensorboard", "fsdp_version", "wandb_project", "wandb_entity",
-                                 "wandb_name", "device_map", "max_memory", "dataset_processes"}
+    assert set(not_identity) == {"logging_steps", "evals_per_epoch", "eval_steps", "saves_per_epoch",
+                                 "save_steps", "save_total_limit", "dataloader_num_workers",
+                                 "gradient_checkpointing", "use_tensorboard", "fsdp_version",
+                                 "wandb_project", "wandb_entity", "wandb_name", "device_map", "max_memory",
+                                 "dataset_processes"}
 
 
 def test_the_recipe_is_printed_by_stage_and_what_is_no_default_has_a_star(folder, capsys):
@@ -622,8 +625,8 @@ WRONG_VALUES = (
          "overrides_of_model_config: {rope_scaling: {factor: 2.0}} holds rope_scaling: {'factor': 2.0}",
          "for example {rope_theta: 1000000}, or {rope_scaling: {rope_type: linear, factor: 2.0}}"),
     line("an optimizer that is none", "optimizer: adamw",
-         "optimizer: adamw must be adamw_torch_fused, adamw_torch, adamw_bnb_8bit or paged_adamw_8bit",
-         "for example optimizer: adamw_torch_fused (AdamW: in one kernel, many, 8 bits)"),
+         "optimizer: adamw must be adamw_torch_fused, adamw_torch, adamw_bnb_8bit or paged_adamw_8bit or "
+         "path/to/file.py:function", "for example optimizer: adamw_torch_fused (AdamW; or a hook)"),
     line("an initialisation that rewrites the base", "peft_init_lora_weights: pissa",
          "peft_init_lora_weights: pissa rewrites the base, so the adapter would not fit the published one",
          "peft_init_lora_weights: true"),

@@ -108,7 +108,7 @@ class Subject:
     def knobs(self, **changes):
         """The recipe's knobs that planning and LoRA read."""
         defaults = dict(base_model=str(self.folder), revision=None, trust_remote_code=False, model_type=None, bf16=False,
-                        attn_implementation="sdpa", overrides_of_model_config={}, sequence_len=2048,
+                        fp16=False, attn_implementation="sdpa", overrides_of_model_config={}, sequence_len=2048,
                         load_in_4bit=False, load_in_8bit=False, bnb_config_kwargs={},
                         lora_target_modules=None, lora_target_roles=["language"], lora_r=2, lora_alpha=4,
                         lora_target_parameters=None, quantize_roles=["language"],

@@ -244,6 +244,27 @@ def test_full_fine_tuning_trains_the_named_roles(knobs, expected, make):
     assert {roles.of(name) for (name, before), after in pairs if not torch.equal(before, after)} == expected
 
 
+def test_named_parameters_of_the_wanted_roles_train_in_bf16_and_what_serves_is_what_was_trained(make):
+    named = ["model.language_model.layers.1.mlp.down", "^model.multi_modal_projector", "lm_head"]
+    run = make(upto="06_save", adapter=None, bf16=True, max_steps=2, train_roles=["language", "projector"],
+               unfrozen_parameters=named)
+    facts = run.json("04_lora/adapter.json")
+    assert facts["modules"] == {"language": 1, "projector": 2}                 # the head is of no wanted role
+    masters = load_file(run.path / "05_train/checkpoints/step-2/weights.safetensors")
+    assert len(masters) == 5 and {tensor.dtype for tensor in masters.values()} == {torch.float32}
+    assert run.json("06_save/check.json")["exports"]["model"]["max_logit_difference"] == 0
+    with pytest.raises(StageError, match="unfrozen_parameters: none that trains is named so in Llava"):
+        make(adapter=None, unfrozen_parameters=["layers.1.mlp"])               # names begin with model.
+
+
+def test_a_dot_in_a_named_parameter_is_a_dot():
+    roles = Roles({"model": "language"})
+    assert model.trains("model.layers.1.mlp", roles, ["all"], ["model.layers.1."])
+    assert not model.trains("model.layers.12.mlp", roles, ["all"], ["model.layers.1."])
+    assert model.trains("model.layers.12.mlp", roles, ["language"], [r"model\.layers.*mlp$"])
+    assert not model.trains("model.layers.12.mlp", roles, ["vision"], ["model"])
+
+
 def test_a_head_that_is_the_embedding_cant_train_alone(make):
     with pytest.raises(StageError, match="is its embedding, one tensor"):
         make("gemma3", adapter=None, train_roles=["head"])

@@ -42,7 +42,7 @@ ON_DISK = {
 def knobs(base, **changes):
     """The knobs that a plan is made of."""
     given = dict(base_model=str(base), revision=None, trust_remote_code=False, model_type=None, bf16=False,
-                 attn_implementation="sdpa", overrides_of_model_config={}, sequence_len=2048,
+                 fp16=False, attn_implementation="sdpa", overrides_of_model_config={}, sequence_len=2048,
                  load_in_4bit=False, load_in_8bit=False, bnb_config_kwargs={})
     return SimpleNamespace(**given | changes)
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from lib import checkpoint, model, optim, rehearsal
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.golden import fingerprint, read_header
+from lib.metrics import sizes
 from lib.parallel import World
 from lib.sampler import Order, Samples, dealt
 from lib.stage import StageError
@@ -220,7 +221,8 @@ def knobs(**changes):
     given = dict(learning_rate=1.0, warmup_steps=None, warmup_ratio=0.0, lr_scheduler="constant",
                  weight_decay=0.1, adam_beta1=0.9, adam_beta2=0.999, adam_epsilon=1e-8,
                  optimizer="adamw_torch", cosine_min_lr_ratio=0.0, loraplus_lr_ratio=1.0,
-                 learning_rate_vision=None, learning_rate_audio=None, learning_rate_projector=None)
+                 learning_rate_vision=None, learning_rate_audio=None, learning_rate_projector=None,
+                 weight_decay_vision=None, weight_decay_audio=None, weight_decay_projector=None)
     return SimpleNamespace(**given | changes)
 
 
@@ -246,7 +248,7 @@ def test_weight_decay_is_on_matrices_alone():
         matrix: 0.1, vector: 0.0}
 
 
-def test_roles_and_b_matrices_learn_at_their_own_rates():
+def test_roles_learn_and_decay_at_their_own_rates_and_b_matrices_learn_faster():
     roles = {"layers.0.lora_A.default.weight": "language", "layers.0.lora_B.default.weight": "language",
              "tower.0.lora_B.default.weight": "vision", "projector.weight": "projector"}
     parameters = {name: torch.nn.Parameter(torch.ones(2, 2)) for name in roles}
@@ -254,6 +256,10 @@ def test_roles_and_b_matrices_learn_at_their_own_rates():
     optimizer = optim.make_optimizer(parameters, roles, given)
     shares = {p: group["share"] for group in optimizer.param_groups for p in group["params"]}
     assert [shares[p] for p in parameters.values()] == pytest.approx([1.0, 16.0, 1.6, 1.0])
+    given = knobs(weight_decay=0.1, weight_decay_vision=0.0, weight_decay_projector=0.3)
+    optimizer = optim.make_optimizer(parameters, roles, given)
+    decays = {p: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert [decays[p] for p in parameters.values()] == [0.1, 0.1, 0.0, 0.3]
 
 
 def test_cosine_may_end_above_zero():
@@ -325,11 +331,24 @@ def test_metrics_are_exact_and_timings_are_apart(make):
     assert [line["epoch"] for line in steps] == [0.5, 1.0]
     timings = lines(one.path / "05_train/timings.jsonl")
     assert [list(line) for line in timings] == 2 * [
-        ["step", "seconds", "tokens_per_second", "data_wait", "peak_memory_gib"]]
+        ["step", "seconds", "tokens_per_second", "supervised_tokens_per_second", "images_per_second", "data_wait",
+         "padding", "peak_memory_gib"]]
     assert all(0 <= line["data_wait"] <= 1 and line["tokens_per_second"] > 0 for line in timings)
     wrote = one.json("05_train/stage.json")["wrote"]
     assert {"metrics.jsonl", "golden.safetensors", "loss.svg"} < set(wrote)
     assert not [name for name in wrote if "timings" in name or "checkpoints" in name]
+
+
+def test_a_steps_sizes_count_all_ranks_and_the_padding_of_each_batch():
+    samples = SimpleNamespace(input_tokens=[3, 5, 4], supervised_tokens=[1, 2, 2],
+                              media=[("image",), (), ("image", "audio", "image")])
+    rows, shares = [(0,), (1,), (2,)], [[[(0,), (1,)]], [[(2,)], [(~0,)]]]     # the second rank has a blank
+    assert sizes(samples, rows, shares) == {"supervised_tokens": 5, "tokens": 12, "room": 10 + 4 + 3, "images": 3}
+
+
+def test_a_role_with_a_rate_of_its_own_has_its_figure():
+    found = optim.rates(knobs(learning_rate=1e-3, learning_rate_vision=1e-4), 5e-4)
+    assert found == pytest.approx({"learning_rate": 5e-4, "learning_rate_vision": 5e-5})
 
 
 def test_the_evaluation_loss_is_the_mean_over_all_held_out_tokens(make):

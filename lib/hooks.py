@@ -1,0 +1,111 @@
+"""hooks: a user's own functions, which a recipe names as path/to/file.py:function.
+
+    optimizer: mine.py:make_optimizer    make_optimizer(groups, knobs) -> torch.optim.Optimizer
+        groups: what trains, as torch's param_groups, with the "weight_decay" of each and its "share" of the
+        run's learning rate: before a step, the loop sets each group's "lr" to that step's rate times "share".
+    lr_scheduler: mine.py:rate           rate(step, steps) -> the part of learning_rate that a step takes
+        Steps are counted from 0, the end of the warm-up; there are `steps` of them.
+    loss: mine.py:token_losses           token_losses(logits [N, V], targets [N]) -> losses [N]
+        Of trained tokens only, a chunk of a batch at a time; the loop sums them and divides by their number.
+    eval_metrics: [mine.py:score]        score(answers, references) -> a number
+        Two lists of texts. The number is written down as eval_score.
+
+A hook's file is part of the stage's source: where its code changed, the stage is out of date (lib/ledger.py).
+What that file imports from others of the user's isn't followed.
+"""
+import functools
+import importlib.util
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from lib import faults
+from lib.ledger import HOOK
+from lib.loss import CHUNK, capped, forward_loss, in_place_of_logits, softcap_of
+from lib.stage import StageError
+
+
+def look(knobs) -> str:
+    """No text; a StageError, before weights are loaded, where a function that is named can't be had."""
+    named = {"optimizer": [knobs.optimizer], "lr_scheduler": [knobs.lr_scheduler], "loss": [knobs.loss],
+             "eval_metrics": knobs.eval_metrics}
+    for knob, texts in named.items():
+        for text in filter(HOOK.fullmatch, texts):
+            function(knob, text)
+    return ""
+
+
+def function(knob: str, text: str) -> Callable:
+    """The function that a knob's value names; what goes wrong in it ends in two lines."""
+    path, name = HOOK.fullmatch(text).groups()
+    return loaded(knob, os.path.abspath(path), name)
+
+
+@functools.cache
+def loaded(knob: str, path: str, name: str) -> Callable:
+    """`function` of a file, which runs once."""
+    spec = importlib.util.spec_from_file_location(f"hook {path}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
+    told(knob, path, spec.loader.exec_module)(module)
+    if not callable(getattr(module, name, None)):
+        raise StageError(f"{knob}: {os.path.relpath(path)} has no function {name}",
+                         f"write `def {name}(…):` there")
+    return told(knob, path, getattr(module, name))
+
+
+def told(knob: str, path: str, called: Callable) -> Callable:
+    """The same function, but that what it raises becomes a StageError with the line of the user's file."""
+    def call(*given):
+        try:
+            return called(*given)
+        except Exception as error:
+            if isinstance(error, StageError) or faults.is_no_memory(error):
+                raise
+            lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                     if frame.filename == path]
+            place, shown = f":{lines[-1]}" if lines else "", os.path.relpath(path)
+            raise StageError(f"{knob}: {shown}{place}: {type(error).__name__}: {error}",
+                             f"mend {shown}") from error
+    return call
+
+
+def wrong(knob: str, text: str, returned, wanted: str) -> StageError:
+    """The error for a hook that returned something else than it has to."""
+    what = f"a tensor of shape {list(returned.shape)}" if hasattr(returned, "shape") else repr(returned)
+    return StageError(f"{knob}: {text} returned {what}, not {wanted}", "lib/hooks.py says what it is given")
+
+
+# ---- the loss ----
+
+def loss_of(knobs) -> Callable:
+    """The loop's forward: lib/loss.py's own, or the same with a user's losses of tokens."""
+    return partial(hooked_loss, knobs.loss) if HOOK.fullmatch(knobs.loss) else forward_loss
+
+
+def hooked_loss(text: str, model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """(sum of token losses, number of right argmax tokens), as of `forward_loss`, by the user's function.
+
+    The backward makes the logits again, chunk by chunk, as where a head trains.
+    """
+    head, softcap = model.get_output_embeddings().forward, softcap_of(model)
+    token_losses = function("loss", text)
+
+    def chunk_loss(hidden, targets):
+        logits = capped(head(hidden).float(), softcap)                           # [CHUNK, V]
+        losses = token_losses(logits, targets)
+        if not isinstance(losses, torch.Tensor) or losses.shape != targets.shape:
+            raise wrong("loss", text, losses, f"the losses of {len(targets)} tokens")
+        return losses.sum(), (logits.argmax(-1) == targets).sum()
+
+    def compute(rows):                                                           # [N, D]
+        chunks = zip(rows.split(CHUNK), batch["targets"].split(CHUNK))
+        with set_checkpoint_early_stop(False):    # which is an exception inside the user's function
+            parts = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
+        return tuple(sum(part) for part in zip(*parts))
+
+    return in_place_of_logits(model, batch, compute)
