@@ -54,7 +54,7 @@ def main(argv=None):
         fit.print_facts(forecast)
     # 4. Load it for real, by the plan.
     device, began = parallel.pick_device(), time.monotonic()
-    loaded = model.load(planned, device, mode="inference")
+    loaded = model.load(planned, device, mode="reference")
     seconds = time.monotonic() - began
     # 5. Run one sample through it: the first loss tells a broken model or template at once.
     loss, sample_id = first_forward(loaded, work, device)

@@ -39,7 +39,9 @@ def main(argv=None):
 
 
 def adapter(planned: dict, work) -> dict:
-    """Facts of a new adapter, which is saved in the stage's folder."""
+    """Facts of the adapter, new or trained further, which is saved in the stage's folder."""
+    if work.config.lora_model_dir:
+        work.uses(work.config.lora_model_dir)
     peft_model, hits = model.new_adapter(planned, work.config)
     if not hits.keys() & LEARNS_WORDS:
         terminal.warn(f"the adapter is on {', '.join(hits)} alone: the language model stays as it is")
@@ -52,7 +54,7 @@ def adapter(planned: dict, work) -> dict:
     return {"method": f"{method} r={config.r} alpha={config.lora_alpha}", "targets": config.target_modules,
             "modules": {role: len(names) for role, names in sorted(hits.items())},
             "trained_parameters": dict(sorted(trained.items())),
-            "experts": adapted_experts(peft_model),
+            "experts": adapted_experts(peft_model), "new_rows": len(planned["new_rows"]),
             "first_hits": {role: names[:3] for role, names in sorted(hits.items())}}
 
 
@@ -67,6 +69,9 @@ def full_fine_tuning(planned: dict, work) -> dict:
     if "head" in wanted and planned["tied_head"] and "embedding" not in wanted:
         raise StageError(f"train_roles: the head of {planned['class']} is its embedding, one tensor",
                          "name embedding instead of head")
+    if planned["new_rows"] and wanted != ["all"] and (lack := {"embedding", "head"} & there.keys() - {*wanted}):
+        raise StageError(f"train_roles: rows of new tokens would stay as they are in {' and '.join(sorted(lack))}",
+                         f"train_roles: {json.dumps(wanted + sorted(lack))}")
     chosen = [role for role in there if role in wanted or wanted == ["all"]]
     if not chosen:
         raise StageError(f"train_roles: {planned['class']} has no {', '.join(wanted)}",
@@ -75,7 +80,7 @@ def full_fine_tuning(planned: dict, work) -> dict:
                       if list(module.parameters(recurse=False)) and not roles.is_idle(name))
     return {"method": "full fine-tuning", "targets": None,
             "modules": {role: modules[role] for role in chosen},
-            "trained_parameters": {role: there[role] for role in chosen}, "experts": 0, "first_hits": {}}
+            "trained_parameters": {role: there[role] for role in chosen}, "experts": 0, "new_rows": 0, "first_hits": {}}
 
 
 def print_facts(facts: dict, parameters: dict[str, int]) -> None:
@@ -84,6 +89,8 @@ def print_facts(facts: dict, parameters: dict[str, int]) -> None:
     rows = [[role, modules.get(role, 0), count, f"{count / total:.2%}"] for role, count in trained.items()]
     rows.append(["all", sum(modules.values()), sum(trained.values()), f"{sum(trained.values()) / total:.2%}"])
     terminal.table(f"what trains: {facts['method']}", ["role", "modules", "parameters", "of the base"], rows)
+    if facts["new_rows"]:
+        terminal.say(f"new tokens: {facts['new_rows']} rows of embedding and head train, no other row does")
     if facts["experts"]:
         terminal.say(f"{facts['experts']} experts train, each with matrices of its own")
     elif "experts" in parameters and "experts" not in trained:

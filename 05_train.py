@@ -98,11 +98,10 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     # The model, and what of it trains.
     shards = config.fsdp_version is not None and world.world_size > 1
     at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
-    net, roles = model.load(plan, at), Roles.of_plan(plan)
+    adapter_path = work.input("04_lora") / "adapter" if config.adapter else None
+    net, roles = model.load(plan, at, adapter_path=adapter_path), Roles.of_plan(plan)
     if config.adapter is None:
         model.train_roles(net, roles, config.train_roles)
-    else:
-        net = model.attach(net, work.input("04_lora") / "adapter")
     parameters = model.trained_parameters(net)
     model.compare(parameters, roles, planned["trained_parameters"])
     role_of = {name: roles.of(model.base_name(name)) for name in parameters}

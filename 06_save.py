@@ -212,7 +212,7 @@ def ask(work, files: list[str], question: str) -> None:
     template = Template(encoder.processor, day=work.config.template_date)
     text, opened = prompt_about(files, question, encoder, template)
     device, answers = parallel.pick_device(), []
-    base = model.load(plan, device, mode="inference")
+    base = model.load(plan, device, mode="reference")
     with quiet():
         answers.append(["before", generate(base, encoder, text, opened, work.config.max_new_tokens)])
         if work.config.adapter is None:

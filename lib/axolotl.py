@@ -42,9 +42,7 @@ REFUSED = {  # a knob: its values, why they can't be had, the value that can
 }
 
 NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what is done anyway
-    "special_tokens": ("special tokens of one's own", "pad_token"),
-    "tokens": ("tokens of one's own",),
-    "added_tokens_overrides": ("tokens of one's own",),
+    "added_tokens_overrides": ("other words for a tokenizer's own tokens",),
     "tokenizer_type": ("another tokenizer",),
     "tokenizer_config": ("another tokenizer",),
     "tokenizer_use_mistral_common": ("Mistral's own tokenizer", False),
@@ -53,7 +51,6 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "quantize_moe_experts": ("quantised experts", False),
     "llama4_linearized_experts": ("a rewritten Llama-4", False),
     "lora_modules_to_save": ("whole modules saved with the adapter",),
-    "lora_model_dir": ("training an adapter further",),
     "loraplus_lr_embedding": ("another rate for embeddings",),
     "unfrozen_parameters": ("training by parameter name; train_roles chooses by part",),
     "role_boundaries": ("finding turns by their tokens; the template's render shows where they are",),

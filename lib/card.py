@@ -15,7 +15,7 @@ BASE = "{base}"    # the base model: a hub id, or the folder where you have it
 FOLDER = "."    # the folder of this card
 
 model = {cls}.from_pretrained(BASE, {revision}dtype="{dtype}")
-model = PeftModel.from_pretrained(model, FOLDER)
+{grown}model = PeftModel.from_pretrained(model, FOLDER)
 processor = AutoProcessor.from_pretrained(FOLDER)""",
     "model": """\
 from transformers import AutoProcessor, {cls}
@@ -25,6 +25,7 @@ FOLDER = "."    # the folder of this card
 model = {cls}.from_pretrained(FOLDER, dtype="{dtype}")
 processor = AutoProcessor.from_pretrained(FOLDER)""",
 }
+GROWN = "model.resize_token_embeddings({rows}, mean_resizing=False)    # the adapter holds the new tokens' rows\n"
 
 
 def model_card(kind: str, plan: dict, counts: dict, trained: dict, check: dict, day: str | None) -> str:
@@ -39,6 +40,7 @@ def model_card(kind: str, plan: dict, counts: dict, trained: dict, check: dict, 
     revision = f" at revision `{plan['revision']}`" if plan["revision"] else ""
     snippet = LOADING["adapter" if adapter else "model"].format(
         base=base, cls=plan["class"], dtype=plan["dtype"],
+        grown=GROWN.format(rows=plan["grown_to"]) if plan["grown_to"] else "",
         revision=f'revision="{plan["revision"]}", ' if plan["revision"] else "")
     results = "No row was held out, so none was answered."
     if check["rows"]:

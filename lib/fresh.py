@@ -47,6 +47,7 @@ def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dic
             "quantisation": quant.arguments(plan), "device": str(parallel.pick_device()),
             "without_quantisation": quant.arguments(plan | {"quantisation": None}),
             "cast_pictures": bool(registry.family_of(plan["model_type"]).uncast),
+            "grown_to": plan["grown_to"] or 0,
             "max_new_tokens": work.config.max_new_tokens, "pad_id": encoder.pad_id,
             "golden_rows": [proof_row(row, encoder, scratch) for row in golden_records(work, golden)],
             "rows": [proof_row(row, encoder, scratch) for row in rows]}

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from lib import quant, registry, terminal
+from lib import quant, registry, terminal, vocabulary
 from lib.processor import first_line
 from lib.roles import Roles, roles_of
 from lib.stage import StageError
@@ -34,9 +34,11 @@ def make_plan(knobs) -> dict:
             "class": registry.model_class(config, knobs.model_type).__name__,
             "dtype": "float32" if knobs.bf16 is False else "bfloat16",
             "attn_implementation": registry.attention(family, config, knobs.attn_implementation),
-            "stored_as": quant.stored_as(config), "quantisation": None}
+            "stored_as": quant.stored_as(config), "quantisation": None, "new_rows": []}
     model = with_an_attention_it_has(plan)
     refuse_other_losses(model)
+    plan["new_rows"] = vocabulary.new_rows(model, knobs)
+    plan["grown_to"] = vocabulary.grow(model, plan["new_rows"])
     roles = roles_of(model, family)
     plan |= {"tied_head": tied(model), "roles": roles.paths, "idle": roles.idle,
              "roles_guessed": roles.guessed, "parameters": dict(count_parameters(model, roles))}
@@ -78,8 +80,10 @@ def on_meta(plan: dict):
     config = load_config(plan["base_model"], plan["revision"], plan["trust_remote_code"])
     cls = registry.model_class(config, plan["class"])
     with torch.device("meta"), quiet():
-        return cls._from_config(config, dtype=getattr(torch, plan["dtype"]),
-                                attn_implementation=plan["attn_implementation"])
+        model = cls._from_config(config, dtype=getattr(torch, plan["dtype"]),
+                                 attn_implementation=plan["attn_implementation"])
+        vocabulary.grow(model, plan["new_rows"])
+    return model
 
 
 def with_an_attention_it_has(plan: dict):

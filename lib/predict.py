@@ -67,5 +67,4 @@ def trained_model(work, plan: dict):
     if work.config.adapter is None:
         plan = plan | {"base_model": str(trained / "model"), "revision": None}
         return model.load(plan, device, mode="inference")
-    base = model.load(plan, device, mode="inference")
-    return model.attach(base, trained / "adapter", trainable=False).eval()
+    return model.load(plan, device, "inference", trained / "adapter")

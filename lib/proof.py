@@ -89,6 +89,9 @@ def load(task: dict, path: str, revision: str | None = None):
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             sys.exit(f"{path}: {kind}: {sorted(map(str, info[kind]))[:3]}")
+    if task["grown_to"] > len(model.get_input_embeddings().weight):
+        torch.manual_seed(0)                           # of rows that only an adapter knows
+        model.resize_token_embeddings(task["grown_to"], mean_resizing=False)
     for module in model.modules():                     # bitsandbytes: keep one layout, so that logits compare
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -136,7 +139,9 @@ def not_the_sum(tuned, weights: dict[str, torch.Tensor], merged: dict[str, torch
     weights: the base's own, which are in `tuned`; afterwards they hold what was merged.
     """
     from peft.tuners.lora import LoraLayer
-    layers = {id(weight_of(layer)): layer for layer in tuned.modules() if isinstance(layer, LoraLayer)}
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    layers = {id(weight_of(layer)): layer for layer in tuned.modules()
+              if isinstance(layer, (LoraLayer, TrainableTokensLayer))}
     odd = []
     for name, weight in weights.items():
         before, found = weight.data, merged[name].to(weight.device)

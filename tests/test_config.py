@@ -214,7 +214,7 @@ DONE_ANYWAY = """
 tokenizer_use_mistral_common: false | special_tokens: | special_tokens: {pad_token: <pad>}
 special_tokens: {} | quantize_moe_experts: false | llama4_linearized_experts: false | device_map: auto
 flash_attention: false | roles_to_train: [assistant] | train_on_inputs: false
-train_on_inputs: no | gptq: false | train_on_eos: turn | lora_model_dir: | fp16: | fp16: false | fsdp: []
+train_on_inputs: no | gptq: false | train_on_eos: turn | fp16: | fp16: false | fsdp: []
 fsdp_config: | activation_offloading: false | deepspeed: | resume_from_checkpoint:
 resume_from_checkpoint: true | dataset_prepared_path: | eot_tokens: | tf32:
 plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]
@@ -228,7 +228,7 @@ tokenizer_use_mistral_common: true | special_tokens: {pad_token: <pad>, eos_toke
 gptq: true | quantize_moe_experts: true | llama4_linearized_experts: true | device_map: balanced
 max_memory: {0: 20GiB} | gpu_memory_limit: 20GiB | fp16: true
 role_boundaries: [{role: user}]
-lora_model_dir: ./old | lora_modules_to_save: [lm_head, embed_tokens] | activation_offloading: true
+lora_modules_to_save: [lm_head, embed_tokens] | activation_offloading: true
 fsdp: [full_shard] | plugins: [mine.Plugin] | resume_from_checkpoint: ./checkpoint-5
 wandb_log_model: checkpoint | optimizer: paged_adamw_32bit | optimizer: adamw_torch_8bit
 optimizer: adamw_torch_4bit | lr_scheduler: rex | chat_template: chatml | deepspeed: ds.json | rl: dpo

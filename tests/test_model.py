@@ -41,7 +41,8 @@ ON_DISK = {
 def knobs(base, **changes):
     """The knobs that a plan is made of."""
     given = dict(base_model=str(base), revision=None, trust_remote_code=False, model_type=None, bf16=False,
-                 attn_implementation="sdpa", load_in_4bit=False, load_in_8bit=False, bnb_config_kwargs={})
+                 attn_implementation="sdpa", load_in_4bit=False, load_in_8bit=False, bnb_config_kwargs={}, tokens=[],
+                 special_tokens={})
     return SimpleNamespace(**given | changes)
 
 
