@@ -69,9 +69,10 @@ def full_fine_tuning(planned: dict, work) -> dict:
     if "head" in wanted and planned["tied_head"] and "embedding" not in wanted:
         raise StageError(f"train_roles: the head of {planned['class']} is its embedding, one tensor",
                          "name embedding instead of head")
-    if planned["new_rows"] and wanted != ["all"] and (lack := {"embedding", "head"} & there.keys() - {*wanted}):
-        raise StageError(f"train_roles: rows of new tokens would stay as they are in {' and '.join(sorted(lack))}",
-                         f"train_roles: {json.dumps(wanted + sorted(lack))}")
+    lacking = [role for role in ("embedding", "head") if role in there and role not in wanted]
+    if planned["new_rows"] and wanted != ["all"] and lacking:
+        raise StageError(f"train_roles: rows of new tokens would stay as they are in {' and '.join(lacking)}",
+                         f"train_roles: {json.dumps(wanted + lacking)}")
     chosen = [role for role in there if role in wanted or wanted == ["all"]]
     if not chosen:
         raise StageError(f"train_roles: {planned['class']} has no {', '.join(wanted)}",
@@ -80,7 +81,8 @@ def full_fine_tuning(planned: dict, work) -> dict:
                       if list(module.parameters(recurse=False)) and not roles.is_idle(name))
     return {"method": "full fine-tuning", "targets": None,
             "modules": {role: modules[role] for role in chosen},
-            "trained_parameters": {role: there[role] for role in chosen}, "experts": 0, "new_rows": 0, "first_hits": {}}
+            "trained_parameters": {role: there[role] for role in chosen}, "experts": 0, "new_rows": 0,
+            "first_hits": {}}
 
 
 def print_facts(facts: dict, parameters: dict[str, int]) -> None:

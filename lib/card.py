@@ -25,7 +25,7 @@ FOLDER = "."    # the folder of this card
 model = {cls}.from_pretrained(FOLDER, dtype="{dtype}")
 processor = AutoProcessor.from_pretrained(FOLDER)""",
 }
-GROWN = "model.resize_token_embeddings({rows}, mean_resizing=False)    # the adapter holds the new tokens' rows\n"
+GROWN = "model.resize_token_embeddings({rows}, mean_resizing=False)    # the adapter holds the new rows\n"
 
 
 def model_card(kind: str, plan: dict, counts: dict, trained: dict, check: dict, day: str | None) -> str:

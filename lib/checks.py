@@ -160,11 +160,12 @@ def special_tokens(given: dict) -> dict:
     given = {name: token for name, token in given.items() if token is not None}
     for name, token in given.items():
         if name not in SPECIAL_TOKENS:
-            raise Wrong(f"holds {name}, which is no special token", f"its keys are {', '.join(SPECIAL_TOKENS)}")
-        several = name == SPECIAL_TOKENS[-1]
-        if not isinstance(token, list if several else str):
-            raise Wrong(f"holds {name}: {token}", f"for example {name}: " + ("['<a>', '<b>']" if several else "'<a>'"))
-        words(token if several else [token])
+            raise Wrong(f"holds {name}, which is no special token",
+                        f"its keys are {', '.join(SPECIAL_TOKENS)}")
+        kind, example = (list, ["<a>", "<b>"]) if name == SPECIAL_TOKENS[-1] else (str, "<a>")
+        if not isinstance(token, kind):
+            raise Wrong(f"holds {name}: {token}", f"for example {name}: {example}")
+        words(token if kind is list else [token])
     return given
 
 

@@ -167,7 +167,7 @@ def ids_of(module) -> torch.Tensor:
 
 
 def rows_forward(module, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output [..., D] of tokens, or [..., V] of hidden states, of new rows in place of the base's."""
+    """The layer's output, [..., D] of tokens or [..., V] of hidden states, new rows in the base's places."""
     (name,), base = module.active_adapters, module.get_base_layer()
     out = base(x)
     rows = module.trainable_tokens_delta[name].to(out.dtype)                     # [R, D]

@@ -160,7 +160,7 @@ def weight_of(layer) -> torch.nn.Parameter:
 
 @torch.no_grad()
 def with_rows(layer, weight: torch.Tensor) -> torch.Tensor:
-    """A weight [rows, D] of the files with the rows of new tokens in it, and as many rows as the layer has."""
+    """A weight [rows, D] of the files with the rows of new tokens, and as many rows as the layer has."""
     (name,) = layer.active_adapters
     grown = weight.new_empty([len(weight_of(layer)), *weight.shape[1:]])
     grown[:len(weight)] = weight

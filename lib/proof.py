@@ -249,10 +249,11 @@ def to_model(given: dict, model, task: dict) -> dict:
 @torch.no_grad()
 def answer(model, processor, row: dict, task: dict) -> str:
     """The greedy answer to a row's prompt."""
-    made = inputs(processor, row)
-    output = model.generate(**to_model(made, model, task), do_sample=False,
+    made, tokenizer = inputs(processor, row), getattr(processor, "tokenizer", processor)
+    own = model.generation_config.eos_token_id
+    stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    output = model.generate(**to_model(made, model, task), do_sample=False, eos_token_id=sorted(stops),
                             max_new_tokens=task["max_new_tokens"], pad_token_id=task["pad_id"])
-    tokenizer = getattr(processor, "tokenizer", processor)
     return tokenizer.decode(output[0, made["input_ids"].shape[1]:], skip_special_tokens=True).strip()
 
 

@@ -124,8 +124,7 @@ def guess_roles(model) -> dict[str, str]:
 def base_name(name: str) -> str:
     """A module or parameter name as the base model has it, without PEFT's wrapping."""
     name = name.removeprefix("base_model.model.")
-    return re.sub(r"\.(lora_\w+|base_layer|modules_to_save|original_module|token_adapter|trainable_tokens_delta)"
-                  r"(\.default)?", "", name)
+    return re.sub(r"\.(lora_\w+|base_layer|token_adapter|trainable_tokens_delta)(\.default)?", "", name)
 
 
 def parents(name: str) -> list[str]:

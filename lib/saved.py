@@ -15,10 +15,10 @@ from lib.roles import base_name
 from lib.stage import StageError
 
 WEIGHTS = "adapter_model.safetensors"
-KNOBS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "peft_use_dora": "use_dora",
-         "peft_use_rslora": "use_rslora"}                            # knob: what peft's configuration calls it
-FOREIGN = ("modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform", "layers_pattern",
-           "exclude_modules", "lora_bias", "layer_replication")      # what no adapter of the kit has
+KNOBS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",     # knob: peft's name
+         "peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora"}
+FOREIGN = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
+           "layers_pattern", "exclude_modules", "lora_bias", "layer_replication")      # what no adapter of the kit has
 
 
 def attach(model, folder: Path, trainable: bool = True):
@@ -69,7 +69,7 @@ def continued(knobs):
         raise StageError(f"{name} is damaged: {first_line(error)}", "copy it there again") from None
     if config.peft_type != "LORA":
         raise StageError(f"{name} is of the kind {config.peft_type}", "name a LoRA adapter")
-    if odd := [f"bias: {config.bias}"] * (config.bias != "none") + [key for key in FOREIGN if getattr(config, key)]:
+    if odd := [key for key in FOREIGN if getattr(config, key) not in (None, False, "none", {})]:
         raise StageError(f"{name} has {odd[0]}, which isn't trained here", "name an adapter without it")
     own = {knob: getattr(config, key) for knob, key in KNOBS.items()}
     others = [f"{knob} {value} (the recipe: {getattr(knobs, knob)})" for knob, value in own.items()
@@ -92,7 +92,7 @@ def refuse_foreign(model, folder: Path) -> None:
 
 
 def fill(peft_model, folder: Path) -> None:
-    """Nothing; the model's adapter has the values of a saved one, or a StageError names a tensor that differs."""
+    """Nothing; the model's adapter has a saved one's values, or a StageError names a tensor that differs."""
     ours, theirs = tensors_of(peft_model), load_file(folder / WEIGHTS)
     for name in sorted(ours.keys() | theirs.keys()):
         found, wanted = (list(side[name].shape) if name in side else "none" for side in (theirs, ours))
@@ -104,4 +104,4 @@ def fill(peft_model, folder: Path) -> None:
 def foreign(folder: Path, words: str) -> StageError:
     """The refusal of an adapter that doesn't fit."""
     return StageError(f"lora_model_dir: {folder} is an adapter of another model: {words}",
-                      "name the base_model that it was trained on")
+                      "name the base_model that it was trained on, and its tokens if it has any")

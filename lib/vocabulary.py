@@ -14,7 +14,7 @@ from lib.tekken import TekkenProcessor
 
 
 def add_tokens(processor, knobs) -> list[int]:
-    """Ids of those of a recipe's tokens that were new to the processor's tokenizer; it has all of them then."""
+    """Ids of a recipe's tokens that were new to the processor's tokenizer, which has all of them then."""
     special = dict(knobs.special_tokens)
     if not special and not knobs.tokens:
         return []
@@ -34,13 +34,22 @@ def new_rows(model, knobs) -> list[int]:
         return []
     options = {"revision": knobs.revision, "trust_remote_code": knobs.trust_remote_code}
     ids = add_tokens(load_processor(knobs.base_model, **options), knobs)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    family = registry.family_of(model.config.model_type)
-    odd = "its head has a bias" if head.bias is not None else "its head has fewer rows than its embedding"
-    if ids and (family.new_tokens or head.bias is not None or len(head.weight) != len(embedding)):
-        raise StageError(f"{named(knobs)}: {family.name} takes no new token: {family.new_tokens or odd}",
+    family, rows = registry.family_of(model.config.model_type), len(model.get_input_embeddings().weight)
+    if ids and (reason := family.new_tokens or obstacle(model, rows)):
+        raise StageError(f"{named(knobs)}: {family.name} takes no new token: {reason}",
                          "use words that the tokenizer has")
-    return sorted({*ids, *range(len(embedding), max(ids, default=0) + 1)})
+    return sorted({*ids, *range(rows, max(ids, default=0) + 1)})
+
+
+def obstacle(model, rows: int) -> str:
+    """Why a model can't learn new tokens by new rows of its embedding and its head; "" where it can."""
+    head = model.get_output_embeddings()
+    if head.bias is not None:
+        return "its head has a bias"
+    if len(head.weight) != rows:
+        return "its head has fewer rows than its embedding"
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    return "its layers have embeddings of their own" if sum(len(t.weight) == rows for t in tables) > 1 else ""
 
 
 def named(knobs) -> str:

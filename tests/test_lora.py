@@ -284,7 +284,7 @@ def one_less(tensors):
 
 
 FIRST = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
-ELSE = "name the base_model that it was trained on"
+ELSE = "name the base_model that it was trained on, and its tokens if it has any"
 MISFITS = {
     "an adapter of a model with other layers": (
         like(renamed), "an adapter of another model: LlavaForConditionalGeneration has no layer for "
@@ -306,7 +306,7 @@ MISFITS = {
         like(modules_to_save=["lm_head"]), "has modules_to_save, which isn't trained here",
         "name an adapter without it"),
     "an adapter with biases": (
-        like(bias="all"), "has bias: all, which isn't trained here", "name an adapter without it"),
+        like(bias="all"), "has bias, which isn't trained here", "name an adapter without it"),
     "an adapter with ranks of their own": (
         like(rank_pattern={"q_proj": 8}), "has rank_pattern, which isn't trained here",
         "name an adapter without it"),
