@@ -24,7 +24,7 @@ LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_module
         "peft_use_rslora": False, "peft_init_lora_weights": False}
 MODEL = {"revision": None, "trust_remote_code": False, "model_type": None, "bf16": True, "quantize_roles": [],
          "load_in_8bit": False, "load_in_4bit": False, "bnb_config_kwargs": None, "adapter": "lora",
-         "attn_implementation": "sdpa"}
+         "attn_implementation": "sdpa", "tokens": [], "special_tokens": {}}
 
 
 def prepare(folder: Path, gib: float, shards: int) -> int:

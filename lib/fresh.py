@@ -10,8 +10,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 
-from lib import media, parallel, proof, quant, registry, sounds, terminal
+from lib import media, model, parallel, proof, quant, registry, sounds, terminal
 from lib.chat import Encoder
 from lib.evaluate import exact_match
 from lib.golden import read_header
@@ -39,6 +40,9 @@ def prove(work, plan: dict, encoder: Encoder, exports: list[Path], rows: list[di
 def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dict], scratch: Path) -> dict:
     """The proof's task.json: absolute paths, the plan's facts, samples as texts and lossless media."""
     golden, base = work.input("05_train") / "golden.safetensors", Path(plan["base_model"])
+    if plan["stored_as"] == "gptq":                      # plain transformers reads it by other packages only
+        base = scratch / "base"
+        model.save_full(model.load(quant.whole(plan), torch.device("cpu"), "reference"), base)
     merged = str(exports[1].absolute()) if len(exports) > 1 else None
     facts = ("revision", "trust_remote_code", "class", "dtype", "attn_implementation")
     return {**{fact: plan[fact] for fact in facts}, "adapter": work.config.adapter is not None,

@@ -33,7 +33,7 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
     check_weight_files(whole["base_model"])
     files = {path.name: shards.places(path) for path in shards.weight_files(whole)}
     tensors = {name: place for held in files.values() for name, place in held.items()}
-    reason = "8-bit floats become bfloat16" if whole["stored_as"] == "fp8" else ""
+    reason = f"its weights become {plan['dtype']}" if whole["stored_as"] else ""
     sums = None if reason else Sums(whole, adapter_path, tensors)
     if reason := reason or sums.refusal:
         terminal.say(f"merging in memory, the model as a whole: {reason}")

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
-from lib import adapter, quant, registry, terminal, vocabulary
+from lib import adapter, gptq, quant, registry, terminal, vocabulary
 from lib.adapter import base_name
 from lib.plan import check_weight_files, load_config, make_plan, on_meta, quiet
 from lib.processor import first_line
@@ -41,8 +41,11 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
         # Asked of the files: what full fine-tuning exported is no longer stored as its base was.
         if quantisation := quant.configuration(plan | {"stored_as": quant.stored_as(config)}):
             options |= {"quantization_config": quantisation, "device_map": {"": str(device)}}
+        path = plan["base_model"]
+        if quant.stored_as(config) == "gptq":
+            path, options = None, options | gptq.in_place_of_files(plan, config)
         with quiet():
-            model, info = cls.from_pretrained(plan["base_model"], **options)
+            model, info = cls.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         fix = ("install that package" if isinstance(error, ImportError) else
                "see that the folder or model id holds all of its .safetensors files")
