@@ -44,7 +44,8 @@ def adapter(planned: dict, work) -> dict:
         work.uses(work.config.lora_model_dir)
     peft_model, hits = model.new_adapter(planned, work.config)
     if not hits.keys() & LEARNS_WORDS:
-        terminal.warn(f"the adapter is on {', '.join(hits)} alone: the language model stays as it is")
+        where = ", ".join(f"{role} ({len(names)})" for role, names in hits.items())
+        terminal.warn(f"the adapter is on {where} alone: the language model stays as it is")
     model.save_adapter(peft_model, work.path / "adapter")
     roles, trained = Roles.of_plan(planned), Counter()
     for name, parameter in model.trained_parameters(peft_model).items():

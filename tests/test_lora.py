@@ -103,9 +103,9 @@ def test_layers_that_no_forward_reaches_are_left_out_with_a_count(make, capsys):
     assert "left out: 1 layers that no forward reaches" in capsys.readouterr().out
 
 
-def test_an_adapter_without_the_language_model_gets_a_warning(make, capsys):
-    make(lora_target_roles=["vision"])
-    assert "the language model stays as it is" in capsys.readouterr().out
+def test_a_regex_that_hits_the_tower_alone_gets_a_warning_with_the_count(make, capsys):
+    make(lora_target_modules=r".*vision.*\.fc1")
+    assert "the adapter is on vision (1) alone: the language model stays as it is" in capsys.readouterr().out
     make()
     assert "warning" not in capsys.readouterr().out.replace("warning: max_steps", "")
 
@@ -135,6 +135,12 @@ NOTHING = (
     Bad("a role without linear layers", ["lora_target_roles=[audio]"],
         "lora_target_roles: no linear layer in audio",
         "choose among embedding, head, language, projector, vision"),
+    Bad("experts by name where there are none", ["lora_target_parameters=experts.down_proj"],
+        "lora_target_parameters: LLaVA-1.5 and Pixtral: this checkpoint has no experts in 3-D parameters",
+        "leave it out"),
+    Bad("experts by role where there are none", ["lora_target_roles=[language, experts]"],
+        "lora_target_roles: LLaVA-1.5 and Pixtral: this checkpoint has no experts in 3-D parameters",
+        "leave experts out"),
     Bad("full fine-tuning of a role that isn't there", ["adapter=", "train_roles=[audio, router]"],
         "train_roles: LlavaForConditionalGeneration has no audio, router",
         "choose among vision, projector, embedding, language, head"),
