@@ -74,6 +74,8 @@ def print_plan(planned: dict) -> None:
     terminal.say(f"{planned['family']}: {planned['class']} in {planned['dtype']}")
     for line in quant.in_words(planned):
         terminal.say(line)
+    if planned["grown_to"]:
+        terminal.say(f"new tokens: embedding and head grow to {planned['grown_to']:,} rows")
     if planned["roles_guessed"]:
         terminal.warn(f"no record for {planned['model_type']!r}: roles are guessed by name, check them")
     paths: dict[str, list[str]] = {}

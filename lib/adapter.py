@@ -27,8 +27,8 @@ def put_on(model, plan: dict, knobs, real: bool = True) -> tuple[object, dict[st
     names, experts = target_names(model, roles, knobs), expert_names(model, roles, knobs)
     rows = vocabulary.trained(model, plan)
     if both := sorted({*names} & {*(rows or ())}):
-        raise StageError(f"{vocabulary.named(knobs)}: new rows of {both[0]} train, and LoRA is asked for it",
-                         "leave embedding and head out of lora_target_roles and lora_target_modules")
+        raise StageError(f"lora_target_roles, lora_target_modules: {both[0]} can't have LoRA, since its rows "
+                         "of new tokens train", "leave embedding and head out")
     targets = as_regex(names, [name for name, _ in model.named_modules()]) if names else []
     parameters = as_ends(experts, [name for name, _ in model.named_parameters()])
     config = lora_config(knobs, targets, parameters, rows)
@@ -48,8 +48,8 @@ def put_on(model, plan: dict, knobs, real: bool = True) -> tuple[object, dict[st
     config.base_model_name_or_path, config.revision = public_name(plan), plan["revision"]
     config.target_modules, config.target_parameters = targets, parameters
     if rows and isinstance(peft_model.get_output_embeddings(), torch.nn.Linear):
-        raise StageError(f"{vocabulary.named(knobs)}: peft doesn't see that the head of {plan['class']} is "
-                         "its embedding", "use words that the tokenizer has")
+        raise StageError(f"tokens: peft doesn't see that the head of {plan['class']} is its embedding",
+                         "use words that the tokenizer has")
     hits = adapter_hits(peft_model, roles)
     if odd := {*names, *experts} ^ {name for found in hits.values() for name in found}:
         raise StageError(f"adapter: peft adapts other layers than asked, such as {sorted(odd)[0]}",

@@ -14,6 +14,7 @@ from lib import shards
 from lib.stage import StageError
 
 ZERO = {"gptq": 1, "gptq_v2": 0}                     # what a zero point is stored less, by the layout's name
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
 BITS = (2, 4, 8)                                     # which a word of 32 bits holds without a rest
 
 
@@ -21,8 +22,8 @@ def refuse_layouts(settings: dict) -> None:
     """A StageError for a layout that isn't read here."""
     layout = settings.get("checkpoint_format", "gptq")
     if settings["bits"] not in BITS or layout not in ZERO:
-        raise StageError(f"base_model: GPTQ in {settings['bits']} bits, laid out as {layout}, isn't read here",
-                         "name the unquantised checkpoint; adapter: qlora makes 4 bits of it")
+        what = f"base_model: GPTQ in {settings['bits']} bits, laid out as {layout}, isn't read here"
+        raise StageError(what, "name the unquantised checkpoint; adapter: qlora makes 4 bits of it")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Later:
 
 
 def in_place_of_files(plan: dict, config) -> dict:
-    """transformers' arguments for loading a checkpoint in memory; its config says no more that it is packed."""
+    """transformers' arguments for a load from memory; its config says no more that weights are packed."""
     from transformers import GenerationConfig
     tensors = weights(plan, config.quantization_config)
     del config.quantization_config
@@ -45,17 +46,23 @@ def in_place_of_files(plan: dict, config) -> dict:
 
 
 def weights(plan: dict, settings: dict) -> dict[str, Later]:
-    """{name: tensor to come} of a checkpoint, packed layers as `NAME.weight`."""
-    places = {name: place for path in shards.weight_files(plan) for name, place in shards.places(path).items()}
-    layers = {name.removesuffix(".qweight") for name in places if name.endswith(".qweight")}
-    packed = {f"{layer}.{part}" for layer in layers for part in ("qweight", "qzeros", "scales", "g_idx")}
-    if missing := sorted(packed - places.keys()):
-        raise StageError(f"base_model: {plan['base_model']} lacks {missing[0]}", "download it again")
+    """{name: tensor to come} of a checkpoint, a packed layer's as `LAYER.weight`. OSError where parts lack."""
+    places, found = {}, {}
+    for path in shards.weight_files(plan):
+        if path is None:
+            raise OSError("no .safetensors file is there")
+        places |= shards.places(path)
     bits, zero = settings["bits"], ZERO[settings.get("checkpoint_format", "gptq")]
-    found = {name: Later(lambda name=name: whole(places[name])) for name in places.keys() - packed}
-    return found | {f"{layer}.weight": Later(lambda layer=layer: unpacked(
-        *(whole(places[f"{layer}.{part}"]) for part in ("qweight", "qzeros", "scales", "g_idx")), bits, zero))
-        for layer in layers}
+    for name, place in places.items():
+        layer, _, part = name.rpartition(".")
+        if part == "qweight":
+            if lacking := [part for part in PARTS if f"{layer}.{part}" not in places]:
+                raise OSError(f"there is no {layer}.{lacking[0]}")
+            parts = [places[f"{layer}.{part}"] for part in PARTS]
+            found[f"{layer}.weight"] = Later(lambda parts=parts: unpacked(*map(whole, parts), bits, zero))
+        elif part not in PARTS or f"{layer}.qweight" not in places:
+            found[name] = Later(lambda place=place: whole(place))
+    return found
 
 
 def whole(place: shards.Place) -> torch.Tensor:

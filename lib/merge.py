@@ -87,7 +87,9 @@ class Sums:
         for path, layer in model.attach(base, adapter_path, trainable=False).named_modules():
             if isinstance(layer, TrainableTokensLayer):
                 parts = self.in_files(f"{base_name(path)}.weight", torch.empty(0, device="meta"))
-                self.rows |= {part: layer for part in parts if part in tensors}   # a tied head is in no file
+                self.rows |= {part: layer for part in parts if part in tensors}
+                if not layer.tied_adapter and not parts.keys() <= tensors.keys():  # a tied head is in no file
+                    self.refusal = f"the files hold {base_name(path)} together with other parameters"
             if isinstance(layer, LoraLayer):
                 name, empty = names[id(weight_of(layer))], torch.empty(weight_of(layer).shape, device="meta")
                 parts = self.in_files(name, empty)

@@ -18,7 +18,7 @@ WEIGHTS = "adapter_model.safetensors"
 KNOBS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",     # knob: peft's name
          "peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora"}
 FOREIGN = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
-           "layers_pattern", "exclude_modules", "lora_bias", "layer_replication")      # what no adapter of the kit has
+           "layers_pattern", "exclude_modules", "lora_bias", "layer_replication")    # no adapter of the kit's
 
 
 def attach(model, folder: Path, trainable: bool = True):

@@ -74,6 +74,7 @@ def grow(model, rows: list[int]) -> int | None:
 
 def trained(model, plan: dict) -> dict[str, list[int]] | None:
     """{module: rows that train} for peft; a head that is the embedding follows by itself."""
+    if not plan["new_rows"]:
+        return None
     parts = [model.get_input_embeddings(), *([] if plan["tied_head"] else [model.get_output_embeddings()])]
-    names = [name for name, module in model.named_modules() if module in parts]
-    return dict.fromkeys(names, plan["new_rows"]) if plan["new_rows"] else None
+    return {name: plan["new_rows"] for name, module in model.named_modules() if module in parts}

@@ -288,6 +288,16 @@ def test_a_checkpoint_of_gptq_is_trained_on_merged_and_proved(tmp_path, monkeypa
     assert "quantization_config" not in run.json("06_save/merged/config.json")
 
 
+def test_a_packed_layer_without_its_scales_is_named(tmp_path_factory, tmp_path):
+    subject = find("llava", tmp_path_factory)
+    folder, meant = in_gptqs_integers(tmp_path / "base", "llava", 4)
+    tensors, layer = load_file(folder / "model.safetensors"), sorted(meant)[0]
+    del tensors[f"{layer}.scales"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StageError, match=f"there is no {layer}.scales"):
+        model.load(model.make_plan(subject.knobs(base_model=str(folder), bf16=True)), CPU)
+
+
 @pytest.mark.parametrize("changes, words", [({"bits": 3}, "GPTQ in 3 bits, laid out as gptq"),
                                             ({"checkpoint_format": "marlin"}, "GPTQ in 4 bits, laid out as marlin")])
 def test_a_layout_of_gptq_that_isnt_read_is_named(changes, words, tmp_path_factory, tmp_path):
@@ -323,7 +333,8 @@ def test_a_quantised_mixture_trains_its_experts_and_is_merged_whole(tmp_path, mo
 
 def test_a_checkpoint_in_floats_of_8_bits_goes_through_all_scripts(tmp_path, monkeypatch):
     base = in_floats_of_8_bits(tmp_path / "fp8")
-    run = Run(tmp_path, monkeypatch, base, bf16=True, merge=True, max_steps=2, answer_rows=0).upto("06_save")
+    run = Run(tmp_path, monkeypatch, base, bf16=True, merge=True, max_steps=2, answer_rows=0,
+              tokens=["colour"]).upto("06_save")
     assert set(run.json("06_save/check.json")["exports"]) == {"adapter", "merged"}
     assert "quantization_config" not in run.json("06_save/merged/config.json")
 

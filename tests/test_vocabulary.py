@@ -7,9 +7,11 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from lib import card, fast, merge, model, vocabulary
 from lib.chat import Encoder
+from lib.evaluate import stops
 from lib.loss import forward_loss
 from lib.roles import Roles
 from lib.sampler import Batcher
@@ -198,7 +200,7 @@ def test_rows_that_an_embedding_has_to_spare_train_without_growing(tmp_path_fact
 REFUSED = {
     "a model whose head has fewer rows": ("mllama", {}, "Mllama takes no new token: its head has fewer rows than …"),
     "a model whose layers have embeddings, too": ("gemma4_e2b", {}, "Gemma-4 takes no new token: its layers have …"),
-    "LoRA on the head": ("llava", {"lora_target_roles": ["language", "head"]}, "new rows of lm_head train, and LoRA …"),
+    "LoRA on the head": ("llava", {"lora_target_roles": ["language", "head"]}, "lm_head can't have LoRA, since its rows …"),
 }
 
 
@@ -206,8 +208,16 @@ REFUSED = {
 def test_new_tokens_that_could_not_be_learnt_are_refused(name, tmp_path_factory):
     family, changes, what = REFUSED[name]
     knobs = find(family, tmp_path_factory).knobs(tokens=["<left>"], **changes)
-    with pytest.raises(StageError, match="^tokens: " + what.removesuffix("…")):
+    with pytest.raises(StageError, match=what.removesuffix("…")):
         model.new_adapter(model.make_plan(knobs), knobs)
+
+
+def test_an_answer_ends_at_a_recipes_own_eos_too(tmp_path_factory):
+    subject = find("llama_text", tmp_path_factory)
+    own, tokenizer = subject.base.generation_config.eos_token_id, AutoTokenizer.from_pretrained(subject.folder)
+    vocabulary.add_tokens(tokenizer, subject.knobs(special_tokens={"eos_token": "<end>"}))
+    assert tokenizer.eos_token == "<end>"
+    assert set(stops(subject.base, tokenizer)) == {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
 
 
 def test_full_fine_tuning_without_the_head_leaves_no_new_row_behind(tmp_path, monkeypatch, zoo):
