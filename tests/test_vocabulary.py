@@ -127,6 +127,21 @@ def test_the_fast_path_computes_what_peft_does(case):
         assert bool(gradient.any()) and difference(others[name], gradient) < (5e-2 if case.plan["quantisation"] else 1e-4)
 
 
+def test_the_fast_path_scales_new_rows_where_the_embedding_does(tmp_path_factory):
+    subject = find("gemma3", tmp_path_factory)
+    knobs = subject.knobs(tokens=["<left>"])
+    plan = model.make_plan(knobs)
+    net, _ = model.new_adapter(plan, knobs)
+    vocabulary.add_tokens(subject.processor, knobs)
+    batch = subject.batch(subject.rows((1, "What is <left>?", "a red fox")))
+    assert plan["new_rows"][0] in batch["input_ids"]
+    loss, gradients = step(net.train(), batch)
+    with fast.paths(net, Roles.of_plan(plan)):
+        other, others = step(net, batch)
+    assert other == pytest.approx(loss, rel=1e-5) and len(gradients) == 1
+    assert all(difference(others[name], gradient) < 1e-4 for name, gradient in gradients.items())
+
+
 def test_the_merged_model_has_the_new_rows_and_needs_no_peft(case, tmp_path):
     merged = case.run.path / "06_save/merged"
     if not merged.exists():
