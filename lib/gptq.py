@@ -46,7 +46,7 @@ def in_place_of_files(plan: dict, config) -> dict:
 
 
 def weights(plan: dict, settings: dict) -> dict[str, Later]:
-    """{name: tensor to come} of a checkpoint, of a packed layer as `LAYER.weight`. OSError where one lacks."""
+    """{name: tensor to come} of a checkpoint; a packed layer is `LAYER.weight`. OSError where one lacks."""
     places, found = {}, {}
     for path in shards.weight_files(plan):
         if path is None:

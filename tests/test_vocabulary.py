@@ -146,7 +146,7 @@ def test_the_merged_model_has_the_new_rows_and_needs_no_peft(case, tmp_path):
     merged = case.run.path / "06_save/merged"
     if not merged.exists():
         merged = tmp_path / "merged"
-        merge.write_merged(case.plan, case.adapter, merged)
+        merge.write_merged(case.plan, case.adapter, merged, "0.05MB")                # and in several files
     cls = getattr(transformers, case.plan["class"])
     net = cls.from_pretrained(merged, dtype=getattr(torch, case.plan["dtype"])).eval()
     assert net.config.get_text_config().vocab_size == case.plan["grown_to"] == len(net.get_output_embeddings().weight)
