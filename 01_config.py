@@ -21,8 +21,9 @@ from typing import Literal
 
 from lib import origin, registry, stage, terminal
 from lib.checks import (
-    bnb_arguments, chat_template, data_path, day, filled, hook, limits, metrics, model_overrides, model_path,
-    name_ends, name_regexes, properties, regex, role_words, side, size, template_arguments)
+    adapter_path, bnb_arguments, chat_template, data_path, day, filled, hook, limits, metrics, model_overrides,
+    model_path, name_ends, name_regexes, properties, regex, role_words, side, size, special_tokens,
+    template_arguments, words)
 from lib.knobs import REQUIRED, Hook, in_words, knob, knobs_of
 from lib.ledger import read_json, write_json
 from lib.reading import read_knobs
@@ -109,6 +110,8 @@ class Recipe:
     model_type: str | None           = knob(None, "03", "a class of transformers; null: by config.json")
     processor_type: str | None       = knob(None, "02", "a processor class; null: by the checkpoint")
     processor_kwargs: dict           = knob({}, "02", "arguments for the processor, saved with it")
+    special_tokens: dict             = knob({}, "02 03", "bos_token … and more marks", check=special_tokens)
+    tokens: Hosts                    = knob([], "02 03", "words that shall be one token each", check=words)
     chat_template: str | None        = knob(None, "02", "null: the checkpoint's own", check=chat_template)
     chat_template_kwargs: dict       = knob({}, "02", "arguments of the template", check=template_arguments)
     template_date: str | None        = knob(None, "02 06", "the day it tells; null: the first one", check=day)
@@ -156,6 +159,7 @@ class Recipe:
     lora_target_linear: bool | None  = knob(None, "01", "all of them; null: if no modules are named")
     lora_target_modules: Modules     = knob(None, "04", "a regex on full names, or last names", check=regex)
     lora_target_parameters: Modules  = knob(None, "04", "experts, by the ends of names", check=name_ends)
+    lora_model_dir: str | None       = knob(None, "04", "an adapter to train further", check=adapter_path)
     peft_use_dora: bool              = knob(False, "04", "DoRA: magnitudes learned apart from directions")
     peft_use_rslora: bool            = knob(False, "04", "rsLoRA: scaled by lora_alpha / sqrt(lora_r)")
     peft_init_lora_weights: Init     = knob(True, "04", "how A begins (true: Kaiming); B begins at zero")
@@ -250,6 +254,8 @@ RULES = (  # the knobs it is about; when they contradict each other; why; how to
      "qlora means a base in 4 bits, not in 8", "adapter: lora, or remove load_in_8bit"),
     ("load_in_4bit adapter", lambda k: k.load_in_4bit is False and k.adapter == "qlora",
      "qlora means a base in 4 bits", "adapter: lora, or remove load_in_4bit"),
+    ("lora_model_dir adapter", lambda k: k.lora_model_dir and not k.adapter,
+     "full fine-tuning trains no adapter", "adapter: lora, or remove lora_model_dir"),
     ("full_finetune adapter", lambda k: k.full_finetune and k.adapter,
      "with an adapter, the model itself doesn't train", "remove one of them"),
     ("full_finetune adapter", lambda k: k.full_finetune is False and not k.adapter,

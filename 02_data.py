@@ -23,6 +23,7 @@ from lib.resolution import require_bounds, set_budget
 from lib.rows import Rows
 from lib.stage import StageError
 from lib.template import Template
+from lib.vocabulary import add_tokens
 
 PROCESSOR_FILES = (".json", ".jinja", ".model", ".txt", ".py")    # of a base model's folder; not the weights
 
@@ -97,6 +98,8 @@ def load_template_and_encoder(work) -> tuple[Template, Encoder]:
     registry.require_packages(family)
     options |= config.processor_kwargs
     processor = complete(load_processor(config.base_model, config.processor_type, **options), family)
+    if new := add_tokens(processor, config):
+        terminal.say(f"{count(len(new), 'new token')}, from id {new[0]} on")
     if config.chat_template in registry.template_names():
         registry.check_template_name(config.chat_template, family)
         terminal.say(f"chat_template: {config.chat_template} means the checkpoint's own")

@@ -59,7 +59,7 @@ def main(argv=None):
     if planned["dtype"] == "bfloat16":
         parallel.ask_for_bf16(work.config.bf16, device)
     began = time.monotonic()
-    loaded = model.load(planned, device, "inference", parallel.spread(work.config, device))
+    loaded = model.load(planned, device, "reference", spread=parallel.spread(work.config, device))
     seconds = time.monotonic() - began
     # 5. Run one sample through it: the first loss tells a broken model or template at once.
     loss, sample_id = first_forward(loaded, work, device)
@@ -79,6 +79,8 @@ def print_plan(planned: dict) -> None:
     terminal.say(f"{planned['family']}: {planned['class']} in {planned['dtype']}")
     for line in quant.in_words(planned):
         terminal.say(line)
+    if planned["grown_to"]:
+        terminal.say(f"new tokens: embedding and head grow to {planned['grown_to']:,} rows")
     if planned["roles_guessed"]:
         terminal.warn(f"no record for {planned['model_type']!r}: roles are guessed by name, check them")
     paths: dict[str, list[str]] = {}

@@ -39,10 +39,13 @@ def main(argv=None):
 
 
 def adapter(planned: dict, work) -> dict:
-    """Facts of a new adapter, which is saved in the stage's folder."""
+    """Facts of the adapter, new or trained further, which is saved in the stage's folder."""
+    if work.config.lora_model_dir:
+        work.uses(work.config.lora_model_dir)
     peft_model, hits = model.new_adapter(planned, work.config)
     if not hits.keys() & LEARNS_WORDS:
-        terminal.warn(f"the adapter is on {', '.join(hits)} alone: the language model stays as it is")
+        where = ", ".join(f"{role} ({len(names)})" for role, names in hits.items())
+        terminal.warn(f"the adapter is on {where} alone: the language model stays as it is")
     model.save_adapter(peft_model, work.path / "adapter")
     roles, trained = Roles.of_plan(planned), Counter()
     for name, parameter in model.trained_parameters(peft_model).items():
@@ -52,7 +55,7 @@ def adapter(planned: dict, work) -> dict:
     return {"method": f"{method} r={config.r} alpha={config.lora_alpha}", "targets": config.target_modules,
             "modules": {role: len(names) for role, names in sorted(hits.items())},
             "trained_parameters": dict(sorted(trained.items())),
-            "experts": adapted_experts(peft_model),
+            "experts": adapted_experts(peft_model), "new_rows": len(planned["new_rows"]),
             "first_hits": {role: names[:3] for role, names in sorted(hits.items())}}
 
 
@@ -67,6 +70,10 @@ def full_fine_tuning(planned: dict, work) -> dict:
     if "head" in wanted and planned["tied_head"] and "embedding" not in wanted:
         raise StageError(f"train_roles: the head of {planned['class']} is its embedding, one tensor",
                          "name embedding instead of head")
+    lacking = [role for role in ("embedding", "head") if role in there and role not in wanted]
+    if planned["new_rows"] and wanted != ["all"] and lacking:
+        raise StageError(f"train_roles: rows of new tokens would stay as they are in {' and '.join(lacking)}",
+                          f"train_roles: {json.dumps(wanted + lacking)}")
     if not there.keys() & set(wanted) and wanted != ["all"]:
         raise StageError(f"train_roles: {planned['class']} has no {', '.join(wanted)}",
                          f"choose among {', '.join(there)}")
@@ -81,8 +88,8 @@ def full_fine_tuning(planned: dict, work) -> dict:
                          f"names begin as in {next(name for name, _ in meta.named_parameters())}")
     trained = dict(+trained)
     return {"method": "full fine-tuning", "targets": None,
-            "modules": {role: modules[role] for role in trained},
-            "trained_parameters": trained, "experts": 0, "first_hits": {}}
+            "modules": {role: modules[role] for role in trained}, "trained_parameters": trained,
+            "experts": 0, "new_rows": 0, "first_hits": {}}
 
 
 def print_facts(facts: dict, parameters: dict[str, int]) -> None:
@@ -91,6 +98,8 @@ def print_facts(facts: dict, parameters: dict[str, int]) -> None:
     rows = [[role, modules.get(role, 0), count, f"{count / total:.2%}"] for role, count in trained.items()]
     rows.append(["all", sum(modules.values()), sum(trained.values()), f"{sum(trained.values()) / total:.2%}"])
     terminal.table(f"what trains: {facts['method']}", ["role", "modules", "parameters", "of the base"], rows)
+    if facts["new_rows"]:
+        terminal.say(f"new tokens: {facts['new_rows']} rows of embedding and head train, no other row does")
     if facts["experts"]:
         terminal.say(f"{facts['experts']} experts train, each with matrices of its own")
     elif "experts" in parameters and "experts" not in trained:

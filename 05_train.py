@@ -111,14 +111,13 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     shards = config.fsdp_version is not None and world.world_size > 1
     kept_share = share_of_kept_layers(work, world, plan, shards)
     at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
-    net = model.load(plan, at, spread=parallel.spread(config, at))
+    adapter_path = work.input("04_lora") / "adapter" if config.adapter else None
+    net = model.load(plan, at, "train", adapter_path, parallel.spread(config, at))
     if world.device.type == "cpu":
         parallel.keep_freed_memory()
     roles = Roles.of_plan(plan)
     if config.adapter is None:
         model.train_roles(net, roles, config.train_roles, config.unfrozen_parameters)
-    else:
-        net = model.attach(net, work.input("04_lora") / "adapter")
     parameters = model.trained_parameters(net)
     model.compare(parameters, roles, planned["trained_parameters"])
     role_of = {name: roles.of(model.base_name(name)) for name in parameters}

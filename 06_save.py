@@ -173,12 +173,12 @@ def ask(work, files: list[str], question: str) -> None:
     text, opened = prompt_about(files, question, encoder, template, before)
     device, answers = parallel.pick_device(), []
     spread = parallel.spread(work.config, device)
-    base = model.load(plan, device, "inference", spread)
+    base = model.load(plan, device, "reference", spread=spread)
     with quiet():
         answers.append(["before", generate(base, encoder, text, opened, work.config.max_new_tokens)])
         if work.config.adapter is None:
             tuned = plan | {"base_model": str(trained / "model"), "revision": None}
-            tuned = model.load(tuned, device, "inference", spread)
+            tuned = model.load(tuned, device, "inference", spread=spread)
         else:
             tuned = model.attach(base, trained / "adapter", trainable=False).eval()
         answers.append(["after", generate(tuned, encoder, text, opened, work.config.max_new_tokens)])

@@ -155,7 +155,7 @@ def build(config, knobs, device: torch.device):
         net.is_loaded_in_4bit = True      # by which TRL knows
         quant.keep_gradients(net)
     plan = {"base_model": knobs.base_model, "revision": None, "roles": roles.paths, "idle": roles.idle,
-            "roles_guessed": False}
+            "roles_guessed": False, "new_rows": []}
     peft_model, _ = adapter.put_on(net, plan, knobs)
     return peft_model.train(), roles
 

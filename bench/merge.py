@@ -20,11 +20,12 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN = 1536
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None, "seed": 0,
-        "lora_target_roles": ["language"], "lora_target_parameters": None, "peft_use_dora": False,
+        "lora_target_roles": ["language"], "lora_target_parameters": None, "lora_model_dir": None, "peft_use_dora": False,
         "peft_use_rslora": False, "peft_init_lora_weights": False}
 MODEL = {"revision": None, "trust_remote_code": False, "model_type": None, "bf16": True, "fp16": False,
          "quantize_roles": [], "load_in_8bit": False, "load_in_4bit": False, "bnb_config_kwargs": None,
-         "adapter": "lora", "attn_implementation": "sdpa", "overrides_of_model_config": {}, "sequence_len": 2048}
+         "adapter": "lora", "attn_implementation": "sdpa", "overrides_of_model_config": {}, "sequence_len": 2048,
+         "tokens": [], "special_tokens": {}}
 
 
 def prepare(folder: Path, gib: float, shards: int) -> int:

@@ -3,13 +3,14 @@
 Fork me to: use another PEFT method (`lora_config`), or choose layers by another rule (`target_names`).
 """
 import re
+from pathlib import Path
 
 import torch
 
-from lib import registry, terminal
+from lib import registry, saved, terminal, vocabulary
 from lib.plan import public_name, quiet
 from lib.processor import first_line
-from lib.roles import Roles, lora_linears
+from lib.roles import Roles, base_name, lora_linears
 from lib.stage import StageError
 
 
@@ -21,10 +22,16 @@ def put_on(model, plan: dict, knobs, real: bool = True) -> tuple[object, dict[st
     """
     from peft import get_peft_model
     roles, hollow = Roles.of_plan(plan), model.device.type == "meta"
+    if knobs.lora_model_dir:
+        saved.refuse_foreign(model, Path(knobs.lora_model_dir))
     names, experts = target_names(model, roles, knobs), expert_names(model, roles, knobs)
+    rows = vocabulary.trained(model, plan)
+    if both := sorted({*names} & {*(rows or ())}):
+        raise StageError(f"lora_target_roles, lora_target_modules: {both[0]} can't have LoRA, since its rows "
+                         "of new tokens train", "leave embedding and head out")
     targets = as_regex(names, [name for name, _ in model.named_modules()]) if names else []
     parameters = as_ends(experts, [name for name, _ in model.named_parameters()])
-    config = lora_config(knobs, targets, parameters)
+    config = lora_config(knobs, targets, parameters, rows)
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(knobs.seed)
         try:
@@ -34,10 +41,15 @@ def put_on(model, plan: dict, knobs, real: bool = True) -> tuple[object, dict[st
             raise StageError(f"adapter: peft refuses: {first_line(error)}", fix) from None
         if hollow and real:
             materialise(peft_model, config)
+        if knobs.lora_model_dir and real:
+            saved.fill(peft_model, Path(knobs.lora_model_dir))
     # peft would write the folder the base was loaded from, which is of no use to others and may say too much,
     # and for some families sets in place of regex and list, which have another order in every process.
     config.base_model_name_or_path, config.revision = public_name(plan), plan["revision"]
     config.target_modules, config.target_parameters = targets, parameters
+    if rows and isinstance(peft_model.get_output_embeddings(), torch.nn.Linear):
+        raise StageError(f"tokens: peft doesn't see that the head of {plan['class']} is its embedding",
+                         "use words that the tokenizer has")
     hits = adapter_hits(peft_model, roles)
     if odd := {*names, *experts} ^ {name for found in hits.values() for name in found}:
         raise StageError(f"adapter: peft adapts other layers than asked, such as {sorted(odd)[0]}",
@@ -138,11 +150,11 @@ def as_ends(names: list[str], among: list[str]) -> list[str] | None:
     return (ends if hit == set(names) else sorted(names)) or None
 
 
-def lora_config(knobs, targets: str | list, parameters: list[str] | None):
+def lora_config(knobs, targets: str | list, parameters: list[str] | None, rows: dict | None = None):
     """peft's LoraConfig for a recipe."""
     from peft import LoraConfig
     return LoraConfig(r=knobs.lora_r, lora_alpha=knobs.lora_alpha, lora_dropout=knobs.lora_dropout,
-                      target_modules=targets, target_parameters=parameters,
+                      target_modules=targets, target_parameters=parameters, trainable_token_indices=rows,
                       use_dora=knobs.peft_use_dora, use_rslora=knobs.peft_use_rslora,
                       init_lora_weights=knobs.peft_init_lora_weights, bias="none")
 
@@ -160,11 +172,10 @@ def materialise(peft_model, config) -> None:
 
 def adapter_hits(peft_model, roles: Roles) -> dict[str, list[str]]:
     """Role -> names of the base's modules, and of the experts' parameters, that carry an adapter."""
-    from peft.tuners.lora import ParamWrapper
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.lora import LoraLayer, ParamWrapper
     hits: dict[str, list[str]] = {}
     for name, module in peft_model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, LoraLayer):
             hit = base_name(name)
             if isinstance(module, ParamWrapper):   # one for each parameter, nested in one another
                 hit += f".{module.parameter_name}"
@@ -177,9 +188,3 @@ def adapted_experts(peft_model) -> int:
     from peft.tuners.lora import ParamWrapper
     return sum({base_name(name): module.num_experts for name, module in peft_model.named_modules()
                 if isinstance(module, ParamWrapper)}.values())
-
-
-def base_name(name: str) -> str:
-    """A module or parameter name as the base model has it, without PEFT's wrapping."""
-    name = name.removeprefix("base_model.model.")
-    return re.sub(r"\.(lora_\w+|base_layer|modules_to_save|original_module)(\.default)?", "", name)

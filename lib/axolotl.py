@@ -44,9 +44,7 @@ REFUSED = {  # a knob: its values, why they can't be had, the value that can
 }
 
 NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what is done anyway
-    "special_tokens": ("special tokens of one's own", "pad_token"),
-    "tokens": ("tokens of one's own",),
-    "added_tokens_overrides": ("tokens of one's own",),
+    "added_tokens_overrides": ("other words for a tokenizer's own tokens",),
     "rope_theta": ("a second key for it; write overrides_of_model_config: {rope_theta: …}",),
     "rope_scaling": ("a second key for it; write overrides_of_model_config: {rope_scaling: …}",),
     "overrides_of_model_kwargs": ("other arguments for loading",),
@@ -58,7 +56,6 @@ NOT_YET = {  # a key or pattern: what it asks for, and the values that mean what
     "quantize_moe_experts": ("quantised experts", False),
     "llama4_linearized_experts": ("a rewritten Llama-4", False),
     "lora_modules_to_save": ("whole modules saved with the adapter",),
-    "lora_model_dir": ("training an adapter further",),
     "loraplus_lr_embedding": ("another rate for embeddings",),
     "role_boundaries": ("finding turns by their tokens; the template's render shows where they are",),
     "chat_template_jinja": ("a second key for the template; write its text into chat_template",),

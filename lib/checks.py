@@ -21,6 +21,7 @@ MESSAGE_ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_PROPERTIES = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
 RENDERING = {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
              "tokenize", "continue_final_message", "return_dict", "return_tensors"}
+SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens")
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".txt")
 BUILDERS = ("json", "parquet", "arrow", "csv", "imagefolder", "audiofolder", "videofolder")     # of datasets
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -141,7 +142,8 @@ def model_path(text: str) -> str:
     if os.path.isfile(path / "config.json"):
         return text
     if os.path.isfile(path / "adapter_config.json"):
-        raise Wrong("is an adapter, not a model", "name the base model, which its adapter_config.json tells")
+        raise Wrong("is an adapter, not a model", "name the base model, which its adapter_config.json tells; "
+                    "lora_model_dir is for the adapter")
     if os.path.isdir(path):
         inside = sorted(path.glob("*/config.json")) + sorted(path.glob("*/*/config.json"))
         fix = f"did you mean {inside[0].parent}?" if inside else "name the folder that holds config.json"
@@ -154,6 +156,16 @@ def model_path(text: str) -> str:
         raise Wrong("is an address", f"write the hub id: {address[1]}")
     raise Wrong("is no folder here, and no hub id",
                 similar(path) or "a hub id has exactly one slash: owner/name")
+
+
+def adapter_path(text: str) -> str:
+    """A folder that holds an adapter, as peft saves it."""
+    path = Path(text)
+    if missing := [name for name in ("adapter_config.json", "adapter_model.safetensors")
+                   if not os.path.isfile(path / name)]:
+        raise Wrong(f"is no folder with {missing[0]}", None if os.path.isdir(path) else similar(path)
+                    or "hf download OWNER/NAME --local-dir FOLDER fetches one from the hub")
+    return text
 
 
 def data_path(text: str) -> str:
@@ -196,6 +208,28 @@ def properties(given: dict) -> dict:
         if name not in MESSAGE_PROPERTIES or not isinstance(key, str):
             raise Wrong(f"holds {name}: {key}, which is no property of a message with its key",
                         f"the properties are {', '.join(MESSAGE_PROPERTIES)}")
+    return given
+
+
+def special_tokens(given: dict) -> dict:
+    """{bos_token and so on: the token}, and more of them as a list; what is null says nothing."""
+    given = {name: token for name, token in given.items() if token is not None}
+    for name, token in given.items():
+        if name not in SPECIAL_TOKENS:
+            raise Wrong(f"holds {name}, which is no special token",
+                        f"its keys are {', '.join(SPECIAL_TOKENS)}")
+        kind, example = (list, ["<a>", "<b>"]) if name == SPECIAL_TOKENS[-1] else (str, "<a>")
+        if not isinstance(token, kind):
+            raise Wrong(f"holds {name}: {token}", f"for example {name}: {example}")
+        words(token if kind is list else [token])
+    return given
+
+
+def words(given: list[str]) -> list[str]:
+    """Texts that can be tokens."""
+    for text in given:
+        if not isinstance(text, str) or text != text.strip() or not text:
+            raise Wrong(f"holds {text!r}, which can't be a token", "write texts without blanks around them")
     return given
 
 

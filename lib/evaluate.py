@@ -78,10 +78,19 @@ def generate(model, encoder: Encoder, text: str, media: list, max_new_tokens: in
     """
     batch = encoder.encode(text, [], media)
     inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
+    tokenizer = tokenizer_of(encoder.processor)
     output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, use_cache=True,
-                            pad_token_id=encoder.pad_id, synced_gpus=together)
+                            pad_token_id=encoder.pad_id, eos_token_id=stops(model, tokenizer),
+                            synced_gpus=together)
     new = output[0, inputs["input_ids"].shape[1]:]
-    return tokenizer_of(encoder.processor).decode(new, skip_special_tokens=True).strip()
+    return tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def stops(model, tokenizer) -> list[int]:
+    """The tokens that end an answer: the checkpoint's, and the tokenizer's eos, which a recipe may name."""
+    own = model.generation_config.eos_token_id
+    own = own if isinstance(own, list) else [own]
+    return sorted({*own, tokenizer.eos_token_id} - {None})
 
 
 def exact_match(answers: list[str], references: list[str]) -> float:

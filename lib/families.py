@@ -20,6 +20,7 @@ class Family:
     idle: which parameters no forward reaches, by the name of a rule in `idle_modules`; they can't be trained.
     no_lora: path components that LoRA leaves alone although they hold linear layers of the language model.
     no_quant: path components that stay unquantised, since bitsandbytes or the model can't run them so.
+    new_tokens: why it can't have more tokens; empty where it can.
     expert_lora: why LoRA can't be put on its experts; empty where it can.
     eager: sub-configs whose part of the model has no sdpa attention.
     no_flash: why flash attention computes something else for it; empty where it doesn't.
@@ -49,6 +50,7 @@ class Family:
     idle: str = ""
     no_lora: tuple[str, ...] = ()
     no_quant: tuple[str, ...] = ()
+    new_tokens: str = ""
     expert_lora: str = ""
     eager: tuple[str, ...] = ()
     no_flash: str = ""
@@ -122,6 +124,7 @@ FAMILIES = (
             "model.embed_audio": "projector", "model.language_model": "language"},
            wrappers=GEMMA_WRAPPERS, longest_sound_seconds=30, no_lora=("altup",),
            no_quant=("altup",),                                     # whose forward reads the weights itself
+           new_tokens="ids above its vocabulary mean pictures and sounds to it",
            packages={"timm": "timm==1.0.31"}, template_names=("gemma3n",), float16=OVERFLOW,
            first_loss_note="Gemma-3n's loss and gradient are known to start high (Axolotl's guide suspects "
                            "the convolutions of its tower)"),

@@ -5,8 +5,9 @@ the scores, not the whole row's, of which the mask would hide all but those squa
 kernel reaches a quarter of the machine's matrix rate, short squares are two plain matrix products.
 `AdaptedLinear` stands in for the forward of peft's LoRA layers: one node of the graph, no float32 copy of its
 input, and the update added where the base's product already lies.
+`rows_forward` stands in for peft's layers with some rows that train, which copy the whole matrix each time.
 
-Both hold inside `paths(model, roles)` only: what is saved, shown and compared is computed by the libraries.
+All hold inside `paths(model, roles)` only: what is saved, shown and compared is computed by the libraries.
 
 Fork me to: try another kernel (`squares`).
 """
@@ -28,18 +29,21 @@ packed_rows: list[list[int]] | None = None  # tokens of each sample, row by row,
 @contextmanager
 def paths(model, roles: Roles) -> Iterator[None]:
     """Inside, the model's language attention and its LoRA layers take the fast paths."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KERNELS
     language = {module for name, module in model.named_modules() if roles.of(base_name(name)) == "language"}
-    adapted = [module for module in model.modules() if is_plain_lora(module)]
+    own = {module: partial(adapted_forward, module) for module in model.modules() if is_plain_lora(module)}
+    own |= {module: partial(rows_forward, module, ids_of(module)) for module in model.modules()
+            if isinstance(module, TrainableTokensLayer)}
     library = KERNELS["sdpa"]
     KERNELS["sdpa"] = partial(attend, library, language)
-    for module in adapted:
-        module.forward = partial(adapted_forward, module)
+    for module, forward in own.items():
+        module.forward = forward
     try:
         yield
     finally:
         KERNELS["sdpa"] = library
-        for module in adapted:
+        for module in own:
             del module.forward
 
 
@@ -152,3 +156,24 @@ class AdaptedLinear(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dx = (g @ weight).addmm_(gu, down).view(*grad.shape[:-1], -1).to(ctx.types[0])
         return dx, None, None, grad_a.to(ctx.types[1]), grad_b.to(ctx.types[2]), None
+
+
+# ---- rows of new tokens ----
+
+def ids_of(module) -> torch.Tensor:
+    """The tokens [R], in rising order, whose rows train in an embedding or a head."""
+    (name,) = module.active_adapters
+    return torch.tensor(module.token_indices[name], device=module.get_base_layer().weight.device)
+
+
+def rows_forward(module, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """The layer's output, [..., D] of tokens or [..., V] of hidden states, new rows in the base's places."""
+    (name,), base = module.active_adapters, module.get_base_layer()
+    out = base(x)
+    rows = module.trainable_tokens_delta[name].to(out.dtype)                     # [R, D]
+    if isinstance(base, torch.nn.Linear):
+        return out.index_copy(-1, ids, F.linear(x, rows).to(out.dtype))
+    scale = module._get_embed_scale()                                            # of Gemma's embeddings
+    places = torch.searchsorted(ids, x).clamp(max=len(ids) - 1)
+    new = rows[places] if scale is None else rows[places] * scale.to(out.dtype)
+    return torch.where((ids[places] == x)[..., None], new, out)

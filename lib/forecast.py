@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib import adapter, fast, hollow, model, parallel, plan, quant
+from lib import adapter, fast, hollow, model, parallel, plan, quant, saved
 from lib.loss import forward_loss
 from lib.roles import Roles
 
@@ -64,7 +64,7 @@ class Step:
         if knobs.adapter is None:
             model.train_roles(net, self.roles, knobs.train_roles, knobs.unfrozen_parameters)
         else:
-            net, _ = adapter.put_on(net, planned, knobs, real=False)
+            net, _ = adapter.put_on(net, planned, saved.continued(knobs), real=False)
             for parameter in model.trained_parameters(net).values():
                 parameter.data = parameter.data.float()
         pack(few_bits)

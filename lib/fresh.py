@@ -10,8 +10,9 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import torch
 
-from lib import kernels, media, parallel, proof, quant, registry, sounds, terminal
+from lib import kernels, media, model, parallel, proof, quant, registry, sounds, terminal
 from lib.chat import Encoder
 from lib.evaluate import exact_match
 from lib.golden import read_header
@@ -39,6 +40,9 @@ def prove(work, plan: dict, encoder: Encoder, exports: list[Path], rows: list[di
 def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dict], scratch: Path) -> dict:
     """The proof's task.json: absolute paths, the plan's facts, samples as texts and lossless media."""
     golden, base = work.input("05_train") / "golden.safetensors", Path(plan["base_model"])
+    if plan["stored_as"] == "gptq":                      # plain transformers reads it by other packages only
+        base = scratch / "base"
+        model.save_full(model.load(quant.whole(plan), torch.device("cpu"), "reference"), base)
     merged = str(exports[1].absolute()) if len(exports) > 1 else None
     facts, device = ("revision", "trust_remote_code", "class", "dtype", "text_config"), parallel.pick_device()
     return {**{fact: plan[fact] for fact in facts}, "adapter": work.config.adapter is not None,
@@ -49,6 +53,7 @@ def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dic
             "attn_implementation": kernels.here(plan["attn_implementation"], device.type == "cuda"),
             "without_quantisation": quant.arguments(plan | {"quantisation": None}),
             "cast_pictures": bool(registry.family_of(plan["model_type"]).uncast),
+            "grown_to": plan["grown_to"] or 0,
             "max_new_tokens": work.config.max_new_tokens, "pad_id": encoder.pad_id,
             "golden_rows": [proof_row(row, encoder, scratch) for row in golden_records(work, golden)],
             "rows": [proof_row(row, encoder, scratch) for row in rows]}

@@ -9,6 +9,7 @@ Source: LoRA (arXiv 2106.09685), section 4.1: W + (alpha / r) B A costs nothing 
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
@@ -17,6 +18,7 @@ import torch
 from lib import model, quant, registry, shards, terminal
 from lib.checks import bytes_of
 from lib.plan import check_weight_files, on_meta, planned_config, quiet
+from lib.roles import base_name
 
 FILES_AT_A_TIME = 2                                  # one is added up while another is written
 BESIDE = ("config.json", "generation_config.json", shards.INDEX)
@@ -31,24 +33,27 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
     check_weight_files(Path(whole["base_model"]))
     files = {path.name: shards.places(path) for path in shards.weight_files(whole)}
     tensors = {name: place for held in files.values() for name, place in held.items()}
-    reason = "8-bit floats become bfloat16" if whole["stored_as"] == "fp8" else ""
+    reason = f"its weights become {plan['dtype']}" if whole["stored_as"] else ""
     sums = None if reason else Sums(whole, adapter_path, tensors)
     if reason := reason or sums.refusal:
         terminal.say(f"merging in memory, the model as a whole: {reason}")
         return write_from_memory(whole, plan["dtype"], adapter_path, folder, max_shard_size)
     folder.mkdir()
+    files = {file: {name: sums.place(name) for name in held} for file, held in files.items()}
     if max_shard_size:
-        files = shards.cut(tensors, bytes_of(max_shard_size))
+        files = shards.cut({name: sums.place(name) for name in tensors}, bytes_of(max_shard_size))
     with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
         list(pool.map(lambda name: shards.write(folder / name, files[name], sums.content), files))
     beside = [shards.base_file(whole, name) for name in BESIDE]
     code = beside[0].parent.glob("*.py") if whole["trust_remote_code"] else ()
     for path in filter(None, (*beside, *code)):
         shutil.copyfile(path, folder / path.name)
-    if whole["text_config"]:                              # the base's own would be read as if unchanged
-        planned_config(whole).save_pretrained(folder)
-    if max_shard_size:
+    if max_shard_size or whole["grown_to"]:
         shards.write_index(folder / shards.INDEX, files)
+    if whole["text_config"] or whole["grown_to"]:        # the base's own would be read as if unchanged
+        config = planned_config(whole)
+        config.get_text_config().vocab_size = whole["grown_to"] or config.get_text_config().vocab_size
+        config.save_pretrained(folder)
 
 
 def write_from_memory(whole: dict, dtype: str, adapter_path: Path, folder: Path, max_shard_size: str | None):
@@ -72,12 +77,19 @@ class Sums:
 
     def __init__(self, whole: dict, adapter_path: Path, tensors: dict[str, shards.Place]):
         from peft.tuners.lora import LoraLayer
-        base, self.stored = hollow(whole), as_stored(whole, tensors)
+        from peft.tuners.trainable_tokens import TrainableTokensLayer
+        base, self.stored, self.tensors = hollow(whole), as_stored(whole, tensors), tensors
         names = {id(parameter): name for name, parameter in base.named_parameters()}
         self.layers: dict[str, tuple] = {}           # tensor -> (layer, its parameter's name, if as it is)
         self.waiting: dict[str, torch.Tensor] = {}   # what is added to tensors that are still to come
+        self.rows: dict[str, object] = {}            # tensor -> layer with rows of new tokens
         self.refusal, self.lock = "", Lock()
-        for layer in model.attach(base, adapter_path, trainable=False).modules():
+        for path, layer in model.attach(base, adapter_path, trainable=False).named_modules():
+            if isinstance(layer, TrainableTokensLayer):
+                parts = self.in_files(f"{base_name(path)}.weight", torch.empty(0, device="meta"))
+                self.rows |= {part: layer for part in parts if part in tensors}
+                if not layer.tied_adapter and not parts.keys() <= tensors.keys():  # a tied head is in no file
+                    self.refusal = f"the files hold {base_name(path)} together with other parameters"
             if isinstance(layer, LoraLayer):
                 name, empty = names[id(weight_of(layer))], torch.empty(weight_of(layer).shape, device="meta")
                 parts = self.in_files(name, empty)
@@ -98,7 +110,9 @@ class Sums:
         """A tensor of the merged files, in pieces: as the base has it, or its sum in the base's type."""
         from peft.tuners.lora import Linear
         layer, name, as_it_is = self.layers.get(part, (None, "", True))
-        if layer is None:
+        if part in self.rows:
+            yield with_rows(self.rows[part], torch.cat(list(shards.rows(self.tensors[part]))))
+        elif layer is None:
             yield from shards.rows(place)
         elif as_it_is and type(layer) is Linear and not layer.lora_variant:
             yield from added_by_rows(layer, shards.rows(place))
@@ -106,6 +120,13 @@ class Sums:
             before = torch.cat(list(shards.rows(place)))
             with self.lock:                                     # a layer holds one weight at a time
                 yield self.whole(layer, part, before.float()).to(before.dtype)
+
+    def place(self, part: str) -> shards.Place:
+        """The base's place of a tensor, as large as the merged one is: an embedding may have grown."""
+        place = self.tensors[part]
+        rows = len(weight_of(self.rows[part])) if part in self.rows else None
+        return place if rows is None else replace(place, shape=[rows, *place.shape[1:]],
+                                                  bytes=place.bytes // place.shape[0] * rows)
 
     def whole(self, layer, part: str, before: torch.Tensor) -> torch.Tensor:
         """The sum for a tensor in float32, at once."""
@@ -137,6 +158,16 @@ def hollow(whole: dict):
 def weight_of(layer) -> torch.nn.Parameter:
     """The base's parameter that a layer of peft adapts."""
     return getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"))
+
+
+@torch.no_grad()
+def with_rows(layer, weight: torch.Tensor) -> torch.Tensor:
+    """A weight [rows, D] of the files with the rows of new tokens, and as many rows as the layer has."""
+    (name,) = layer.active_adapters
+    grown = weight.new_empty([len(weight_of(layer)), *weight.shape[1:]])
+    grown[:len(weight)] = weight
+    grown[layer.token_indices[name]] = layer.trainable_tokens_delta[name].to(weight.dtype)
+    return grown
 
 
 @torch.no_grad()

@@ -8,14 +8,15 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
-from lib import adapter, kernels, origin, parallel, quant, registry, shards, terminal
+from lib import adapter, gptq, kernels, origin, parallel, quant, registry, shards, terminal, vocabulary
 from lib.adapter import base_name
 from lib.plan import check_weight_files, load_config, make_plan, on_meta, planned_config, quiet
 from lib.processor import first_line
 from lib.roles import Roles
+from lib.saved import attach, continued, save_adapter
 from lib.stage import StageError
 
 __all__ = ["attach", "base_name", "checkpoint_trained_layers", "compare", "load", "load_config", "make_plan"]
@@ -25,11 +26,13 @@ __all__ += ["as_stored", "trains"]
 
 # ---- loading ----
 
-def load(plan: dict, device: torch.device, mode: str = "train", spread: dict | None = None):
-    """The plan's model on `device`, everything frozen, in train mode or, for "inference", in eval mode.
+def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Path | None = None,
+         spread: dict | None = None):
+    """The plan's model on `device`, frozen, with the adapter in a folder on it, if one is named.
 
-    spread: transformers' arguments that share it out over the GPUs instead (`parallel.spread`). Raises
-    StageError for missing, misshapen or unexpected tensors, and for layers quantised otherwise than planned.
+    "train": in train mode, and the adapter trains. "inference": in eval mode. "reference": so, and without
+    the adapter. spread: transformers' arguments that share it out over the GPUs instead (`parallel.spread`).
+    StageError for missing, misshapen or unexpected tensors, or layers quantised otherwise than planned.
     """
     family = registry.family_of(plan["model_type"])
     registry.refuse_packages(family, device.type)
@@ -46,13 +49,18 @@ def load(plan: dict, device: torch.device, mode: str = "train", spread: dict | N
         # Asked of the files: what full fine-tuning exported is no longer stored as its base was.
         if quantisation := quant.configuration(plan | {"stored_as": quant.stored_as(config)}):
             options |= {"quantization_config": quantisation, "device_map": {"": str(device)}}
+        path = plan["base_model"]
+        if quant.stored_as(config) == "gptq":
+            path, options = None, options | gptq.in_place_of_files(plan, config)
         with quiet(), parallel.freed_at_once() if quantisation else contextlib.nullcontext():
-            model, info = cls.from_pretrained(plan["base_model"], **options | (spread or {}))
+            model, info = cls.from_pretrained(path, **options | (spread or {}))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         fix = ("install that package" if isinstance(error, ImportError) else
                "see that the folder or model id holds all of its .safetensors files")
         raise StageError(f"base_model: {plan['base_model']}: {first_line(error)}", fix) from None
     check_loaded(plan, info)
+    with quiet():
+        vocabulary.grow(model, plan["new_rows"])
     if plan["quantisation"]:
         quant.check(model, plan)
     if spread:
@@ -62,7 +70,9 @@ def load(plan: dict, device: torch.device, mode: str = "train", spread: dict | N
     model.requires_grad_(False)
     if family.uncast:
         model.get_submodule(family.uncast).register_forward_pre_hook(cast_to_own_type)
-    return model.eval() if mode == "inference" else model.train()
+    if adapter_path and mode != "reference":
+        model = attach(model, adapter_path, trainable=mode == "train")
+    return model.train(mode == "train")
 
 
 def cast_to_own_type(module, given: tuple) -> tuple:
@@ -181,34 +191,11 @@ def save_full(model, folder: Path, max_shard_size: str | None = None) -> dict[st
 # ---- the adapter ----
 
 def new_adapter(plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
-    """(PEFT model with a new adapter, role -> names of the layers hit). Only DoRA loads the weights."""
-    base = load(plan, torch.device("cpu")) if knobs.peft_use_dora else on_meta(plan)
+    """(PEFT model with the adapter to train, role -> names of the layers hit).
+
+    The weights are loaded only where what trains begins as something of theirs: DoRA's norms, or new rows.
+    """
+    knobs = continued(knobs)
+    known = knobs.peft_use_dora or plan["new_rows"]
+    base = load(plan, torch.device("cpu")) if known else on_meta(plan)
     return adapter.put_on(base, plan, knobs)
-
-
-def attach(model, adapter_path: Path, trainable: bool = True):
-    """The model with a saved PEFT adapter on it, whose tensors are float32 and train if asked.
-
-    Where tensors are missing peft only warns, and goes on with random ones: here that is a StageError.
-    """
-    from peft import PeftModel, get_peft_model_state_dict
-    with quiet():
-        peft_model = PeftModel.from_pretrained(model, str(adapter_path), is_trainable=trainable)
-    with safe_open(adapter_path / "adapter_model.safetensors", "pt") as file:
-        odd = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys() ^ set(file.keys())
-    if odd:
-        raise StageError(f"{adapter_path}: {len(odd)} tensors don't fit the model, such as {sorted(odd)[0]}",
-                         "run 04_lora.py again with --force")
-    return peft_model
-
-
-def save_adapter(peft_model, folder: Path) -> dict[str, torch.Tensor]:
-    """{name: tensor} as written to adapter_model.safetensors, beside adapter_config.json, for plain peft.
-
-    The adapter's own tensors only: peft would add the embeddings when it can't look the base up on the hub.
-    """
-    from peft import get_peft_model_state_dict
-    with quiet():
-        peft_model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)      # peft's empty model card; 06 writes the real one
-    return get_peft_model_state_dict(peft_model, save_embedding_layers=False)

@@ -184,7 +184,7 @@ class GradientWatch:
         self.learnt |= {role for name, role in self.waiting.items() if name not in still}
         self.waiting = still
         late = [name for name, role in self.waiting.items() if self.steps_for.get(role, self.steps) >= 2]
-        spared = {"experts"} | ({"projector"} & self.learnt)
+        spared = {"experts", "embedding"} | ({"projector"} & self.learnt)
         if without := [name for name in late if self.waiting[name] not in spared]:
             world.stop(f"{len(without)} of {len(parameters)} trained tensors got no gradient in two steps, "
                        f"such as {without[0]}", f"the data lack what {self.waiting[without[0]]} learns from: "

@@ -13,7 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from lib import kernels, origin, quant, registry, rope, terminal
+from lib import kernels, origin, quant, registry, rope, terminal, vocabulary
 from lib.processor import first_line
 from lib.roles import Roles, roles_of
 from lib.stage import StageError
@@ -37,10 +37,12 @@ def make_plan(knobs) -> dict:
             "dtype": "float16" if knobs.fp16 else "float32" if knobs.bf16 is False else "bfloat16",
             "attn_implementation": kernels.asked(family, config, knobs.attn_implementation),
             "text_config": rope.changes(config, knobs.overrides_of_model_config, knobs.sequence_len),
-            "stored_as": quant.stored_as(config), "quantisation": None}
+            "stored_as": quant.stored_as(config), "quantisation": None, "new_rows": []}
     model = with_an_attention_it_has(plan)
     plan["attn_implementation"] = kernels.known_to(model, plan["attn_implementation"])
     refuse_other_losses(model)
+    plan["new_rows"] = vocabulary.new_rows(model, knobs)
+    plan["grown_to"] = vocabulary.grow(model, plan["new_rows"])
     roles = roles_of(model, family)
     plan |= {"tied_head": tied(model), "roles": roles.paths, "idle": roles.idle,
              "roles_guessed": roles.guessed, "parameters": dict(count_parameters(model, roles))}
@@ -88,8 +90,10 @@ def on_meta(plan: dict):
     config = planned_config(plan)
     cls = registry.model_class(config, plan["class"])
     with torch.device("meta"), quiet():
-        return cls._from_config(config, dtype=getattr(torch, plan["dtype"]),
-                                attn_implementation=kernels.here(plan["attn_implementation"], cuda=False))
+        model = cls._from_config(config, dtype=getattr(torch, plan["dtype"]),
+                                 attn_implementation=kernels.here(plan["attn_implementation"], cuda=False))
+        vocabulary.grow(model, plan["new_rows"])
+    return model
 
 
 def with_an_attention_it_has(plan: dict):

@@ -63,6 +63,5 @@ def trained_model(work, plan: dict):
     spread = parallel.spread(work.config, device)
     if work.config.adapter is None:
         plan = plan | {"base_model": str(trained / "model"), "revision": None}
-        return model.load(plan, device, "inference", spread)
-    base = model.load(plan, device, "inference", spread)
-    return model.attach(base, trained / "adapter", trainable=False).eval()
+        return model.load(plan, device, "inference", spread=spread)
+    return model.load(plan, device, "inference", trained / "adapter", spread)

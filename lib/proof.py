@@ -96,6 +96,9 @@ def load(task: dict, path: str, revision: str | None = None):
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             sys.exit(f"{path}: {kind}: {sorted(map(str, info[kind]))[:3]}")
+    if task["grown_to"] > len(model.get_input_embeddings().weight):
+        torch.manual_seed(0)                           # of rows that only an adapter knows
+        model.resize_token_embeddings(task["grown_to"], mean_resizing=False)
     for module in model.modules():                     # bitsandbytes: keep one layout, so that logits compare
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -150,7 +153,9 @@ def not_the_sum(tuned, weights: dict[str, torch.Tensor], merged: dict[str, torch
     weights: the base's own, which are in `tuned`; afterwards they hold what was merged.
     """
     from peft.tuners.lora import LoraLayer
-    layers = {id(weight_of(layer)): layer for layer in tuned.modules() if isinstance(layer, LoraLayer)}
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    layers = {id(weight_of(layer)): layer for layer in tuned.modules()
+              if isinstance(layer, (LoraLayer, TrainableTokensLayer))}
     odd = []
     for name, weight in weights.items():
         before, found = weight.data, merged[name].to(weight.device)
@@ -270,10 +275,11 @@ def to_model(given: dict, model, task: dict) -> dict:
 @torch.no_grad()
 def answer(model, processor, row: dict, task: dict) -> str:
     """The greedy answer to a row's prompt."""
-    made = inputs(processor, row)
-    output = model.generate(**to_model(made, model, task), do_sample=False,
+    made, tokenizer = inputs(processor, row), getattr(processor, "tokenizer", processor)
+    own = model.generation_config.eos_token_id
+    stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id} - {None}
+    output = model.generate(**to_model(made, model, task), do_sample=False, eos_token_id=sorted(stops),
                             max_new_tokens=task["max_new_tokens"], pad_token_id=task["pad_id"])
-    tokenizer = getattr(processor, "tokenizer", processor)
     return tokenizer.decode(output[0, made["input_ids"].shape[1]:], skip_special_tokens=True).strip()
 
 

@@ -1,13 +1,14 @@
 """quant: bitsandbytes for the linear layers of the wanted roles, and a count that proves it was only those.
 
-Checkpoints that are quantised already: those of bitsandbytes are trained on as they are, 8-bit floats are
-read as the plan's dtype, and the rest is refused by name.
+Checkpoints that are quantised already: those of bitsandbytes are trained on as they are, 8-bit floats and
+GPTQ's integers (lib/gptq.py) are read as the plan's dtype, and the rest is refused by name.
 Source: Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3: nf4, double quantisation, bf16 compute.
 """
 from collections import Counter
 
 import torch
 
+from lib import gptq
 from lib.registry import family_of
 from lib.roles import Roles
 from lib.stage import StageError
@@ -15,12 +16,14 @@ from lib.stage import StageError
 # ---- the plan ----
 
 def stored_as(config) -> str | None:
-    """How the checkpoint is quantised already: "bitsandbytes", "fp8" or None; a StageError for other ways."""
+    """How the checkpoint is quantised: "bitsandbytes", "fp8", "gptq" or None; a StageError for other ways."""
     own = getattr(config, "quantization_config", None)
     if own is None:
         return None
     method = own.get("quant_method", "an unnamed method")
-    if method not in ("bitsandbytes", "fp8"):
+    if method == "gptq":
+        gptq.refuse_layouts(own)
+    elif method not in ("bitsandbytes", "fp8"):
         raise StageError(f"base_model: its weights are quantised by {method}, which isn't trained here",
                          "name the unquantised checkpoint; adapter: qlora makes 4 bits of it")
     return method
@@ -38,7 +41,7 @@ def make_plan(plan: dict, config, knobs, model, roles: Roles) -> dict | None:
                          "bf16: auto, without fp16")
     if plan["stored_as"] == "bitsandbytes":
         return stored_plan(config, knobs, bits, model)
-    if plan["stored_as"] and bits:
+    if plan["stored_as"] == "fp8" and bits:
         raise StageError(f"base_model: its weights are 8-bit floats, of which no load makes {bits} bits",
                          "adapter: lora, or name the bfloat16 checkpoint")
     if bits is None:
@@ -89,8 +92,8 @@ def quantised_linears(model, roles: Roles, wanted=("language",)) -> list[str]:
 def in_words(plan: dict) -> list[str]:
     """What 03 says of a plan's weights: layers per role, experts that stay, a format that is undone."""
     lines = []
-    if plan["stored_as"] == "fp8":
-        lines.append(f"stored in 8-bit floats, read as {plan['dtype']}")
+    if words := {"fp8": "in 8-bit floats", "gptq": "by GPTQ"}.get(plan["stored_as"]):
+        lines.append(f"stored {words}, read as {plan['dtype']}")
     if quantisation := plan["quantisation"]:
         counts = Counter(Roles.of_plan(plan).of(name) for name in quantisation["linears"])
         per_role = ", ".join(f"{role} {count}" for role, count in sorted(counts.items()))

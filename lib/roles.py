@@ -121,6 +121,12 @@ def guess_roles(model) -> dict[str, str]:
     return paths
 
 
+def base_name(name: str) -> str:
+    """A module or parameter name as the base model has it, without PEFT's wrapping."""
+    name = name.removeprefix("base_model.model.")
+    return re.sub(r"\.(lora_\w+|base_layer|token_adapter|trainable_tokens_delta)(\.default)?", "", name)
+
+
 def parents(name: str) -> list[str]:
     """The paths above a module, nearest first: a.b.c -> [a.b, a]."""
     parts = name.split(".")

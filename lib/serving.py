@@ -15,7 +15,7 @@ BASE = "{base}"    # the base model: a hub id, or the folder where you have it
 FOLDER = "."    # the folder of this card
 
 {changes}model = {cls}.from_pretrained(BASE, {revision}dtype="{dtype}")
-model = PeftModel.from_pretrained(model, FOLDER)
+{grown}model = PeftModel.from_pretrained(model, FOLDER)
 processor = AutoProcessor.from_pretrained(FOLDER)""",
     "model": """\
 from transformers import AutoProcessor, {cls}
@@ -25,6 +25,7 @@ FOLDER = "."    # the folder of this card
 model = {cls}.from_pretrained(FOLDER, dtype="{dtype}")
 processor = AutoProcessor.from_pretrained(FOLDER)""",
 }
+GROWN = "model.resize_token_embeddings({rows}, mean_resizing=False)    # the adapter holds the new rows\n"
 ASKING = """\
 
 content = {content}
@@ -51,7 +52,7 @@ def loading(kind: str, facts: Facts) -> str:
         at, config = f"config=config, {at}", "AutoConfig, "
     code = LOADING["adapter" if kind == "adapter" else "model"].format(
         base=public_name(plan), cls=plan["class"], dtype=plan["dtype"], revision=at, config=config,
-        changes=changes)
+        changes=changes, grown=GROWN.format(rows=plan["grown_to"]) if plan["grown_to"] else "")
     where = "model.device" if content == CONTENT["language"] else "model.device, model.dtype"
     return f"{code}\n{ASKING.format(content=content, where=where, tokens=facts.config['max_new_tokens'])}"
 

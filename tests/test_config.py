@@ -26,7 +26,8 @@ val_set_size: 0.1
 adapter: lora
 """
 BLOCKS = re.split(r"(?m)^(?=\w)", GOOD)[1:]
-FILES = {"base/config.json": "{}", "rows.jsonl": "{}\n", "r.yaml": GOOD}
+FILES = {"old/adapter_config.json": "{}", "old/adapter_model.safetensors": "",
+         "base/config.json": "{}", "rows.jsonl": "{}\n", "r.yaml": GOOD}
 
 
 @pytest.fixture
@@ -187,6 +188,8 @@ lora_target_modules: 'model.language_model.layers.[\\d]+.(_checkpoint_wrapped_mo
 lora_target_modules: [q_proj, k_proj] | lora_target_linear: true | peft_use_dora: false
 lora_target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]
 lora_target_parameters: experts.down_proj | bnb_config_kwargs: {bnb_4bit_quant_type: fp4}
+special_tokens: {pad_token: <pad>} | special_tokens: {eos_token: <end>, additional_special_tokens: [<a>, <b>]}
+tokens: [<left>, <right>] | special_tokens: {bos_token: null}
 peft_use_rslora: true | peft_init_lora_weights: true | micro_batch_size: 1 | gradient_accumulation_steps: 4
 num_epochs: 1 | max_steps: 10 | optimizer: adamw_torch_fused | lr_scheduler: cosine | learning_rate: 2e-4
 learning_rate: '0.0002' | bf16: true | bf16: auto | warmup_ratio: 0.1 | warmup_steps: 10 | weight_decay: 0.0
@@ -214,10 +217,10 @@ liger_fused_linear_cross_entropy: true | use_kernels: true | use_scattermoe: tru
 experts_implementation: scattermoe
 """
 DONE_ANYWAY = """
-tokenizer_use_mistral_common: false | special_tokens: | special_tokens: {pad_token: <pad>}
-special_tokens: {} | quantize_moe_experts: false | llama4_linearized_experts: false
+tokenizer_use_mistral_common: false | special_tokens: | tokens: | special_tokens: {}
+quantize_moe_experts: false | llama4_linearized_experts: false
 flash_attention: false | roles_to_train: [assistant] | train_on_inputs: false
-train_on_inputs: no | gptq: false | train_on_eos: turn | lora_model_dir: | fp16: | fp16: false | fsdp: []
+train_on_inputs: no | gptq: false | train_on_eos: turn | fp16: | fp16: false | fsdp: []
 fsdp_config: | activation_offloading: false | deepspeed: | resume_from_checkpoint:
 resume_from_checkpoint: true | dataset_prepared_path: | eot_tokens: | tf32:
 plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]
@@ -227,10 +230,10 @@ image_size: | max_memory: | gpu_memory_limit: | image_resize_algorithm: | role_b
 quant_type: | lora_modules_to_save: | rope_theta: | rope_scaling:
 """
 NOT_YET = """
-tokenizer_use_mistral_common: true | special_tokens: {pad_token: <pad>, eos_token: <end>} | quant_type: nf4
+tokenizer_use_mistral_common: true | added_tokens_overrides: {128041: <left>} | quant_type: nf4
 gptq: true | quantize_moe_experts: true | llama4_linearized_experts: true | gpu_memory_limit: 20GiB
 role_boundaries: [{role: user}]
-lora_model_dir: ./old | lora_modules_to_save: [lm_head, embed_tokens] | activation_offloading: true
+lora_modules_to_save: [lm_head, embed_tokens] | activation_offloading: true
 fsdp: [full_shard] | plugins: [mine.Plugin] | resume_from_checkpoint: ./checkpoint-5
 wandb_log_model: checkpoint | optimizer: paged_adamw_32bit | optimizer: adamw_torch_8bit
 optimizer: adamw_torch_4bit | lr_scheduler: rex | chat_template: chatml | deepspeed: ds.json | rl: dpo
@@ -371,6 +374,7 @@ CONTRADICTIONS = (
     ["load_in_8bit=true", "adapter=qlora"],
     ["load_in_4bit=false", "adapter=qlora"],
     ["full_finetune=true"],
+    ["lora_model_dir=old", "adapter=null"],
     ["full_finetune=false", "adapter=null"],
     ["train_roles=[vision]"],
     ["train_roles=[all, vision]", "adapter=null"],
@@ -608,9 +612,16 @@ WRONG_VALUES = (
          "quantize_roles says what is quantised; this may hold bnb_4bit_quant_type, …"),
     line("a kind of 4 bits that is none", "bnb_config_kwargs: {bnb_4bit_quant_type: int4}",
          "bnb_config_kwargs: {bnb_4bit_quant_type: int4} holds bnb_4bit_quant_type: int4", "write nf4 or fp4"),
-    line("special tokens of one's own", "special_tokens: {pad_token: <p>, eos_token: <e>}",
-         "special_tokens: {pad_token: <p>, eos_token: <e>} asks for special tokens of …: not built yet",
-         "remove special_tokens"),
+    line("a special token of no kind", "special_tokens: {end_token: <e>}",
+         "special_tokens: {end_token: <e>} holds end_token, which is no special token",
+         "its keys are bos_token, eos_token, pad_token, unk_token, additional_special_tokens"),
+    line("one special token for several", "special_tokens: {additional_special_tokens: <e>}",
+         "special_tokens: {additional_special_tokens: <e>} holds additional_special_tokens: <e>",
+         "for example additional_special_tokens: ['<a>', '<b>']"),
+    line("a token with blanks", "tokens: [' left']", "tokens: …' left'…, which can't be a token",
+         "write texts without blanks around them"),
+    line("an adapter that isn't there", "lora_model_dir: ./nope",
+         "lora_model_dir: ./nope is no folder with adapter_config.json", "hf download …"),
     line("every linear layer, the tower's too", "lora_target_modules: all-linear",
          "lora_target_modules: all-linear would reach into the vision tower", "lora_target_modules: null"),
     line("an optimizer to come", "optimizer: adafactor",
@@ -663,7 +674,7 @@ WRONG_PATHS = (
         "name the folder that holds config.json", {"up/x": ""}),
     Bad("an adapter for a base model", ["r.yaml", "base_model=up"],
         "on the command line: base_model=up is an adapter, not a model",
-        "name the base model, which its adapter_config.json tells", {"up/adapter_config.json": "{}"}),
+        "name the base model, which its adapter_config.json tells; lora_model_dir is for the adapter", {"up/adapter_config.json": "{}"}),
     override("missing rows", "datasets=[{path: row.jsonl}]", " is no file or folder here, and no hub id",
              "did you mean rows.jsonl?"),
     recipe("missing rows, by their line", GOOD.replace("rows", "row"),

@@ -112,7 +112,7 @@ class Subject:
                         load_in_4bit=False, load_in_8bit=False, bnb_config_kwargs={},
                         lora_target_modules=None, lora_target_roles=["language"], lora_r=2, lora_alpha=4,
                         lora_target_parameters=None, quantize_roles=["language"],
-                        lora_dropout=0.0, peft_use_dora=False, peft_use_rslora=False, peft_init_lora_weights=True, seed=1)
+                        lora_dropout=0.0, lora_model_dir=None, tokens=[], special_tokens={}, peft_use_dora=False, peft_use_rslora=False, peft_init_lora_weights=True, seed=1)
         return SimpleNamespace(**defaults | changes)
 
     @cached_property

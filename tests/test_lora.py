@@ -1,7 +1,9 @@
 """04: LoRA is on exactly the layers asked for, is reproducible, and plain peft reads it."""
 
 import json
+import os
 import re
+import shutil
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from lib.stage import StageError
 from tests import harness
 from tests.harness import Bad, bad_input
 from tests.runner import Run, text_rows
+from tests.test_families import find
 
 CPU = torch.device("cpu")
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "smolvlm2", "llama_text")
@@ -100,9 +103,9 @@ def test_layers_that_no_forward_reaches_are_left_out_with_a_count(make, capsys):
     assert "left out: 1 layers that no forward reaches" in capsys.readouterr().out
 
 
-def test_an_adapter_without_the_language_model_gets_a_warning(make, capsys):
-    make(lora_target_roles=["vision"])
-    assert "the language model stays as it is" in capsys.readouterr().out
+def test_a_regex_that_hits_the_tower_alone_gets_a_warning_with_the_count(make, capsys):
+    make(lora_target_modules=r".*vision.*\.fc1")
+    assert "the adapter is on vision (1) alone: the language model stays as it is" in capsys.readouterr().out
     make()
     assert "warning" not in capsys.readouterr().out.replace("warning: max_steps", "")
 
@@ -132,6 +135,12 @@ NOTHING = (
     Bad("a role without linear layers", ["lora_target_roles=[audio]"],
         "lora_target_roles: no linear layer in audio",
         "choose among embedding, head, language, projector, vision"),
+    Bad("experts by name where there are none", ["lora_target_parameters=experts.down_proj"],
+        "lora_target_parameters: LLaVA-1.5 and Pixtral: this checkpoint has no experts in 3-D parameters",
+        "leave it out"),
+    Bad("experts by role where there are none", ["lora_target_roles=[language, experts]"],
+        "lora_target_roles: LLaVA-1.5 and Pixtral: this checkpoint has no experts in 3-D parameters",
+        "leave experts out"),
     Bad("full fine-tuning of a role that isn't there", ["adapter=", "train_roles=[audio, router]"],
         "train_roles: LlavaForConditionalGeneration has no audio, router",
         "choose among vision, projector, embedding, language, head"),
@@ -225,6 +234,99 @@ def test_a_missing_adapter_tensor_is_an_error_and_not_a_random_one(make):
     save_file(kept, path)
     with pytest.raises(StageError, match=f"1 tensors don't fit the model, such as {re.escape(gone)}"):
         model.attach(model.load(run.json("03_load_model/model.json"), CPU), path.parent)
+
+
+# ---- trained further ----
+
+@pytest.fixture
+def planned_llava(tmp_path_factory):
+    """A function: knobs -> (plan, knobs) for LLaVA."""
+    subject = find("llava", tmp_path_factory)
+    return lambda **changes: (subject.plan, subject.knobs(**changes))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, zoo):
+    """The adapter of a finished training on LLaVA: r=4 on the layers that read, of the language model."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run = Run(folder, monkeypatch, zoo("llava"), max_steps=2, lora_target_modules=["q_proj", "v_proj"],
+                  lora_alpha=8, learning_rate=1e-2)
+        return run.upto("05_train").path / "05_train/adapter"
+
+
+def test_an_adapter_is_trained_further_as_it_is_whatever_the_recipe_says(trained, make, capsys):
+    run = make(upto="05_train", lora_model_dir=str(trained), lora_r=16, peft_use_rslora=True, max_steps=2)
+    facts, before = run.json("04_lora/adapter.json"), load_file(trained / "adapter_model.safetensors")
+    assert facts["method"] == "LoRA r=4 alpha=8" and facts["modules"] == {"language": 4, "vision": 2}
+    assert ("is trained further, on its own targets, lora_r 4 (the recipe: 16), lora_alpha 8 (the recipe: 32), "
+            "peft_use_rslora False (the recipe: True)") in " ".join(capsys.readouterr().out.split())
+    start, after = tensors(run), load_file(run.path / "05_train/adapter/adapter_model.safetensors")
+    assert all(torch.equal(start[name], before[name]) for name in before) and start.keys() == before.keys()
+    assert not any(torch.equal(after[name], before[name]) for name in before)
+    assert str(trained / "adapter_model.safetensors") in run.json("04_lora/stage.json")["reads"]["outside"]
+
+
+def like(weights=lambda tensors: tensors, **config):
+    """An adapter that differs from a good one in some tensors or keys of its configuration."""
+    def write(path, good):
+        shutil.copytree(good, path, dirs_exist_ok=True)
+        known = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        (path / "adapter_config.json").write_text(json.dumps(known | config), encoding="utf-8")
+        save_file(weights(load_file(path / "adapter_model.safetensors")), path / "adapter_model.safetensors")
+    return write
+
+
+def renamed(tensors):
+    return {name.replace("language_model", "text_model"): tensor for name, tensor in tensors.items()}
+
+
+def widened(tensors):
+    return {name: torch.zeros(4, 96) if name.endswith("lora_A.weight") else t for name, t in tensors.items()}
+
+
+def one_less(tensors):
+    return {name: tensors[name] for name in sorted(tensors)[1:]}
+
+
+FIRST = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+ELSE = "name the base_model that it was trained on, and its tokens if it has any"
+MISFITS = {
+    "an adapter of a model with other layers": (
+        like(renamed), "an adapter of another model: LlavaForConditionalGeneration has no layer for "
+        "base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_A.weight", ELSE),
+    "an adapter of a wider model": (
+        like(widened), f"an adapter of another model: {FIRST} is [4, 96], base_model takes [4, 64]", ELSE),
+    "an adapter without one of its tensors": (
+        like(one_less), f"an adapter of another model: {FIRST} is none, base_model takes [4, 64]", ELSE),
+    "an adapter of another rank than it says": (
+        like(r=2), f"an adapter of another model: {FIRST} is [4, 64], base_model takes [2, 64]", ELSE),
+    "an adapter that isn't LoRA": (like(peft_type="IA3"), "is of the kind …IA3", "name a LoRA adapter"),
+    "an adapter whose configuration is damaged": (
+        lambda path, good: like()(path, good) or (path / "adapter_config.json").write_text("{"),
+        "is damaged: …", "copy it there again"),
+    "an adapter whose weights are cut short": (
+        lambda path, good: like()(path, good) or os.truncate(path / "adapter_model.safetensors", 200),
+        "is damaged: …", "copy it there again"),
+    "an adapter with whole modules": (
+        like(modules_to_save=["lm_head"]), "has modules_to_save, which isn't trained here",
+        "name an adapter without it"),
+    "an adapter with biases": (
+        like(bias="all"), "has bias, which isn't trained here", "name an adapter without it"),
+    "an adapter with ranks of their own": (
+        like(rank_pattern={"q_proj": 8}), "has rank_pattern, which isn't trained here",
+        "name an adapter without it"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_an_adapter_that_doesnt_fit_is_refused_by_its_first_misfit(name, trained, tmp_path, planned_llava):
+    write, what, fix = MISFITS[name]
+    write(tmp_path / "old", trained)
+    with pytest.raises(StageError) as refusal:
+        model.new_adapter(*planned_llava(lora_model_dir=str(tmp_path / "old")))
+    what = f"lora_model_dir: {tmp_path / 'old'} {'is ' * what.startswith('an ')}{what}"
+    harness.assert_two_lines(refusal.value.what, refusal.value.fix, Bad(name, [], what, fix))
 
 
 # ---- full fine-tuning ----

@@ -43,7 +43,7 @@ def knobs(base, **changes):
     """The knobs that a plan is made of."""
     given = dict(base_model=str(base), revision=None, trust_remote_code=False, model_type=None, bf16=False,
                  fp16=False, attn_implementation="sdpa", overrides_of_model_config={}, sequence_len=2048,
-                 load_in_4bit=False, load_in_8bit=False, bnb_config_kwargs={})
+                 load_in_4bit=False, load_in_8bit=False, bnb_config_kwargs={}, tokens=[], special_tokens={})
     return SimpleNamespace(**given | changes)
 
 
@@ -312,6 +312,20 @@ DAMAGE = {
                                  "base_model: base: no usable config (…lava…)", MEND),
     "sizes that don't fit": (lambda f: configure(f, text_config={"hidden_size": 63}),
                              "base_model: base: no usable config (…)", MEND),
+    "weights quantised by AWQ": (lambda f: configure(f, quantization_config={"quant_method": "awq", "bits": 4}),
+                                 "base_model: its weights are quantised by awq, which isn't trained here",
+                                 "name the unquantised checkpoint; adapter: qlora makes 4 bits of it"),
+    "weights quantised in an unnamed way": (
+        lambda f: configure(f, quantization_config={"bits": 4}),
+        "base_model: its weights are quantised by an unnamed method, which isn't trained here",
+        "name the unquantised checkpoint; adapter: qlora makes 4 bits of it"),
+    "an encoder-decoder": (lambda f: (f / "config.json").write_text('{"model_type": "t5"}'),
+                           "base_model: t5 is an encoder-decoder",
+                           "choose another base_model: this kit trains models that continue a text"),
+    "a configuration that is no JSON": (lambda f: (f / "config.json").write_text('{"model_type": '),
+                                        "base_model: base: no usable config (…)", MEND),
+    "a configuration without a type": (lambda f: (f / "config.json").write_text("{}"),
+                                       "base_model: base: no usable config (…)", MEND),
     "a model that writes nothing": (lambda f: configure(f, model_type="clip"),
                                     "base_model: transformers has no generative model for type 'clip'",
                                     "choose an image-text-to-text, audio-text-to-text or causal …"),
@@ -352,11 +366,13 @@ WRONG = (
     Bad("a class for other checkpoints", ["model_type=AutoModelForSpeechSeq2Seq"],
         "model_type: AutoModelForSpeechSeq2Seq has no model for a 'llava' checkpoint",
         "leave model_type out: it is found by itself"),
+    Bad("few bits for a part that isn't there", ["adapter=qlora", "bf16=true", "quantize_roles=[audio]"],
+        "quantize_roles: no linear layer in audio", "quantize_roles: [language]"),
 )
 
 
 @bad_input(WRONG)
-def test_a_wrong_class_ends_in_two_lines(case, tmp_path, monkeypatch, zoo):
+def test_a_class_or_part_that_it_lacks_ends_in_two_lines(case, tmp_path, monkeypatch, zoo):
     Run(tmp_path, monkeypatch, zoo("llava")).upto("02_data", *case.argv)
     harness.check(Bad(case.name, ["run"], case.what, case.fix), "03_load_model", tmp_path,
                   may_write=["run/03_load_model.partial/*"])

@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 
 import bitsandbytes
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -17,6 +18,7 @@ from lib.stage import StageError
 from tests import zoo
 from tests.runner import Run
 from tests.test_families import LLAMA, LORA, NAMES, difference, find, inputs, step
+from tests.test_save import prove_here
 
 CPU = torch.device("cpu")
 BITS = {4: {"load_in_4bit": True}, 8: {"load_in_8bit": True}}
@@ -233,7 +235,80 @@ def test_experts_in_floats_of_8_bits_that_are_one_tensor_are_refused(tmp_path_fa
         model.load(model.make_plan(subject.knobs(base_model=str(folder), bf16=True)), CPU)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "compressed-tensors", "mxfp4"])
+def in_gptqs_integers(folder, name, bits, layout="gptq", group=32):
+    """A checkpoint packed as GPTQ's users publish it, bit by bit, and {layer: the weight that its integers mean}.
+
+    The inputs of a group don't lie side by side, as where they were quantised in the order of their activations.
+    """
+    zoo.build(name, folder, dtype="bfloat16")
+    tensors, meant, most = load_file(folder / "model.safetensors"), {}, 2**bits - 1
+    for key in [key for key in tensors if "layers." in key and key.endswith("_proj.weight") and "vision" not in key]:
+        weight, layer = tensors.pop(key).double().numpy().T, key.removesuffix(".weight")              # [in, out]
+        groups = np.random.default_rng(len(meant)).permutation(np.arange(len(weight)) // group)
+        low, high = (np.stack([f(weight[groups == g], axis=0) for g in range(groups.max() + 1)]) for f in (np.min, np.max))
+        scales = np.float16((np.maximum(high, 0) - np.minimum(low, 0)) / most + 1e-6)
+        zeros = np.clip(np.round(-np.minimum(low, 0) / scales), 0, most).astype(int)
+        integers = np.clip(np.round(weight / scales[groups]) + zeros[groups], 0, most).astype(int)
+        meant[layer] = torch.tensor(((integers - zeros[groups]) * np.float64(scales)[groups]).T)
+        tensors |= {f"{layer}.qweight": words(integers.T, bits).T.contiguous(), f"{layer}.scales": torch.tensor(scales),
+                    f"{layer}.qzeros": words(zeros - (layout == "gptq") & most, bits),
+                    f"{layer}.g_idx": torch.tensor(groups, dtype=torch.int32)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    tell(folder, {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": True, "sym": False,
+                  "checkpoint_format": layout})
+    return folder, meant
+
+
+def words(integers, bits):
+    """Rows of integers as rows of 32-bit words, the first integer in the lowest bits."""
+    texts = [["".join(f"{n:0{bits}b}" for n in row[at:at + 32 // bits][::-1]) for at in range(0, len(row), 32 // bits)]
+             for row in integers.tolist()]
+    return torch.tensor([[int(text, 2) - 2**32 * (text[0] == "1") for text in row] for row in texts], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("bits, layout", [(4, "gptq"), (8, "gptq_v2"), (2, "gptq")])
+def test_gptqs_integers_are_read_as_the_weights_that_they_mean(bits, layout, tmp_path_factory, tmp_path):
+    subject = find("llava", tmp_path_factory)
+    folder, meant = in_gptqs_integers(tmp_path / "base", "llava", bits, layout)
+    plan = model.make_plan(subject.knobs(base_model=str(folder), bf16=True))
+    net = model.load(plan, CPU, mode="reference")
+    assert quant.in_words(plan) == ["stored by GPTQ, read as bfloat16"] and len(meant) == 14
+    for layer, weight in meant.items():
+        ours = net.get_parameter(layer.replace("language_model.model", "model.language_model") + ".weight")
+        assert ours.dtype == torch.bfloat16 and torch.equal(ours, weight.float().to(torch.bfloat16)), layer
+    assert net.generation_config.eos_token_id == subject.base.generation_config.eos_token_id
+
+
+def test_a_checkpoint_of_gptq_is_trained_on_merged_and_proved(tmp_path, monkeypatch):
+    base, _ = in_gptqs_integers(tmp_path / "base", "llava", 4)
+    run = Run(tmp_path, monkeypatch, base, bf16=True, adapter="qlora", merge=True, max_steps=2, answer_rows=0).upto("05_train")
+    assert len(run.json("03_load_model/model.json")["quantisation"]["linears"]) == 14      # straight to nf4
+    prove_here(run, monkeypatch)
+    assert set(run.json("06_save/check.json")["exports"]) == {"adapter", "merged"}
+    assert "quantization_config" not in run.json("06_save/merged/config.json")
+
+
+def test_a_packed_layer_without_its_scales_is_named(tmp_path_factory, tmp_path):
+    subject = find("llava", tmp_path_factory)
+    folder, meant = in_gptqs_integers(tmp_path / "base", "llava", 4)
+    tensors, layer = load_file(folder / "model.safetensors"), sorted(meant)[0]
+    del tensors[f"{layer}.scales"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(StageError, match=f"there is no {layer}.scales"):
+        model.load(model.make_plan(subject.knobs(base_model=str(folder), bf16=True)), CPU)
+
+
+@pytest.mark.parametrize("changes, words", [({"bits": 3}, "GPTQ in 3 bits, laid out as gptq"),
+                                            ({"checkpoint_format": "marlin"}, "GPTQ in 4 bits, laid out as marlin")])
+def test_a_layout_of_gptq_that_isnt_read_is_named(changes, words, tmp_path_factory, tmp_path):
+    subject = find("llava", tmp_path_factory)
+    shutil.copytree(subject.folder, tmp_path / "base")
+    tell(tmp_path / "base", {"quant_method": "gptq", "bits": 4} | changes)
+    with pytest.raises(StageError, match=words):
+        model.make_plan(subject.knobs(base_model=str(tmp_path / "base"), bf16=True))
+
+
+@pytest.mark.parametrize("method", ["awq", "compressed-tensors", "mxfp4"])
 def test_other_ways_to_quantise_are_refused_by_name(method, tmp_path_factory, tmp_path):
     subject = find("llava", tmp_path_factory)
     shutil.copytree(subject.folder, tmp_path / "base")
@@ -258,7 +333,8 @@ def test_a_quantised_mixture_trains_its_experts_and_is_merged_whole(tmp_path, mo
 
 def test_a_checkpoint_in_floats_of_8_bits_goes_through_all_scripts(tmp_path, monkeypatch):
     base = in_floats_of_8_bits(tmp_path / "fp8")
-    run = Run(tmp_path, monkeypatch, base, bf16=True, merge=True, max_steps=2, answer_rows=0).upto("06_save")
+    run = Run(tmp_path, monkeypatch, base, bf16=True, merge=True, max_steps=2, answer_rows=0,
+              tokens=["colour"]).upto("06_save")
     assert set(run.json("06_save/check.json")["exports"]) == {"adapter", "merged"}
     assert "quantization_config" not in run.json("06_save/merged/config.json")
 

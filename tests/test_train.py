@@ -170,11 +170,12 @@ def test_a_tensor_has_two_steps_to_get_a_gradient():
         tensors.step(late, ["b"]), tensors.step(late, ["b"])
 
 
-def test_experts_without_a_gradient_are_only_reported(capsys):
-    tensors = Tensors(a="language", b="experts")
+@pytest.mark.parametrize("role", ["experts", "embedding"])         # of an embedding, the rows of new tokens
+def test_what_no_token_was_sent_to_is_only_reported(role, capsys):
+    tensors = Tensors(a="language", b=role)
     watch = optim.GradientWatch(tensors.roles, kinds_in_data=set())
     tensors.step(watch, ["a"]), tensors.step(watch, ["a"]), tensors.step(watch, ["a"])
-    assert capsys.readouterr().out.count("1 tensors of experts have had no gradient") == 1
+    assert capsys.readouterr().out.count(f"1 tensors of {role} have had no gradient") == 1
 
 
 def test_a_tower_waits_for_its_own_medium_only():

@@ -1,0 +1,107 @@
+"""saved: adapters as folders, in peft's own format: put on a model, trained further, written.
+
+Fork me to: go on from another kind of adapter (`continued`).
+"""
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from lib import terminal
+from lib.plan import quiet
+from lib.processor import first_line
+from lib.roles import base_name
+from lib.stage import StageError
+
+WEIGHTS = "adapter_model.safetensors"
+KNOBS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",     # knob: peft's name
+         "peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora"}
+FOREIGN = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
+           "layers_pattern", "exclude_modules", "lora_bias", "layer_replication")    # no adapter of the kit's
+
+
+def attach(model, folder: Path, trainable: bool = True):
+    """The model with a saved PEFT adapter on it, whose tensors are float32 and train if asked.
+
+    Where tensors are missing peft only warns, and goes on with random ones: here that is a StageError.
+    """
+    from peft import PeftModel
+    with quiet():
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        odd = tensors_of(peft_model).keys() ^ set(file.keys())
+    if odd:
+        raise StageError(f"{folder}: {len(odd)} tensors don't fit the model, such as {sorted(odd)[0]}",
+                         "run 04_lora.py again with --force")
+    return peft_model
+
+
+def tensors_of(peft_model) -> dict[str, torch.Tensor]:
+    """{name: tensor} of an adapter, as its file has them.
+
+    The adapter's own only: peft would add the embeddings when it can't look the base up on the hub.
+    """
+    from peft import get_peft_model_state_dict
+    return get_peft_model_state_dict(peft_model, save_embedding_layers=False)
+
+
+def save_adapter(peft_model, folder: Path) -> dict[str, torch.Tensor]:
+    """{name: tensor} as written to adapter_model.safetensors, beside adapter_config.json, for plain peft."""
+    with quiet():
+        peft_model.save_pretrained(str(folder), save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)      # peft's empty model card; 06 writes the real one
+    return tensors_of(peft_model)
+
+
+# ---- training further ----
+
+def continued(knobs):
+    """The knobs, those of LoRA as an adapter has them that is trained further, if the recipe names one."""
+    from peft import PeftConfig
+    if knobs.lora_model_dir is None:
+        return knobs
+    name = f"lora_model_dir: {knobs.lora_model_dir}"
+    try:
+        with quiet(), safe_open(Path(knobs.lora_model_dir, WEIGHTS), "pt"):
+            config = PeftConfig.from_pretrained(knobs.lora_model_dir)
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise StageError(f"{name} is damaged: {first_line(error)}", "copy it there again") from None
+    if config.peft_type != "LORA":
+        raise StageError(f"{name} is of the kind {config.peft_type}", "name a LoRA adapter")
+    if odd := [key for key in FOREIGN if getattr(config, key) not in (None, False, "none", {})]:
+        raise StageError(f"{name} has {odd[0]}, which isn't trained here", "name an adapter without it")
+    own = {knob: getattr(config, key) for knob, key in KNOBS.items()}
+    others = [f"{knob} {value} (the recipe: {getattr(knobs, knob)})" for knob, value in own.items()
+              if value != getattr(knobs, knob)]
+    terminal.say(f"{name} is trained further, on its own targets" + "".join(f", {words}" for words in others))
+    targets, parts = (sorted(found) if isinstance(found, set) else found or None
+                      for found in (config.target_modules, config.target_parameters))
+    own |= {"lora_target_modules": targets, "lora_target_parameters": parts}
+    own |= {} if targets else {"lora_target_roles": ["experts"]}
+    return type(knobs)(**vars(knobs) | own)
+
+
+def refuse_foreign(model, folder: Path) -> None:
+    """A StageError for an adapter with a tensor on a layer that the model doesn't have."""
+    there = {name for name, _ in model.named_modules()}
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        for name in sorted(file.keys()):
+            if base_name(name).removesuffix(".weight") not in there:
+                raise foreign(folder, f"{type(model).__name__} has no layer for {name}")
+
+
+def fill(peft_model, folder: Path) -> None:
+    """Nothing; the model's adapter has a saved one's values, or a StageError names a tensor that differs."""
+    ours, theirs = tensors_of(peft_model), load_file(folder / WEIGHTS)
+    for name in sorted(ours.keys() | theirs.keys()):
+        found, wanted = (list(side[name].shape) if name in side else "none" for side in (theirs, ours))
+        if found != wanted:
+            raise foreign(folder, f"{name} is {found}, base_model takes {wanted}")
+        ours[name].copy_(theirs[name])
+
+
+def foreign(folder: Path, words: str) -> StageError:
+    """The refusal of an adapter that doesn't fit."""
+    return StageError(f"lora_model_dir: {folder} is an adapter of another model: {words}",
+                      "name the base_model that it was trained on, and its tokens if it has any")
