@@ -21,9 +21,9 @@ from typing import Literal
 
 from lib import origin, registry, stage, terminal
 from lib.checks import (
-    adapter_path, bnb_arguments, chat_template, data_path, day, filled, hook, limits, metrics, model_overrides,
-    model_path, name_ends, name_regexes, properties, regex, role_words, side, size, special_tokens,
-    template_arguments, words)
+    adapter_path, bnb_arguments, chat_template, data_path, day, filled, hook, limits, metrics,
+    model_overrides, model_path, name_ends, name_regexes, properties, regex, role_words, side, size,
+    special_tokens, template_arguments, words)
 from lib.knobs import REQUIRED, Hook, in_words, knob, knobs_of
 from lib.ledger import read_json, write_json
 from lib.reading import read_knobs

@@ -60,9 +60,11 @@ def held_out_answers(run) -> list[dict]:
     run.model.eval()
     found = []
     for index in mine:
-        text, shown, reference = samples.encoder.prompt(samples.records[index])
+        record = samples.records[index]
+        text, shown, reference = samples.encoder.prompt(record)
+        encoder = samples.encoder.bounded(record["image_bounds"])
         with quiet(), run.autocast():
-            answer = generate(run.model, samples.encoder, text, shown, run.work.config.eval_max_new_tokens,
+            answer = generate(run.model, encoder, text, shown, run.work.config.eval_max_new_tokens,
                               together=samples.even)
         found.append({"sample_id": samples.ids[index], "answer": answer, "reference": reference})
     run.model.train()
