@@ -6,7 +6,6 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from lib import checks, ledger, registry
-from lib.card import model_card
 from lib.stage import StageError
 from tests.runner import Run, text_rows
 
@@ -97,16 +96,6 @@ def test_a_template_without_a_clock_tells_no_day(run):
 def test_the_saved_template_keeps_its_clock(run):
     first = run(template_date="2026-07-14").upto("02_data")
     assert saved_template(first) == CHATML
-
-
-@pytest.mark.parametrize("day", ["2026-07-14", None])
-def test_the_model_card_says_which_day_the_template_told_in_training(day):
-    plan = {"base_model": "owner/name", "revision": None, "class": "C", "dtype": "float32", "parameters": {}}
-    counts = {"train_samples": 9, "held_out_samples": 0, "rejected_rows": 0}
-    logits = {"max_logit_difference": 0, "max_logit": 1}
-    check = {"rows": 0, "exact_match": None, "exports": {"model": logits}}
-    text = model_card("model", plan, counts, {"method": "full"}, check, day)
-    assert ("today's date" in text) == (f"in training that was {day}." in text) == (day is not None)
 
 
 # ---- a template by its name ----

@@ -252,12 +252,15 @@ def told(adapter_run):
     ("plan", {"stored_as": "fp8"}, "merged", "The base's 8-bit floats were merged into float32"),
     ("plan", {"quantisation": {"bits": 4}}, "merged", "had 4 bits; here its original weights are merged"),
     ("plan", {"revision": "abc"}, "adapter", "vllm serve llava-float32 --revision abc"),
-    ("plan", {"revision": "abc"}, "adapter", 'from_pretrained(BASE, revision="abc", dtype='),
+    ("plan", {"revision": "abc"}, "adapter", 'config=config, revision="abc", dtype='),
     ("saved", {"step": 2, "best": {"eval_loss": 0.5}}, "adapter", "step 2 of 4, whose eval_loss was the best (0.5)"),
     ("saved", {"step": 3, "trained_steps": 3}, "adapter", "step 3 of 4, where training stopped early"),
+    ("data", {"counts": {"rows_that_tell_the_day": 2}}, "adapter", "today's date into a prompt; in training that was 20"),
 ])
 def test_the_card_says_only_what_holds(part, change, kind, words, told):
     assert words not in card.model_card(kind, told)
+    if part == "data":
+        change = {"counts": told.data["counts"] | change["counts"]}
     changed = dataclasses.replace(told, **{part: getattr(told, part) | change})
     text = card.model_card(kind, changed)
     assert words in text
