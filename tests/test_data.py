@@ -694,7 +694,7 @@ CASES = (
     bad("a base model without config",
         "base_model: base: no usable config (…)", "…", spoil=without("config.json")),
     bad("a base model that is gone",
-        "base_model: base: no usable config (…)", "…", spoil=shutil.rmtree),
+        "base_model: base is not whole in …, and HF_HUB_OFFLINE is set", "…", spoil=shutil.rmtree),
     bad("a processor without a chat template",
         "base_model: its LlavaProcessor has no chat template",
         "add chat_template: FILE.jinja to the recipe, or name an instruct model",
