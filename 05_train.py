@@ -283,7 +283,12 @@ def micro_batches(run: Run) -> Iterator[dict]:
     steps = map(run.order.of_step, range(run.first_step, run.total_steps))
     mine = (batch for rows in steps
             for batch in run.samples.dealt(rows, config.micro_batch_size, world.rank, world.world_size))
-    return iter(loader(run.samples, mine, config.dataloader_num_workers, world.device))
+    return iter(loader(run.samples, mine, config.dataloader_num_workers, world.device, longest_batch(run)))
+
+
+def longest_batch(run: Run) -> int:
+    """Tokens of the longest micro-batch that may come."""
+    return run.work.config.micro_batch_size * max(run.order.room or 0, max(run.samples.input_tokens))
 
 
 def held_out_batches(run: Run) -> Callable[[], Iterable[tuple[str, dict]]]:
@@ -295,7 +300,8 @@ def held_out_batches(run: Run) -> Callable[[], Iterable[tuple[str, dict]]]:
         rows = in_turn(run.held_out, run.order.room, chosen)
         shares = run.held_out.dealt(rows, config.micro_batch_size, world.rank, world.world_size)
         mine += [(name, batch) for batch in shares]
-    batches = loader(run.held_out, [batch for _, batch in mine], config.dataloader_num_workers, world.device)
+    batches = loader(run.held_out, [batch for _, batch in mine], config.dataloader_num_workers, world.device,
+                     longest_batch(run))
     return lambda: zip((name for name, _ in mine), batches)
 
 

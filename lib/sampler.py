@@ -21,6 +21,7 @@ from lib.loss import supervised_positions
 from lib.stage import StageError
 
 Row = tuple[int, ...]
+AHEAD_BYTES = 2**31                       # of batches that wait for the model, over all workers
 WINDOW = 64                               # steps among which group_by_length sorts
 
 
@@ -218,14 +219,30 @@ class Batcher:
         return batch
 
 
-def loader(samples: Samples, batches: Iterable[list[Row]], workers: int, device: torch.device) -> DataLoader:
-    """A batch for each list of rows, in that order, decoded and encoded in `workers` processes."""
+def loader(samples: Samples, batches: Iterable[list[Row]], workers: int, device: torch.device,
+           tokens: int = 1) -> DataLoader:
+    """A batch for each list of rows, in that order, decoded and encoded in `workers` processes.
+
+    tokens: in the longest batch; workers run ahead by a few batches, and by fewer where these are large.
+    """
     encoder, processes = samples.encoder, {}
-    if workers:
-        processes = {"multiprocessing_context": "spawn", "persistent_workers": True, "prefetch_factor": 4}
+    if workers and len(samples):
+        processes = {"multiprocessing_context": "spawn", "persistent_workers": True,
+                     "prefetch_factor": batches_ahead(samples, workers, tokens)}
     batcher = Batcher(encoder.pad_id, encoder.collate, samples.masks)
     return DataLoader(samples, batch_sampler=batches, collate_fn=batcher, num_workers=workers,
                       pin_memory=device.type == "cuda", **processes)
+
+
+def batches_ahead(samples: Samples, workers: int, tokens: int) -> int:
+    """How many batches of so many tokens each worker may have ready: 4, or what AHEAD_BYTES hold, at least 1.
+
+    Their bytes are those of the sample with most media, for each of its tokens.
+    """
+    heaviest = max(range(len(samples)), key=samples.media_tokens.__getitem__)
+    tensors = [value for value in samples[(heaviest,)].values() if isinstance(value, torch.Tensor)]
+    size = sum(tensor.nbytes for tensor in tensors) * tokens / samples.input_tokens[heaviest]
+    return max(1, min(4, int(AHEAD_BYTES / size / workers)))
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

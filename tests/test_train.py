@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 
-from lib import checkpoint, model, optim, rehearsal
+from lib import checkpoint, model, optim, rehearsal, sampler
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.golden import fingerprint, read_header
 from lib.metrics import sizes
@@ -111,6 +111,15 @@ def test_workers_bring_the_same_batches(make):
     alone, helped = make(val_set_size=0), make(val_set_size=0, dataloader_num_workers=1)
     alone("05_train"), helped("05_train")
     assert alone.metrics() == helped.metrics()
+
+
+def test_workers_run_ahead_by_fewer_batches_where_these_are_large(make, monkeypatch):
+    data = make(val_set_size=0).path / "02_data"
+    samples = Samples(load_from_disk(data / "train"), Encoder.load(data / "processor"))
+    assert sampler.batches_ahead(samples, 2, 100) == 4
+    monkeypatch.setattr(sampler, "AHEAD_BYTES", 2**20)
+    found = [sampler.batches_ahead(samples, 2, tokens) for tokens in (1, 1000, 2000, 10**6)]
+    assert found == sorted(found, reverse=True) and found[0] == 4 and found[-1] == 1 and len({*found}) > 2
 
 
 def test_bf16_trains_fp32_masters_which_move_where_bf16_would_not(make):
