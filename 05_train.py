@@ -99,15 +99,15 @@ class Run:
 def load(work: stage.Work, world: parallel.World) -> Run:
     """The run as the earlier stages planned it, on this rank's device, as its newest checkpoint left it."""
     config, data = work.config, work.input("02_data")
+    if config.device_map and world.world_size > 1:
+        world.stop(f"device_map: {config.device_map} shares one process's model out, and torchrun gives each "
+                   "rank its own GPU", "python 05_train.py, without torchrun; or remove device_map")
     world.agree(lambda: hooks.look(config))
     plan = read_json(work.input("03_load_model") / "model.json")
     planned = read_json(work.input("04_lora") / "adapter.json")
     # The model, and what of it trains.
     if plan["dtype"] == "bfloat16":
         parallel.ask_for_bf16(config.bf16, world.device)
-    if config.device_map and world.world_size > 1:
-        world.stop(f"device_map: {config.device_map} shares one process's model out, and torchrun gives each "
-                   "rank its own GPU", "python 05_train.py, without torchrun; or remove device_map")
     shards = config.fsdp_version is not None and world.world_size > 1
     kept_share = share_of_kept_layers(work, world, plan, shards)
     at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
