@@ -30,7 +30,8 @@ def zoo(tmp_path_factory):
     from tests.zoo import build
 
     root = tmp_path_factory.mktemp("zoo")
-    return functools.cache(lambda name, dtype="float32": build(name, root / f"{name}-{dtype}", dtype=dtype))
+    return functools.cache(lambda name, dtype="float32": build(
+        name, root / (name if dtype == "float32" else f"{name}-{dtype}"), dtype=dtype))
 
 
 @pytest.fixture(scope="session")

@@ -229,7 +229,7 @@ def test_the_card_says_what_the_base_is_how_it_was_made_and_how_good_it_is(adapt
     for part in ("base_model: llava", "library_name: peft", "image-text-to-text", "LoRA r=4 alpha=32",
                  "Exact match", "on 1 held-out rows", "7 samples; 2 were held out", "transformers 5.",
                  "the weights of step 4 of 4", "| rows.jsonl | 7 | 2 | 0 |", "lora_r: 4", "its card doesn't name",
-                 "vllm serve llava-float32 --chat-template chat_template.jinja", "--max-lora-rank 8 --lora-modules tuned=."):
+                 "vllm serve llava --chat-template chat_template.jinja", "--max-lora-rank 8 --lora-modules tuned=."):
         assert part in text, part
     assert text == (adapter_run.path / "06_save/README.md").read_text(encoding="utf-8")
     merged = (adapter_run.path / "06_save/merged/README.md").read_text(encoding="utf-8")
@@ -251,7 +251,7 @@ def told(adapter_run):
     ("method", {"trained_parameters": {"vision": 1, "projector": 1}}, "adapter", "It is in `merged/`"),
     ("plan", {"stored_as": "fp8"}, "merged", "The base's 8-bit floats were merged into float32"),
     ("plan", {"quantisation": {"bits": 4}}, "merged", "had 4 bits; here its original weights are merged"),
-    ("plan", {"revision": "abc"}, "adapter", "vllm serve llava-float32 --revision abc"),
+    ("plan", {"revision": "abc"}, "adapter", "vllm serve llava --revision abc"),
     ("plan", {"revision": "abc"}, "adapter", 'config=config, revision="abc", dtype='),
     ("saved", {"step": 2, "best": {"eval_loss": 0.5}}, "adapter", "step 2 of 4, whose eval_loss was the best (0.5)"),
     ("saved", {"step": 3, "trained_steps": 3}, "adapter", "step 3 of 4, where training stopped early"),
