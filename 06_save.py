@@ -30,6 +30,7 @@ from lib.media import MediaError
 from lib.messages import RowError, text_parts
 from lib.plan import quiet
 from lib.predict import evaluate_file
+from lib.render import stop_clock
 from lib.stage import StageError
 from lib.template import Template
 
@@ -89,6 +90,8 @@ def export(work, plan: dict, encoder: Encoder) -> list[Path]:
     if work.config.merge and work.config.adapter:
         folders.append(work.path / "merged")
         merge.write_merged(plan, trained, folders[1], work.config.max_shard_size)
+    if read_json(work.input("02_data") / "report.json")["counts"]["rows_that_tell_the_day"]:
+        stop_clock(encoder.processor, work.config.template_date)
     for folder in folders:
         encoder.processor.save_pretrained(folder)
     return folders

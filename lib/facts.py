@@ -49,11 +49,12 @@ def origin(kind: str, facts: Facts) -> str:
 
 
 def clock(facts: Facts) -> str:
-    """A sentence where the chat template tells the day."""
+    """A sentence where the chat template would tell the day, had 06 not stopped its clock."""
     if not facts.data["counts"]["rows_that_tell_the_day"]:
         return ""
-    return f" Its chat template writes today's date into a prompt; in training that was " \
-           f"{facts.config['template_date']}."
+    day = facts.config["template_date"]
+    return f" Its chat template writes a date into a prompt: {day} on any day, as in training. Without the " \
+           "template's first line it is today's."
 
 
 def datasets(facts: Facts) -> list[tuple[str, dict]]:

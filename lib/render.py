@@ -3,7 +3,8 @@
 Jinja runs in transformers' sandbox, as at inference. Templates differ in what they take (typed parts or
 strings), and some print the day on which they run: transformers hands them the clock as `strftime_now`.
 Samples have to be the same on any day, so a macro of that name, put before the template, tells the day that
-config.json holds. The template that is saved and exported stays as it was.
+config.json holds. 02 saves the template as it was; what 06 exports begins with that macro where rows told the
+day, so that plain transformers renders as training did.
 """
 import copy
 import functools
@@ -13,6 +14,7 @@ from datetime import date, timedelta
 from jinja2 import TemplateSyntaxError
 
 from lib.messages import RowError, has_media, text_parts, texts_of
+from lib.processor import tokenizer_of
 from lib.stage import StageError
 
 MARK = "⟦mark⟧"                                         # stands in for a text whose place is looked for
@@ -91,3 +93,9 @@ def stopped_clock(day: date) -> str:
     told |= {f"%{code}": day.strftime(f"%{code}") for code in "aAbBcdDeFHIjmMpSuUVwWxXyY"} | {"%%": "%"}
     said = "".join(f" | replace({code!r}, {words!r})" for code, words in told.items())
     return f"{{% macro {CLOCK}(format) %}}{{{{ format{said} }}}}{{% endmacro %}}\n"
+
+
+def stop_clock(processor, day: str) -> None:
+    """Whoever loads what the processor saves has a template that tells this day (ISO), on any day."""
+    text = stopped_clock(date.fromisoformat(day)) + processor.chat_template
+    processor.chat_template = tokenizer_of(processor).chat_template = text

@@ -1,11 +1,14 @@
 """The knobs chat_template and template_date through the scripts: whose template it is, which day it tells."""
 
 import importlib
+import json
 
+import datasets
 import pytest
+from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from lib import checks, ledger, registry
+from lib import checks, fresh, ledger, proof, registry
 from lib.stage import StageError
 from tests.runner import Run, text_rows
 
@@ -45,7 +48,6 @@ def run(tmp_path, monkeypatch, zoo):
 
 def texts_of(run: Run) -> list[str]:
     """The texts of all samples to train on."""
-    import datasets
     return datasets.load_from_disk(str(run.path / "02_data" / "train"))["text"]
 
 
@@ -93,9 +95,21 @@ def test_a_template_without_a_clock_tells_no_day(run):
     assert report["counts"]["rows_that_tell_the_day"] == 0 and report["template_says"] == []
 
 
-def test_the_saved_template_keeps_its_clock(run):
-    first = run(template_date="2026-07-14").upto("02_data")
+def test_an_export_renders_on_any_day_as_training_did_and_02_keeps_the_clock(run, on_day, monkeypatch):
+    first = run(template_date="2026-07-14", merge=True, max_steps=1).upto("05_train")
+    monkeypatch.setattr(fresh.subprocess, "run", lambda command, **_: proof.main(*map(str, command[-2:])))
+    first("06_save")
     assert saved_template(first) == CHATML
+    (sample, *_) = datasets.load_from_disk(str(first.path / "02_data" / "train"))
+    messages = [{**message, "content": message["content"][0]["text"]} for message in json.loads(sample["messages"])]
+    for folder in (first.path / "06_save" / kind for kind in ("adapter", "merged")):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        for day in ("2027-08-15", "2028-02-29"):
+            on_day(day)
+            assert tokenizer.apply_chat_template(messages, tokenize=False) == sample["text"]
+        line, _, own = (folder / "chat_template.jinja").read_text(encoding="utf-8").partition("\n")
+        assert line.startswith("{% macro strftime_now(format) %}") and own == CHATML
+        assert "2026-07-14 on any day" in (folder / "README.md").read_text(encoding="utf-8")
 
 
 # ---- a template by its name ----

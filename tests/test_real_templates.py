@@ -20,6 +20,7 @@ from lib import registry
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.messages import RowError, text_parts
 from lib.processor import tokenizer_of
+from lib.render import stop_clock
 from lib.template import Template
 from tests import fetched
 from tests.zoo import VARIANTS
@@ -321,6 +322,26 @@ def test_a_template_that_tells_the_day_gives_the_same_samples_on_any_day(on_day)
         assert conversation.tells_day == (len({*renders.values()}) > 1), name
         told += [name] * conversation.tells_day
     assert told == TELL_THE_DAY
+
+
+@pytest.mark.parametrize("name", TELL_THE_DAY)
+def test_a_template_whose_clock_is_stopped_renders_in_plain_transformers_as_in_training(name, on_day, monkeypatch):
+    processor = template_of(name).processor
+    messages = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
+    tool = {"type": "function", "function": {"name": "look", "description": "It looks.", "parameters": {
+        "type": "object", "properties": {"at": {"type": "string", "description": "where"}}, "required": ["at"]}}}
+    marked = "generation %}" in templates()[name]
+    options = {"return_dict": True, "return_assistant_tokens_mask": marked, "tokenize": True}
+    monkeypatch.setattr(processor, "chat_template", templates()[name])        # put back after the test
+    on_day(DAY)
+    own = [processor.apply_chat_template(messages, tools=tools, **options) for tools in (None, [tool])]
+    assert (own[0] != own[1]) == ("tools" in templates()[name])
+    stop_clock(processor, DAY)
+    for day in ("2026-12-31", "2028-02-29"):
+        on_day(day)
+        found = [processor.apply_chat_template(messages, tools=tools, **options) for tools in (None, [tool])]
+        assert found == own
+        assert not marked or all(any(each["assistant_masks"]) for each in found)
 
 
 def test_whatever_a_template_asks_of_the_clock_it_gets_what_strftime_would_say(on_day, monkeypatch):

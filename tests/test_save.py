@@ -89,6 +89,12 @@ def test_an_adapter_folder_holds_adapter_tokenizer_processor_template_and_card(a
     assert names == {"adapter_model.safetensors", "adapter_config.json", "README.md"} | PROCESSOR
 
 
+def test_a_template_without_a_clock_is_exported_byte_for_byte(adapter_run, zoo):
+    for kind in ("adapter", "merged"):
+        exported = adapter_run.path / "06_save" / kind / "chat_template.jinja"
+        assert exported.read_bytes() == (zoo("llava") / "chat_template.jinja").read_bytes()
+
+
 def test_model_folders_hold_a_whole_model_beside_the_processor(adapter_run, full_run):
     for folder in (adapter_run.path / "06_save/merged", full_run.path / "06_save/model"):
         names = {path.name for path in folder.iterdir()}
@@ -255,7 +261,7 @@ def told(adapter_run):
     ("plan", {"revision": "abc"}, "adapter", 'config=config, revision="abc", dtype='),
     ("saved", {"step": 2, "best": {"eval_loss": 0.5}}, "adapter", "step 2 of 4, whose eval_loss was the best (0.5)"),
     ("saved", {"step": 3, "trained_steps": 3}, "adapter", "step 3 of 4, where training stopped early"),
-    ("data", {"counts": {"rows_that_tell_the_day": 2}}, "adapter", "today's date into a prompt; in training that was 20"),
+    ("data", {"counts": {"rows_that_tell_the_day": 2}}, "adapter", "as in training. Without the template's first line"),
 ])
 def test_the_card_says_only_what_holds(part, change, kind, words, told):
     assert words not in card.model_card(kind, told)
