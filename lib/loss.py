@@ -36,7 +36,8 @@ def forward_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     count outside: the right one is the whole optimizer step's.
     """
     head, softcap = model.get_output_embeddings(), softcap_of(model)
-    logits, vocabulary, at = head.forward, model.get_input_embeddings().num_embeddings, head.weight.device
+    logits, at = head.forward, next(head.parameters()).device     # `weight` is made anew where new rows train
+    vocabulary = model.config.get_text_config().vocab_size
     targets, size = batch["targets"].to(at), max(1, min(CHUNK, CHUNK_LOGITS // vocabulary))
     if isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters()):
         return in_place_of_logits(model, batch, lambda rows: FrozenHeadLoss.apply(
