@@ -187,7 +187,7 @@ class Made:
         self.ids = [str(number) for number in range(len(samples))]
         self.input_tokens = [sample["input_ids"].shape[1] for sample in samples]
         self.supervised_tokens = [int((sample["labels"][:, 1:] != -100).sum()) for sample in samples]
-        self.media = [{"image"} if "pixel_values" in sample else set() for sample in samples]
+        self.media = [("image",) * ("pixel_values" in sample) for sample in samples]
         plain = Batcher(0, family.collate)
         self.alone = [plain([sample]) for sample in samples]
         size, batcher = len(lengths), plain
