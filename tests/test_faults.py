@@ -85,7 +85,7 @@ def test_a_gradient_that_is_not_finite_is_said_with_the_samples_of_its_step():
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: bytearray(2**60)])
 def test_out_of_memory_names_rows_their_tokens_and_three_knobs(allocate, make):
     run = make()
-    before = stop_at(importlib.import_module("05_train"), "forward_loss", 3, how=allocate)
+    before = stop_at(importlib.import_module("05_train"), "to_device", 3, how=allocate)
     child = fork("05_train", "run", before=before).wait()
     what, fix = child.said.splitlines()[-2:]
     assert child.code == 1 and "Traceback" not in child.said
@@ -118,7 +118,7 @@ def test_a_dataloader_worker_that_dies_is_said_with_the_samples_it_was_needed_fo
     def kill_workers():
         for worker in multiprocessing.active_children():
             os.kill(worker.pid, signal.SIGKILL)
-    before = stop_at(importlib.import_module("05_train"), "forward_loss", 3, how=kill_workers)
+    before = stop_at(importlib.import_module("05_train"), "to_device", 3, how=kill_workers)
     child = fork("05_train", "run", before=before).wait()
     what, fix = child.said.splitlines()[-2:]
     assert child.code == 1 and "Traceback" not in child.said

@@ -56,7 +56,7 @@ def after_two(how=die):
 
 
 MOMENTS = {
-    "in the middle of a step": lambda: stop_at(importlib.import_module("05_train"), "forward_loss", 6),
+    "in the middle of a step": lambda: stop_at(importlib.import_module("05_train"), "to_device", 6),
     "between a step and its checkpoint": lambda: stop_at(metrics.Log, "step", 3, after=True),
     "in the middle of writing a checkpoint": lambda: stop_at(checkpoint, "save_file", 6),
     "before a checkpoint is sealed": lambda: stop_at(folder, "seal", 3),
@@ -171,6 +171,12 @@ def test_another_number_of_samples_a_step_is_refused_with_its_fix(killed):
     assert (killed.path / "05_train.partial/checkpoints/step-2/state.json").exists()
 
 
+def test_a_checkpoint_of_an_older_version_is_refused_by_what_it_lacks(tmp_path):
+    (tmp_path / "state.json").write_text('{"step": 3, "global_batch_size": 4, "per_rank": 4}', encoding="utf-8")
+    with pytest.raises(StageError, match="doesn't say its scaler and groups: an older version wrote it"):
+        checkpoint.read_state(tmp_path)
+
+
 def test_other_micro_batches_of_the_same_step_may_go_on(killed):
     killed("01_config", "gradient_accumulation_steps=4", "micro_batch_size=1")
     killed("05_train", "--resume")
@@ -274,7 +280,7 @@ def test_every_harm_to_a_sealed_folder_is_seen(harm, words, tmp_path):
 def test_a_stop_comes_after_the_step_with_a_checkpoint_and_its_exit_code(sign, code, make, finished):
     run = make(save_steps=None, saves_per_epoch=0)                 # no other checkpoint than that of the stop
     ask = lambda: os.kill(os.getpid(), sign)  # noqa: E731
-    before = stop_at(importlib.import_module("05_train"), "forward_loss", 6, ask)
+    before = stop_at(importlib.import_module("05_train"), "to_device", 6, ask)
     child = fork("05_train", "run", before=before).wait()
     assert child.code == code and "05_train interrupted: step-3 is kept" in child.said
     run("05_train")
@@ -286,10 +292,10 @@ def test_a_second_ctrl_c_stops_at_once_but_not_under_torchrun(make):
 
     def twice():
         os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)
-    before = stop_at(importlib.import_module("05_train"), "forward_loss", 6, twice)
+    before = stop_at(importlib.import_module("05_train"), "to_device", 6, twice)
     child = fork("05_train", "run", before=before).wait()
     assert child.code == 130 and "step-2 is kept" in child.said
-    child = fork("05_train", "run", before=stop_at(importlib.import_module("05_train"), "forward_loss", 1, twice),
+    child = fork("05_train", "run", before=stop_at(importlib.import_module("05_train"), "to_device", 1, twice),
                  TORCHELASTIC_RUN_ID="demo").wait()
     assert child.code == 130 and "step-3 is kept" in child.said
 
