@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from lib import folder, ledger
 from lib.stage import StageError
 
+STATE = ("step", "global_batch_size", "per_rank", "scaler", "groups")   # per_rank: the recipe's
+
 
 class Writer:
     """Saves in a thread, so that training waits for the copy to host memory and for no disk.
@@ -112,8 +114,12 @@ def prune(path: Path, step: int, keep: int, also: Collection[int] = ()) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """What the loop knew when it wrote this checkpoint: step, global_batch_size, per_rank (the recipe's)."""
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    """What the loop knew when it wrote this checkpoint: STATE; a StageError where an older kit knew less."""
+    state = ledger.read_json(path / "state.json")
+    if lacking := [name for name in STATE if name not in state]:
+        raise StageError(f"{path} doesn't say its {' and '.join(lacking)}: an older version wrote it",
+                         "finish the run with that version, or start over with --force")
+    return state
 
 
 def load(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer) -> None:

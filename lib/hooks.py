@@ -22,11 +22,10 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lib import faults
 from lib.ledger import HOOK
-from lib.loss import CHUNK, capped, forward_loss, in_place_of_logits, softcap_of
+from lib.loss import forward_loss
 from lib.stage import StageError
 
 
@@ -88,24 +87,12 @@ def loss_of(knobs) -> Callable:
 
 
 def hooked_loss(text: str, model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of token losses, number of right argmax tokens), as of `forward_loss`, by the user's function.
-
-    The backward makes the logits again, chunk by chunk, as where a head trains.
-    """
-    head, softcap = model.get_output_embeddings().forward, softcap_of(model)
+    """(sum of token losses, number of right argmax tokens), as of `forward_loss`, by the user's function."""
     token_losses = function("loss", text)
 
-    def chunk_loss(hidden, targets):
-        logits = capped(head(hidden).float(), softcap)                           # [CHUNK, V]
+    def of_chunk(logits, targets):
         losses = token_losses(logits, targets)
         if not isinstance(losses, torch.Tensor) or losses.shape != targets.shape:
             raise wrong("loss", text, losses, f"the losses of {len(targets)} tokens")
-        return losses.sum(), (logits.argmax(-1) == targets).sum()
-
-    def compute(rows):                                                           # [N, D]
-        chunks = zip(rows.split(CHUNK), batch["targets"].split(CHUNK))
-        with set_checkpoint_early_stop(False):    # which is an exception inside the user's function
-            parts = [checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks]
-        return tuple(sum(part) for part in zip(*parts))
-
-    return in_place_of_logits(model, batch, compute)
+        return losses.sum()
+    return forward_loss(model, batch, of_chunk)

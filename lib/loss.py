@@ -3,13 +3,15 @@
 The full logits of a batch ([B, T, V] in float32) are often larger than the model. Here the output head never
 runs on a position that isn't trained, and never on more than a chunk of them at once.
 
-Fork me to: change the objective (`trained_head_loss`, which autograd follows; use it for frozen heads, too).
+Fork me to: change the objective (`trained_head_loss`, which autograd follows), as a recipe's `loss` does.
 """
 import inspect
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lib import fast, features
 from lib.chat import IGNORE_INDEX
@@ -17,7 +19,8 @@ from lib.stage import StageError
 
 NOT_INPUTS = ("labels", "positions", "targets", "packed_rows", "features")
 CHUNK = 256                               # rows of logits at once; of a large vocabulary, fewer,
-CHUNK_LOGITS = 2**25                      # so that they are at most 128 MiB in float32
+CHUNK_LOGITS = {"cpu": 2**23}             # so that there are no more of them: 32 MiB in float32,
+ELSEWHERE = 2**25                         # or 128 MiB, since a GPU has to read the head for each chunk
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -29,20 +32,24 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return rows * labels.shape[1] + columns, labels[rows, columns + 1]
 
 
-def forward_loss(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def forward_loss(model, batch: dict, of_chunk: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of token losses, number of right argmax tokens), scalars, of one forward through the root module.
 
     batch: the collator's tensors on the model's device, with `positions` and `targets` [N]. Divide by a token
-    count outside: the right one is the whole optimizer step's.
+    count outside: the right one is the whole optimizer step's. of_chunk(logits [N, V], targets [N]): the sum of
+    losses in place of cross-entropy's.
     """
     head, softcap = model.get_output_embeddings(), softcap_of(model)
-    logits, vocabulary, at = head.forward, model.get_input_embeddings().num_embeddings, head.weight.device
-    targets, size = batch["targets"].to(at), max(1, min(CHUNK, CHUNK_LOGITS // vocabulary))
-    if isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters()):
+    logits, at = head.forward, next(head.parameters()).device     # `weight` is made anew where new rows train
+    vocabulary = model.config.get_text_config().vocab_size
+    most = CHUNK_LOGITS.get(at.type, ELSEWHERE) // vocabulary
+    targets, size = batch["targets"].to(at), max(1, min(CHUNK, most))
+    frozen = isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters())
+    if frozen and of_chunk is None:
         return in_place_of_logits(model, batch, lambda rows: FrozenHeadLoss.apply(
             rows.to(at), head.weight, head.bias, targets, softcap, size))
     return in_place_of_logits(model, batch, lambda rows: trained_head_loss(
-        rows.to(at), logits, targets, softcap, size))
+        rows.to(at), logits, targets, softcap, size, of_chunk or partial(F.cross_entropy, reduction="sum")))
 
 
 @torch.no_grad()
@@ -96,16 +103,18 @@ def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def trained_head_loss(rows, head, targets, softcap, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+def trained_head_loss(rows, head, targets, softcap, size: int,
+                      of_chunk: Callable) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss sum, right count) where the head trains: the backward makes its logits again, `size` rows a time.
     """
     def chunk_loss(hidden, wanted):
         logits = capped(head(hidden).float(), softcap)  # [size, V]
-        return F.cross_entropy(logits, wanted, reduction="sum"), (logits.argmax(-1) == wanted).sum()
+        return of_chunk(logits, wanted), (logits.argmax(-1) == wanted).sum()
 
     total, right = 0, 0
     for hidden, wanted in zip(rows.split(size), targets.split(size)):  # no rows: one chunk all the same
-        loss, count = checkpoint(chunk_loss, hidden, wanted, use_reentrant=False)
+        with set_checkpoint_early_stop(False):          # which is an exception, inside a user's function
+            loss, count = checkpoint(chunk_loss, hidden, wanted, use_reentrant=False)
         total, right = total + loss, right + count
     return total, right
 

@@ -100,29 +100,31 @@ class Cards:
             return tokens.card(name, "", page.link(name, "shown above"), facts)
         row = self.rows[name] = preview_row(self.encoder, sample)
         shown = page.may_show(self.report_media, held_out)
-        media = "".join(self.medium(record, f"{record['kind']} {number} of {name}", shown)
+        encoder = self.encoder.bounded(sample["image_bounds"])
+        media = "".join(medium_shown(encoder, record, f"{record['kind']} {number} of {name}", shown)
                         for number, record in enumerate(sample["media"][:MOST_MEDIA], start=1))
         if len(sample["media"]) > MOST_MEDIA:
             media += page.note(f"and {len(sample['media']) - MOST_MEDIA} more")
         view = tokens.view(row["tokens"], row["input_ids"], row["labels"], self.media_tokens)
         return tokens.card(name, media, view, facts, anchor=page.anchor(name))
 
-    def medium(self, record: dict, name: str, shown: bool) -> str:
-        """A medium with a caption: a picture as the model sees it, frames of a clip, a sound's loudness."""
-        (medium,) = self.encoder.open([record])
-        if record["kind"] == "image":
-            pictures = seen(self.encoder.processor, medium)
-            caption, pictures = in_words(record, pictures), pictures or [medium]
-        elif record["kind"] == "audio":
-            pictures, caption = [poster(record)], f"{record['seconds']:.1f} s of sound"
-        else:
-            frames, every = medium.frames, -(-len(medium.frames) // MOST_MEDIA)
-            pictures = [Image.fromarray(frame) for frame in frames[::every]]
-            caption = f"{len(frames)} frames of a clip of {record['seconds']:.1f} s"
-        if not shown:
-            return page.withheld(caption)
-        sizes = {"max_side": page.MOST_PIXELS, "enlarged_to": 256} if record["kind"] == "image" else {}
-        return page.shot([page.picture(each, name, **sizes) for each in pictures], caption)
+
+def medium_shown(encoder: Encoder, record: dict, name: str, shown: bool) -> str:
+    """A medium with a caption: a picture as the model sees it, frames of a clip, a sound's loudness."""
+    (medium,) = encoder.open([record])
+    if record["kind"] == "image":
+        pictures = seen(encoder.processor, medium)
+        caption, pictures = in_words(record, pictures), pictures or [medium]
+    elif record["kind"] == "audio":
+        pictures, caption = [poster(record)], f"{record['seconds']:.1f} s of sound"
+    else:
+        frames, every = medium.frames, -(-len(medium.frames) // MOST_MEDIA)
+        pictures = [Image.fromarray(frame) for frame in frames[::every]]
+        caption = f"{len(frames)} frames of a clip of {record['seconds']:.1f} s"
+    if not shown:
+        return page.withheld(caption)
+    sizes = {"max_side": page.MOST_PIXELS, "enlarged_to": 256} if record["kind"] == "image" else {}
+    return page.shot([page.picture(each, name, **sizes) for each in pictures], caption)
 
 
 def preview_row(encoder: Encoder, sample: dict) -> dict:

@@ -193,8 +193,8 @@ class Rows:
         processor, pixels = self.encoder.processor, self.encoder.pixels
 
         def fits(bounded, most: int) -> bool:
-            encoded = replace(self.encoder, processor=bounded).encode(conversation.text, [], opened)
-            return encoded["input_ids"].shape[1] <= self.config.sequence_len
+            rows = replace(self, encoder=replace(self.encoder, processor=bounded))
+            return rows.encode(conversation, opened)["input_ids"].shape[1] <= self.config.sequence_len
 
         most = largest_budget(processor, pixels, fits)
         return None if most is None else json.dumps(bounds_of(processor, pixels, most))

@@ -478,6 +478,9 @@ def test_pictures_of_a_row_that_is_too_long_are_shrunk_until_it_fits_and_no_othe
     assert free["input_ids"].shape[1] > 70 and free["pixel_values"].shape != encoder(shrunk)["pixel_values"].shape
     made = proof.inputs(encoder.processor, fresh.proof_row(shrunk, encoder, tmp_path))      # what 06 proves
     assert torch.equal(made["pixel_values"], encoder(shrunk)["pixel_values"])
+    (_, high, wide), side = encoder(shrunk)["image_grid_thw"][0].tolist(), encoder.processor.image_processor.patch_size
+    page = (kit.out / "preview.html").read_text(encoding="utf-8")
+    assert f"400 × 400, seen at {side * wide} × {side * high}" in page
     store = features.Store(tmp_path, "")
     assert store.pictures(shrunk) != store.pictures(shrunk | {"image_bounds": None})
 

@@ -171,6 +171,12 @@ def test_another_number_of_samples_a_step_is_refused_with_its_fix(killed):
     assert (killed.path / "05_train.partial/checkpoints/step-2/state.json").exists()
 
 
+def test_a_checkpoint_of_an_older_version_is_refused_by_what_it_lacks(tmp_path):
+    (tmp_path / "state.json").write_text('{"step": 3, "global_batch_size": 4, "per_rank": 4}', encoding="utf-8")
+    with pytest.raises(StageError, match="doesn't say its scaler and groups: an older version wrote it"):
+        checkpoint.read_state(tmp_path)
+
+
 def test_other_micro_batches_of_the_same_step_may_go_on(killed):
     killed("01_config", "gradient_accumulation_steps=4", "micro_batch_size=1")
     killed("05_train", "--resume")
