@@ -168,7 +168,7 @@ def not_the_sum(tuned, weights: dict[str, torch.Tensor], merged: dict[str, torch
             layer.merge()
             loaded = torch.finfo(before.dtype)
             rounding = max(loaded.eps, stored) * (before.abs() + weight.abs())             # of base and sum
-            rounding += loaded.smallest_normal * loaded.eps                    # of the least that float16 holds
+            rounding += loaded.smallest_normal * loaded.eps                # of the least that float16 holds
             order = 1e-5 * (weight - before).abs().max()                       # in which the sum was added up
             if not bool(((found - weight).abs() <= rounding + order).all()):
                 odd.append(name)
