@@ -10,7 +10,6 @@ Writes: 03_load_model/model.json (class, dtype, quantisation, roles: true on eve
 Source: the auto classes of transformers; QLoRA (arXiv 2305.14314) where the recipe quantises.
 Fork me to: teach it a family (lib/families.py:FAMILIES), or load in another way (lib/model.py:load).
 """
-import json
 import math
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 
 from lib import fit, model, origin, parallel, plan, quant, registry, stage, terminal
 from lib.chat import Encoder
+from lib.ledger import write_json
 from lib.loss import forward_loss
 from lib.sampler import Batcher, to_device
 
@@ -107,11 +107,6 @@ def explain_high_loss(loss: float, random_loss: float, family: registry.Family) 
     """Nothing; where the first loss is above half of a guess's, what the family's record says about it."""
     if loss > random_loss / 2 and family.first_loss_note:
         terminal.say(f"a high first loss: {family.first_loss_note}")
-
-
-def write_json(path: Path, content: dict) -> None:
-    """A JSON file for people and machines."""
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

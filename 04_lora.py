@@ -52,7 +52,8 @@ def adapter(planned: dict, work) -> dict:
         trained[roles.of(model.base_name(name))] += parameter.numel()
     config = peft_model.peft_config["default"]
     method = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
-    return {"method": f"{method} r={config.r} alpha={config.lora_alpha}", "targets": config.target_modules,
+    return {"method": f"{method} r={config.r} alpha={config.lora_alpha}", "lora_r": config.r,
+            "targets": config.target_modules,
             "modules": {role: len(names) for role, names in sorted(hits.items())},
             "trained_parameters": dict(sorted(trained.items())),
             "experts": adapted_experts(peft_model), "new_rows": len(planned["new_rows"]),

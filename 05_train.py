@@ -16,6 +16,7 @@ Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the sche
 """
 import contextlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def main(argv=None):
             with fast.paths(run.model, run.roles), features.replayed(run.model), parallel.tf32(
                     work.config.tf32 and work.config.bf16 is False):
                 log = train(run)
-            log.say_peak()
+            log.say_peak(run.forecast_gib)
             # 4. Save what was trained, and what a fresh process has to reproduce.
             save(run, log)
 
@@ -92,6 +93,7 @@ class Run:
     total_steps: int
     loss: Callable = forward_loss                                  # or with a user's losses of tokens
     scaler: optim.Scaler = field(default_factory=lambda: optim.Scaler("float32", torch.device("cpu")))
+    forecast_gib: float | None = None                              # of the peak; None: there is none
     skipped: int = 0                                               # steps whose loss was not finite
     now: tuple[int, list[Row]] = (0, ())                           # step and micro-batch, for messages
 
@@ -109,7 +111,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     if plan["dtype"] == "bfloat16":
         parallel.ask_for_bf16(config.bf16, world.device)
     shards = config.fsdp_version is not None and world.world_size > 1
-    kept_share = share_of_kept_layers(work, world, plan, shards)
+    kept_share, forecast_gib = kept_layers(work, world, plan, shards)
     at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
     adapter_path = work.input("04_lora") / "adapter" if config.adapter else None
     net = model.load(plan, at, "train", adapter_path, parallel.spread(config, at))
@@ -140,9 +142,9 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     first_step, per_rank = 0, config.micro_batch_size * config.gradient_accumulation_steps
     global_batch_size = per_rank * world.world_size
     if work.checkpoint:
-        checkpoint.load(work.checkpoint, parameters, optimizer)
         state = checkpoint.read_state(work.checkpoint)
         first_step, global_batch_size = go_on(state, per_rank, world)
+        checkpoint.load(work.checkpoint, parameters, optimizer)
         scaler = optim.Scaler(plan["dtype"], world.device, state["scaler"])
         for group, numbers in zip(optimizer.param_groups, state["groups"]):
             group.update(numbers)
@@ -151,26 +153,31 @@ def load(work: stage.Work, world: parallel.World) -> Run:
                   samples.kinds)
     return Run(work, world, net, roles, parameters, role_of, watch, optimizer, autocast, samples, held_out,
                order, first_step, order.total_steps(config.num_epochs, config.max_steps),
-               hooks.loss_of(config), scaler)
+               hooks.loss_of(config), scaler, forecast_gib)
 
 
-def share_of_kept_layers(work: stage.Work, world: parallel.World, plan: dict, shards: bool) -> float:
-    """How many of the layers, as a share, keep their activations for the backward, by the forecast of memory.
+def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
+                shards: bool) -> tuple[float, float | None]:
+    """(share of the layers that keep their activations for the backward, GiB at the peak; None: no forecast).
 
-    The same on every rank: checkpointed layers of a sharded model are gathered once more.
+    By the forecast of memory, and the same on every rank: checkpointed layers of a sharded model are gathered
+    once more. No forecast knows of a model that is shared out, nor of activations in host memory.
     """
-    if work.config.gradient_checkpointing != "auto":
-        return 0.0
+    wanted = work.config.gradient_checkpointing
+    if wanted == "offload":
+        return 0.0, None
 
     def decide() -> str:
-        room = parallel.free_memory_gib(world.device) * fit.CAUTION
+        free = parallel.free_memory_gib(world.device) * fit.CAUTION
         if (forecast := fit.of_run(work.run, plan, world.device.type)) is None:
-            return "0"
+            return "[0.0, null]"
+        room = {True: 0.0, False: math.inf}.get(wanted, free)
         share, peak = fit.kept(forecast, room, world.world_size if shards else None)
-        terminal.say(f"gradient_checkpointing: auto: {share:.0%} of the layers keep their activations "
-                     f"(forecast {peak:.2f} GiB, room for {room:.2f} GiB)")
-        return str(share)
-    return float(world.agree(decide))
+        if wanted == "auto":
+            terminal.say(f"gradient_checkpointing: auto: {share:.0%} of the layers keep their activations "
+                         f"(forecast {peak:.2f} GiB, room for {free:.2f} GiB)")
+        return json.dumps([share, None if work.config.device_map else peak])
+    return tuple(json.loads(world.agree(decide)))
 
 
 def keep_features(run: Run) -> None:

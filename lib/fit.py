@@ -25,7 +25,9 @@ CAUTION = 0.7                             # of what is free: long runs leave gap
 MOST_ROWS = 256                           # in the micro-batches that are looked at
 SETTINGS = {"checkpointed": True, "kept": False}     # what becomes of layers' activations
 CHANGED_BY = ("micro_batch_size", "gradient_accumulation_steps", "sample_packing", "sequence_len",
-              "optimizer", "adapter", "lora_r", "lora_target_roles", "train_roles")
+              "optimizer", "adapter", "lora_r", "lora_target_roles", "lora_target_modules",
+              "lora_target_parameters", "lora_model_dir", "peft_use_dora", "train_roles",
+              "unfrozen_parameters")
 
 
 @dataclass(frozen=True)

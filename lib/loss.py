@@ -36,8 +36,8 @@ def forward_loss(model, batch: dict, of_chunk: Callable | None = None) -> tuple[
     """(sum of token losses, number of right argmax tokens), scalars, of one forward through the root module.
 
     batch: the collator's tensors on the model's device, with `positions` and `targets` [N]. Divide by a token
-    count outside: the right one is the whole optimizer step's. of_chunk(logits [N, V], targets [N]): the sum of
-    losses in place of cross-entropy's.
+    count outside: the right one is the whole optimizer step's. of_chunk(logits [N, V], targets [N]): the sum
+    of their losses, in place of cross-entropy's.
     """
     head, softcap = model.get_output_embeddings(), softcap_of(model)
     logits, at = head.forward, next(head.parameters()).device     # `weight` is made anew where new rows train

@@ -116,11 +116,14 @@ class Log:
             svg = charts.curve(series, "optimizer step", "loss per token", standalone=True)
             (self.folder / "loss.svg").write_text(svg, encoding="utf-8")
 
-    def say_peak(self) -> None:
-        """Nothing; says what memory was really used."""
-        device = self.world.device
-        words = f"peak memory {parallel.peak_memory_gib(device):.2f} GiB"
-        terminal.say(words + ("" if device.type == "cuda" else " of this process, with its libraries"))
+    def say_peak(self, forecast_gib: float | None) -> None:
+        """Nothing; says what memory was really used, and what was forecast of it."""
+        used = f"peak memory {parallel.peak_memory_gib(self.world.device):.2f} GiB"
+        forecast = "" if forecast_gib is None else f"; forecast {forecast_gib:.2f} GiB"
+        if self.world.device.type != "cuda":
+            used += " of this process, with its libraries"
+            forecast += forecast and " without them"
+        terminal.say(used + forecast)
 
     def _append(self, name: str, row: dict) -> None:
         if self.world.is_leader:

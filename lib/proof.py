@@ -19,6 +19,8 @@ import transformers
 from PIL import Image
 from safetensors import safe_open
 
+ROUNDS = {"BF16": torch.finfo(torch.bfloat16).eps, "F16": torch.finfo(torch.float16).eps}
+
 
 def main(task_path: str, result_path: str) -> None:
     """Write {processor, exports, answers}: what differs from training, and the answers of base and tuned."""
@@ -59,7 +61,7 @@ def prove_merged(task: dict, golden: list[dict]) -> dict:
     tuned, _ = with_adapter(base, task["export"])
     wanted = logits(tuned, golden, task) if task["quantisation"] else [row["logits"] for row in golden]
     merged = load(task | {"quantisation": None, "device": "cpu"}, task["merged"])
-    odd = not_the_sum(tuned, weights, merged.state_dict())
+    odd = not_the_sum(tuned, weights, merged.state_dict(), rounding_of(task["merged"]))
     same_weights = logits(tuned, golden, task)
     del base, weights, tuned                           # before the other one comes to the device
     found = logits(merged.to(task["device"]), golden, task)
@@ -147,10 +149,12 @@ def logits(model, golden: list[dict], task: dict) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def not_the_sum(tuned, weights: dict[str, torch.Tensor], merged: dict[str, torch.Tensor]) -> list[str]:
+def not_the_sum(tuned, weights: dict[str, torch.Tensor], merged: dict[str, torch.Tensor],
+                stored: float) -> list[str]:
     """Names of merged tensors that are not base plus adapter, added up by peft in float32 and rounded once.
 
-    weights: the base's own, which are in `tuned`; afterwards they hold what was merged.
+    weights: the base's own, which are in `tuned`; afterwards they hold what was merged. stored: what the type
+    of the files rounds, as a share.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -162,7 +166,9 @@ def not_the_sum(tuned, weights: dict[str, torch.Tensor], merged: dict[str, torch
         if layer := layers.get(id(weight)):
             weight.data = before.float()
             layer.merge()
-            rounding = torch.finfo(before.dtype).eps * (before.abs() + weight.abs())       # of base and sum
+            loaded = torch.finfo(before.dtype)
+            rounding = max(loaded.eps, stored) * (before.abs() + weight.abs())             # of base and sum
+            rounding += loaded.smallest_normal * loaded.eps                # of the least that float16 holds
             order = 1e-5 * (weight - before).abs().max()                       # in which the sum was added up
             if not bool(((found - weight).abs() <= rounding + order).all()):
                 odd.append(name)
@@ -170,6 +176,15 @@ def not_the_sum(tuned, weights: dict[str, torch.Tensor], merged: dict[str, torch
             odd.append(name)
         weight.data = found
     return odd
+
+
+def rounding_of(folder: str) -> float:
+    """What the coarsest type of a folder's files rounds, as a share of a number."""
+    found = {0.0}
+    for path in Path(folder).glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {ROUNDS.get(file.get_slice(key).get_dtype(), 0.0) for key in file.keys()}
+    return max(found)
 
 
 def weight_of(layer) -> torch.Tensor:

@@ -38,7 +38,7 @@ CONTENT = {"vision": '[{"type": "image", "path": "photo.jpg"}, {"type": "text", 
            "audio": '[{"type": "audio", "path": "speech.wav"}, {"type": "text", "text": "What is said?"}]',
            "language": '"What follows one?"'}
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)                      # that vLLM's --max-lora-rank may be
-OWN_PROCESSOR = ("image_max_pixels", "image_min_pixels", "processor_kwargs")
+OWN_PROCESSOR = ("image_max_pixels", "image_min_pixels", "max_image_tokens", "processor_kwargs")
 
 
 def loading(kind: str, facts: Facts) -> str:
@@ -71,7 +71,7 @@ def serving(kind: str, facts: Facts) -> list[tuple[str, str]]:
         where = "It is in `merged/`." if "merged" in facts.check["exports"] else \
             "`merge: true` in the recipe writes it."
         return [(f"Serve the merged model, not this adapter: {'; '.join(reasons)}. {where}", ""), *hints]
-    plan, rank = facts.plan, next(rank for rank in RANKS if rank >= facts.config["lora_r"])
+    plan, rank = facts.plan, next(rank for rank in RANKS if rank >= facts.method["lora_r"])
     revision = f"--revision {plan['revision']} " if plan["revision"] else ""
     return [("An OpenAI-compatible server, by vLLM where it has this architecture; it is the model `tuned`:",
              f"vllm serve {public_name(plan)} {revision}--chat-template chat_template.jinja \\\n"
@@ -80,13 +80,14 @@ def serving(kind: str, facts: Facts) -> list[tuple[str, str]]:
 
 def needs_merging(facts: Facts) -> list[str]:
     """Why an engine would serve this adapter otherwise than it was trained; [] where it wouldn't."""
-    config, trained = facts.config, facts.method["trained_parameters"].keys()
+    config, rank, trained = facts.config, facts.method["lora_r"], facts.method["trained_parameters"].keys()
     towers = [role for role in ("vision", "audio", "projector") if role in trained]
     own = [knob for knob in OWN_PROCESSOR if config[knob]]
     reasons = {f"{' and '.join(towers)} trained, and engines put LoRA on the language model alone unless "
                "they are told otherwise": towers,
                "experts trained, which not every engine takes from an adapter": facts.method["experts"],
-               "DoRA is more than the LoRA that engines know": config["peft_use_dora"],
+               "DoRA is more than the LoRA that engines know": facts.method["method"].startswith("DoRA"),
+               "new tokens have rows in the adapter, which engines pass over": facts.plan["new_rows"],
                f"{' and '.join(own)} changed the processor, and an engine takes the base's": own,
-               f"a rank of {config['lora_r']} is more than vLLM takes": config["lora_r"] > RANKS[-1]}
+               f"a rank of {rank} is more than vLLM takes": rank > RANKS[-1]}
     return [words for words, holds in reasons.items() if holds]

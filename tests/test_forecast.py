@@ -138,10 +138,13 @@ def test_05_checkpoints_as_many_layers_as_03s_forecast_says_it_must(tmp_path, mo
     work, world = stage.view("05_train", run.path), parallel.World(0, 1, torch.device("cpu"))
     train, plan = importlib.import_module("05_train"), run.json("03_load_model/model.json")
     for setting, share in (("kept", 1.0), ("checkpointed", 0.0)):
-        room = forecast[setting]["peak_gib"] / fit.CAUTION
-        monkeypatch.setattr(parallel, "free_memory_gib", lambda device: room)
-        assert train.share_of_kept_layers(work, world, plan, shards=False) == pytest.approx(share)
+        peak = forecast[setting]["peak_gib"]
+        monkeypatch.setattr(parallel, "free_memory_gib", lambda device: peak / fit.CAUTION)
+        assert train.kept_layers(work, world, plan, shards=False) == pytest.approx((share, peak))
         assert f"auto: {share:.0%} of the layers" in capsys.readouterr().out
+    run("01_config", "gradient_checkpointing=true")
+    run("05_train")
+    assert f"; forecast {forecast['checkpointed']['peak_gib']:.2f} GiB without them" in capsys.readouterr().out
 
 
 def test_activations_stay_layer_by_layer_as_room_grows_and_the_last_ones_first(zoo):

@@ -123,6 +123,19 @@ def test_a_batch_without_a_supervised_token_has_a_loss_of_zero_and_can_go_backwa
     assert not any(gradient.any() for gradient in gradients(net, total).values())
 
 
+@pytest.mark.parametrize("roles", [["all"], ["language"]])
+def test_losses_of_a_recipes_own_see_as_few_logits_at_once_as_the_librarys(subject, roles, monkeypatch):
+    net, batch, seen = train(subject, *roles), subject.batch(), []
+    monkeypatch.setattr(loss, "CHUNK_LOGITS", 2 * net.config.get_text_config().vocab_size)
+
+    def of_chunk(logits, targets):
+        seen.append(len(targets))
+        return F.cross_entropy(logits, targets, reduction="sum")
+    own, _ = loss.forward_loss(net, batch, of_chunk)
+    assert max(seen) == 2 and sum(seen) == len(batch["targets"])
+    assert float(own.detach()) == pytest.approx(float(loss.forward_loss(net, batch)[0].detach()))
+
+
 def test_only_supervised_positions_reach_the_head_and_never_more_than_a_chunk(subject, monkeypatch):
     monkeypatch.setattr(loss, "CHUNK", 3)
     net, batch, seen = train(subject, "all"), subject.batch(), []

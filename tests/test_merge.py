@@ -36,6 +36,13 @@ def tensors(folder):
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
+def test_a_training_in_another_type_than_the_bases_files_is_merged_and_proved(tmp_path, monkeypatch):
+    base = variants.build("llava", tmp_path / "base", dtype="bfloat16")
+    run = Run(tmp_path, monkeypatch, base, fp16=True, bf16="auto", max_steps=2, learning_rate=1e-2, merge=True).upto("06_save")
+    assert {dtype for dtype, _ in kinds(run.path / "06_save/merged").values()} == {"BF16"}
+    assert run.json("03_load_model/model.json")["dtype"] == "float16" and "merged" in run.json("06_save/check.json")["exports"]
+
+
 def test_merging_a_base_of_several_files_holds_less_than_one_of_them_in_memory(tmp_path):
     bench.prepare(tmp_path, gib=0.28, shards=4)
     found, base, merged = bench.in_a_process("merge", tmp_path), tmp_path / "base", tmp_path / "merge"

@@ -251,9 +251,11 @@ def told(adapter_run):
 
 @pytest.mark.parametrize("part, change, kind, words", [
     ("method", {"experts": 8}, "adapter", "experts trained, which not every engine takes from an adapter"),
-    ("config", {"peft_use_dora": True}, "adapter", "DoRA is more than the LoRA that engines know"),
+    ("method", {"method": "DoRA r=4 alpha=8"}, "adapter", "DoRA is more than the LoRA that engines know"),
     ("config", {"image_max_pixels": 1000}, "adapter", "image_max_pixels changed the processor"),
-    ("config", {"lora_r": 1024}, "adapter", "a rank of 1024 is more than vLLM takes"),
+    ("config", {"max_image_tokens": 64}, "adapter", "max_image_tokens changed the processor"),
+    ("plan", {"new_rows": [9]}, "adapter", "new tokens have rows in the adapter, which engines pass over"),
+    ("method", {"lora_r": 1024}, "adapter", "a rank of 1024 is more than vLLM takes"),
     ("method", {"trained_parameters": {"vision": 1, "projector": 1}}, "adapter", "It is in `merged/`"),
     ("plan", {"stored_as": "fp8"}, "merged", "The base's 8-bit floats were merged into float32"),
     ("plan", {"quantisation": {"bits": 4}}, "merged", "had 4 bits; here its original weights are merged"),

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from lib import card, fast, merge, model, vocabulary
+from lib import fast, merge, model, serving, vocabulary
 from lib.chat import Encoder
 from lib.evaluate import stops
 from lib.loss import forward_loss
@@ -167,10 +167,7 @@ def test_a_fresh_process_answers_as_training_did(case):
 
 
 def test_the_card_says_how_many_rows_the_base_needs(case):
-    counts = case.run.json("02_data/report.json")["counts"]
-    found = {"max_logit_difference": 0.0, "max_logit": 1.0}
-    check = {"rows": 0, "exact_match": {}, "exports": {"adapter": found}}
-    text = card.model_card("adapter", case.plan, counts, case.run.json("04_lora/adapter.json"), check, None)
+    text = serving.loading("adapter", SimpleNamespace(plan=case.plan, config={"max_new_tokens": 4}))
     line = f"model.resize_token_embeddings({case.plan['grown_to']}, mean_resizing=False)"
     assert text.index(line) < text.index("PeftModel.from_pretrained(model")
 
