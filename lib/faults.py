@@ -8,10 +8,12 @@ from contextlib import contextmanager
 
 import torch
 
+from lib.ledger import read_json
 from lib.stage import StageError
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
 LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "NCCL", "Gloo")
+BITS_OF_NF4 = 4.5                         # with its scales
 NAMED = 8                                 # samples at most in a message
 
 
@@ -67,25 +69,38 @@ def out_of_memory(run) -> StageError:
     named = ", ".join(f"{run.samples.ids[index]} ({tokens:,} tokens)" for index, tokens in
                       sorted(lengths.items(), key=lambda pair: -pair[1])[:NAMED])
     has_media = any(run.samples.media_tokens[index] for index in lengths)
-    helps = "; ".join(relief(run.work.config, max(lengths.values(), default=0), has_media))
+    path = run.work.run / "03_load_model" / "forecast.json"
+    forecast = read_json(path) if path.exists() else None
+    helps = "; ".join(relief(run.work.config, max(lengths.values(), default=0), has_media, forecast))
     where = f"{run.world.device} in step {step + 1}, on {named or 'no sample yet'}"
     return StageError(f"out of memory on {where}",
                       f"in 01_config.py, what helps most: {helps}; then 05_train.py --resume")
 
 
-def relief(knobs, longest_tokens: int, has_media: bool) -> list[str]:
-    """The three knobs that save most memory here; first come those that leave the training as it is."""
+def relief(knobs, longest_tokens: int, has_media: bool, forecast: dict | None = None) -> list[str]:
+    """The three knobs that save most memory here, by 03's forecast; without one, first come those that leave
+    the training as it is.
+    """
     accumulated = knobs.micro_batch_size * knobs.gradient_accumulation_steps
+    kept = least = language = state = 0.0
+    if forecast:
+        kept, least = (forecast[way]["activations_gib"] for way in ("kept", "checkpointed"))
+        state = forecast["gradients_gib"] + forecast["optimizer_gib"]
+        language = sum(gib for kind, gib in forecast["weights_gib"].items() if kind.startswith("language "))
+    can_checkpoint = knobs.gradient_checkpointing in (False, "auto")
+    activations = kept if can_checkpoint else least
     ways = (
-        (knobs.gradient_checkpointing in (False, "auto"), "gradient_checkpointing=true"),
-        (knobs.micro_batch_size > 1, f"micro_batch_size=1 gradient_accumulation_steps={accumulated}"),
-        (knobs.adapter is None, "adapter=lora"),
-        (knobs.adapter == "lora", "adapter=qlora"),
-        (has_media, "image_max_pixels, for smaller pictures"),
-        (True, f"sequence_len below {longest_tokens}, without the rows that are longer"),
-        (True, "fewer roles that train"),
+        (can_checkpoint, "gradient_checkpointing=true", kept - least),
+        (knobs.micro_batch_size > 1, f"micro_batch_size=1 gradient_accumulation_steps={accumulated}",
+         activations * (1 - 1 / knobs.micro_batch_size)),
+        (knobs.adapter is None, "adapter=lora", state),
+        (knobs.adapter == "lora", "adapter=qlora", language * (1 - BITS_OF_NF4 / 16)),
+        (has_media, "image_max_pixels, for smaller pictures", 0.0),
+        (True, f"sequence_len below {longest_tokens}, without the rows that are longer", 0.0),
+        (True, "fewer roles that train", 0.0),
     )
-    return [words for applies, words in ways if applies][:3]
+    helps = sorted((way for way in ways if way[0]), key=lambda way: -way[2])
+    return [words + (f" (about {gib:.1f} GiB less)" if gib >= 0.05 else "") for _, words, gib in helps[:3]]
 
 
 def dead_worker(run, said: str) -> StageError:

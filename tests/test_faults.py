@@ -90,7 +90,7 @@ def test_out_of_memory_names_rows_their_tokens_and_three_knobs(allocate, make):
     what, fix = child.said.splitlines()[-2:]
     assert child.code == 1 and "Traceback" not in child.said
     assert what.startswith("error: out of memory on cpu in step 3, on rows-") and what.endswith(" tokens)")
-    assert fix.startswith("  fix: in 01_config.py, what helps most: gradient_checkpointing=true; adapter=qlora; ")
+    assert fix.startswith("  fix: in 01_config.py, what helps most: adapter=qlora; gradient_checkpointing=true; ")
     assert stage.newest_checkpoint(run.path / "05_train.partial").name == "step-2"
 
 
@@ -103,6 +103,15 @@ def test_out_of_memory_names_rows_their_tokens_and_three_knobs(allocate, make):
 ])
 def test_the_knobs_that_are_named_are_such_as_may_still_help(knobs, media, expected):
     assert faults.relief(SimpleNamespace(gradient_accumulation_steps=2, **knobs), 900, media) == expected
+
+
+def test_the_knobs_that_are_named_first_save_most_by_the_forecast():
+    knobs = SimpleNamespace(micro_batch_size=2, gradient_accumulation_steps=1, gradient_checkpointing="auto", adapter="lora")
+    forecast = {"kept": {"activations_gib": 8.0}, "checkpointed": {"activations_gib": 6.5}, "gradients_gib": 0.1,
+                "optimizer_gib": 0.2, "weights_gib": {"language bfloat16": 16.0, "vision bfloat16": 40.0}}
+    assert faults.relief(knobs, 900, True, forecast) == [
+        "adapter=qlora (about 11.5 GiB less)", "micro_batch_size=1 gradient_accumulation_steps=2 (about 4.0 GiB less)",
+        "gradient_checkpointing=true (about 1.5 GiB less)"]
 
 
 def test_another_error_is_not_taken_for_a_want_of_memory():
