@@ -170,7 +170,7 @@ def test_a_training_killed_on_two_ranks_goes_on_to_the_byte(make):
     partial = killed.path / "05_train.partial"
     assert folder.newest_checkpoint(partial).name == "step-2"
     assert checkpoint.read_state(partial / "checkpoints/step-2") == {
-        "step": 2, "global_batch_size": 4, "per_rank": 2}
+        "step": 2, "global_batch_size": 4, "per_rank": 2, "scaler": {}, "groups": []}
     assert_trained(train_on(2, killed))
     assert killed.metrics() == whole.metrics()
 
