@@ -126,7 +126,7 @@ def test_a_batch_without_a_supervised_token_has_a_loss_of_zero_and_can_go_backwa
 @pytest.mark.parametrize("roles", [["all"], ["language"]])
 def test_losses_of_a_recipes_own_see_as_few_logits_at_once_as_the_librarys(subject, roles, monkeypatch):
     net, batch, seen = train(subject, *roles), subject.batch(), []
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 2 * net.config.get_text_config().vocab_size)
+    monkeypatch.setitem(loss.CHUNK_LOGITS, "cpu", 2 * net.config.get_text_config().vocab_size)
 
     def of_chunk(logits, targets):
         seen.append(len(targets))
