@@ -122,7 +122,6 @@ class Recipe:
     attn_implementation: Kernel      = knob("sdpa", "03", "what lacks here becomes sdpa")
     bf16: Switch                     = knob("auto", "03 05", "auto: where it is native; false: fp32")
     fp16: bool                       = knob(False, "03", "float16, for cards without bfloat16 (T4, V100)")
-
     overrides_of_model_config: dict  = knob({}, "03", "rope_theta, rope_scaling", check=model_overrides)
     tf32: bool                       = knob(False, "05", "with bf16: false, products of float32 in TF32")
 

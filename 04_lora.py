@@ -13,7 +13,7 @@ from collections import Counter
 
 from lib import model, plan, stage, terminal
 from lib.adapter import adapted_experts
-from lib.ledger import read_json
+from lib.ledger import read_json, write_json
 from lib.roles import Roles
 from lib.stage import StageError
 
@@ -33,7 +33,7 @@ def main(argv=None):
     # 2. Choose what trains, by role: an adapter's tensors, or the base's own.
     facts = adapter(planned, work) if work.config.adapter else full_fine_tuning(planned, work)
     # 3. Write it down; 05 trains this and compares.
-    (work.path / "adapter.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    write_json(work.path / "adapter.json", facts)
     print_facts(facts, planned["parameters"])
     work.finish()
 

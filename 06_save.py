@@ -25,7 +25,7 @@ from lib.chat import Encoder
 from lib.compare import compare
 from lib.evaluate import exact_match, generate
 from lib.facts import Facts
-from lib.ledger import read_json
+from lib.ledger import read_json, write_json
 from lib.media import MediaError
 from lib.messages import RowError, text_parts
 from lib.plan import quiet
@@ -69,7 +69,7 @@ def main(argv=None):
     rows = held_out_rows(work, encoder)
     found = fresh.prove(work, plan, encoder, exports, rows)
     check = fresh.checked(found, rows, plan)
-    (work.path / "check.json").write_text(json.dumps(check, indent=1) + "\n", encoding="utf-8")
+    write_json(work.path / "check.json", check)
     # 4. Describe it: a model card in every export, one page for people.
     facts = Facts.of(work, plan, check)
     describe(work, facts, exports)

@@ -18,9 +18,14 @@ PARTS = ("qweight", "qzeros", "scales", "g_idx")
 BITS = (2, 4, 8)                                     # which a word of 32 bits holds without a rest
 
 
+def layout_of(settings: dict) -> str:
+    """The name of a checkpoint's layout; one that names none is of the first kind."""
+    return settings.get("checkpoint_format", "gptq")
+
+
 def refuse_layouts(settings: dict) -> None:
     """A StageError for a layout that isn't read here."""
-    layout = settings.get("checkpoint_format", "gptq")
+    layout = layout_of(settings)
     if settings["bits"] not in BITS or layout not in ZERO:
         what = f"base_model: GPTQ in {settings['bits']} bits, laid out as {layout}, isn't read here"
         raise StageError(what, "name the unquantised checkpoint; adapter: qlora makes 4 bits of it")
@@ -52,7 +57,7 @@ def weights(plan: dict, settings: dict) -> dict[str, Later]:
         if path is None:
             raise OSError("no .safetensors file is there")
         places |= shards.places(path)
-    bits, zero = settings["bits"], ZERO[settings.get("checkpoint_format", "gptq")]
+    bits, zero = settings["bits"], ZERO[layout_of(settings)]
     for name, place in places.items():
         layer, _, part = name.rpartition(".")
         if part == "qweight":
