@@ -1,4 +1,4 @@
-"""gpu: real sizes with random weights on one GPU, ours and TRL, within ten minutes. Not yet measured.
+"""gpu: real sizes with random weights on one GPU, ours and TRL, within ten minutes.
 
     python -m bench.gpu                    # or: make bench-gpu
     python -m bench.gpu --tiny             # the same code at tiny sizes, on any machine
@@ -7,6 +7,9 @@ Each case runs in a process of its own with a time limit; one that fails is repo
 what doesn't fit the budget is skipped by name. It needs neither the package datasets nor bitsandbytes (QLoRA
 is then skipped) nor trl (ours then stands alone). Writes bench/results/gpu-DEVICE.json.
 
+"kept" is without gradient checkpointing, the rest with it. Memory is the allocator's peak; its forecast is
+lib/forecast.py's, made of configurations alone by a process beside the cases.
+
 MFU: the FLOPs that a step needs (4 for each weight and token on the trained path, which has no weight
 gradients, and 2 in the frozen tower; recomputation is no work) over time, over the rate of bf16 products
 that the same process measures.
@@ -14,6 +17,7 @@ that the same process measures.
 import argparse
 import importlib
 import importlib.util
+import itertools
 import json
 import statistics
 import subprocess
@@ -21,6 +25,9 @@ import sys
 import tempfile
 import time
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,8 +35,9 @@ import torch
 
 from bench import machine, real
 
-BUDGET_SECONDS, CASE_SECONDS = 540, 150
-SIDES, ADAPTERS = ("ours", "TRL", "ours, packed"), ("lora", "qlora")
+BUDGET_SECONDS, CASE_SECONDS = 540, 120
+SIDES = ("ours", "TRL", "ours packed", "ours kept", "TRL kept", "ours packed kept")
+IN_FEW_BITS = ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B"), SIDES[:3]      # less of QLoRA, within the budget
 STEPS, WARM_UP_STEPS = 12, 3
 MICRO_STEPS = 2
 LENGTHS, TINY_LENGTHS = (1024, 768, 640, 256), (96, 64, 48, 24)  # tokens in a micro-batch; the last is text
@@ -43,20 +51,31 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try it")
     parser.add_argument("--out", help="where results go, in place of bench/results")
+    parser.add_argument("--seconds", type=float, default=BUDGET_SECONDS, help="the budget")
     parser.add_argument("--models", type=lambda text: text.split(","), default=list(real.MODELS))
-    parser.add_argument("--case", nargs=4, metavar=("MODEL", "ADAPTER", "SIDE", "OUT"), help="one case, here")
+    parser.add_argument("--case", nargs=4, metavar=("MODEL", "ADAPTER", "SIDE", "OUT"),
+                        help="one case, here, after a line of stdin")
+    parser.add_argument("--forecast", metavar="OUT", help="the cases' forecasts, here")
     args = parser.parse_args(argv)
+    cases = cases_of(args.models)
     if args.case:
         *case, out = args.case
+        import_what_it_needs(case[-1])
+        sys.stdin.readline()
         Path(out).write_text(json.dumps(measure(*case, args.tiny)) + "\n", encoding="utf-8")
         return
-    began, found = time.monotonic(), {}
-    for case in ((model, adapter, side) for adapter in ADAPTERS for model in args.models for side in SIDES):
-        left = BUDGET_SECONDS - (time.monotonic() - began)
-        outcome = lacks(*case) or run_apart(case, args.tiny, min(left, CASE_SECONDS))
-        found[" | ".join(case)] = outcome
-        print(" | ".join([*case, words(outcome)]), flush=True)
-    for line in ratios(found):
+    if args.forecast:
+        Path(args.forecast).write_text(json.dumps(forecasts(cases, args.tiny)) + "\n", encoding="utf-8")
+        return
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        models = ["--models", ",".join(args.models)]
+        forecasting = Apart([*models, "--forecast"], args.tiny, Path(folder) / "forecast.json")
+        found = run_all(cases, args.tiny, Path(folder), lambda: args.seconds - (time.monotonic() - began))
+        forecast = forecasting.result(max(10.0, args.seconds - (time.monotonic() - began)))
+    for name in found.keys() & forecast.keys():
+        found[name]["forecast_gib"] = forecast[name]
+    for line in [*ratios(found), *off_forecast(found)]:
         print(line)
     device = machine.slug(machine.name())
     path = Path(args.out) if args.out else machine.ROOT / "bench" / "results" / f"gpu-{device}.json"
@@ -66,29 +85,57 @@ def main(argv=None) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
+def cases_of(models: list[str]) -> list[tuple[str, str, str]]:
+    """(model, adapter, side) of each case, what matters most first."""
+    found = [(model, "lora", side) for sides in (SIDES[:3], SIDES[3:]) for model in models for side in sides]
+    return found + [(model, "qlora", side) for model in models if model in IN_FEW_BITS[0]
+                    for side in IN_FEW_BITS[1]]
+
+
+def run_all(cases: list, tiny: bool, folder: Path, seconds_left) -> dict[str, dict]:
+    """What each case measured, or why it did not; while one runs, the next one's process imports."""
+    found = {case: reason for case in cases if (reason := lacks(*case))}
+    able = [case for case in cases if case not in found]
+    started = (Apart(["--case", *case], tiny, folder / f"{number}.json") for number, case in enumerate(able))
+    process = next(started, None)
+    for case in able:
+        following = next(started, None)
+        found[case] = process.result(min(seconds_left(), CASE_SECONDS))
+        print(" | ".join([*case, words(found[case])]), flush=True)
+        process = following
+    return {" | ".join(case): found[case] for case in cases}
+
+
 def lacks(model: str, adapter: str, side: str) -> dict | None:
     """Why a case can't run here, or None."""
-    needed = {"TRL": ("trl", "datasets")}.get(side, ()) + (("bitsandbytes",) if adapter == "qlora" else ())
+    needed = (("trl", "datasets") if "TRL" in side else ()) + (("bitsandbytes",) if adapter == "qlora" else ())
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     return {"skipped": f"{missing[0]} is not installed"} if missing else None
 
 
-def run_apart(case: tuple[str, str, str], tiny: bool, seconds: float) -> dict:
-    """What a case measured in a process of its own, or why it did not."""
-    if seconds < 20:
-        return {"skipped": f"the budget of {BUDGET_SECONDS} s is used up"}
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "case.json"
-        sizes = ["--tiny"] if tiny else []
-        command = [sys.executable, "-m", "bench.gpu", *sizes, "--case", *case, str(out)]
+class Apart:
+    """This script in a process of its own, which imports at once and works when its result is asked for."""
+
+    def __init__(self, words: list[str], tiny: bool, out: Path):
+        self.out = out
+        command = [sys.executable, "-m", "bench.gpu", *words, str(out), *(["--tiny"] if tiny else [])]
+        self.process = subprocess.Popen(command, cwd=machine.ROOT, stdin=subprocess.PIPE, text=True,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+    def result(self, seconds: float) -> dict:
+        """What it wrote within so many seconds from now, or why it did not."""
+        if seconds < 10:
+            self.process.kill()
+            return {"skipped": "the budget is used up"}
         try:
-            done = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, timeout=seconds)
+            _, complaints = self.process.communicate("now\n", timeout=seconds)
         except subprocess.TimeoutExpired:
+            self.process.kill()
             return {"failed": f"not done after {seconds:.0f} s"}
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            return {"failed": " / ".join(lines[-2:]) or f"exit code {done.returncode}"}
-        return json.loads(out.read_text(encoding="utf-8"))
+        if self.process.returncode:
+            lines = [line for line in complaints.splitlines() if line.strip()]
+            return {"failed": " / ".join(lines[-2:]) or f"exit code {self.process.returncode}"}
+        return json.loads(self.out.read_text(encoding="utf-8"))
 
 
 def words(outcome: dict) -> str:
@@ -102,60 +149,99 @@ def words(outcome: dict) -> str:
 def ratios(found: dict[str, dict]) -> list[str]:
     """Ours as parts of TRL's, where both ran and their losses agree to 1%."""
     lines = []
-    for case, theirs in found.items():
-        model, adapter, side = case.split(" | ")
-        if side != "TRL" or "seconds" not in theirs:
+    for name, ours in found.items():
+        model, adapter, side = name.split(" | ")
+        theirs = found.get(" | ".join([model, adapter, side.replace("ours", "TRL").replace(" packed", "")]))
+        if side.startswith("TRL") or "seconds" not in ours or "seconds" not in (theirs or ()):
             continue
-        for other in ("ours", "ours, packed"):
-            ours = found[f"{model} | {adapter} | {other}"]
-            if "seconds" not in ours:
-                continue
-            off = max(abs(a / b - 1) for a, b in zip(ours["losses"], theirs["losses"]))
-            per_token = theirs["tokens_per_second"] / ours["tokens_per_second"]
-            lines.append(f"{model} | {adapter} | {other} / TRL: " + (
-                f"time {per_token:.2f}, peak {ours['peak_gib'] / theirs['peak_gib']:.2f}" if off <= 0.01
-                else f"no ratio, since losses differ by {off:.1%}"))
+        off = max(abs(a / b - 1) for a, b in zip(ours["losses"], theirs["losses"]))
+        lines.append(f"{name} / TRL: " + (
+            f"time {ours['seconds'] / theirs['seconds']:.2f}, peak {ours['peak_gib'] / theirs['peak_gib']:.2f}"
+            if off <= 0.01 else f"no ratio, since losses differ by {off:.1%}"))
     return lines
+
+
+def off_forecast(found: dict[str, dict]) -> list[str]:
+    """How far each measured peak is from its forecast."""
+    both = {name: (case["forecast_gib"], case["base_gib"] + case["peak_gib"]) for name, case in found.items()
+            if "seconds" in case and "forecast_gib" in case}
+    return [f"{name}: forecast {forecast:.2f} GiB, measured {measured:.2f} GiB: {forecast / measured - 1:+.1%}"
+            for name, (forecast, measured) in both.items()]
+
+
+def forecasts(cases: list[tuple[str, str, str]], tiny: bool) -> dict[str, float]:
+    """Case of ours -> GiB at the peak of a step, counted without weights."""
+    from lib.forecast import Step
+    found = {}
+    for case in cases:
+        model, adapter, side = case
+        if "ours" in side and not lacks(*case):
+            with planned(model, adapter, side, tiny) as (plan, knobs):
+                step = Step(plan, knobs)
+                batch = Made(model, step.net, tiny, "packed" in side).batches[0]
+                found[" | ".join(case)] = step.peak(batch, "kept" not in side).of(1) / 2**30
+    return found
 
 
 # ---- one case ----
 
+def import_what_it_needs(side: str) -> None:
+    """Nothing; what takes seconds to import is imported."""
+    stand_in_for_datasets()
+    for name in ("transformers", "peft", "lib.model", "05_train", *(["trl"] if "TRL" in side else [])):
+        importlib.import_module(name)
+
+
+def stand_in_for_datasets() -> None:
+    """Nothing; without the package, with which 05_train would read 02's samples, 05_train imports."""
+    if importlib.util.find_spec("datasets") is None:
+        sys.modules["datasets"] = types.ModuleType("datasets")
+
+
 def measure(name: str, adapter: str, side: str, tiny: bool) -> dict:
     """What the steps of one side took, in this process."""
-    if importlib.util.find_spec("datasets") is None:
-        sys.modules["datasets"] = types.ModuleType("datasets")  # 05_train would read 02's samples with it
+    stand_in_for_datasets()
     from lib.parallel import World, pick_device
-    world, lengths = World(0, 1, pick_device()), TINY_LENGTHS if tiny else LENGTHS
-    packed = side == "ours, packed"
-    given = {"base_model": f"random/{name}", "datasets": [{"path": __file__}], "adapter": adapter,
-             "micro_batch_size": 1 if packed else len(lengths), "gradient_accumulation_steps": MICRO_STEPS,
-             "sample_packing": packed, "lora_r": 16, "lr_scheduler": "constant", "warmup_steps": 0,
-             "learning_rate": 1e-5}
-    knobs, *_ = importlib.import_module("01_config").configure(Path("gpu.yaml"), json.dumps(given))
-    net, roles = build(real.configuration(name, tiny), knobs, world.device)
-    made = Made(name, net, lengths, packed)
-    result = (with_trl if side == "TRL" else with_ours)(net, roles, made, knobs, world)
+    world = World(0, 1, pick_device())
+    with planned(name, adapter, side, tiny) as (plan, knobs):
+        net, roles = build(plan, knobs, world.device)
+    made = Made(name, net, tiny, "packed" in side)
+    result = (with_trl if "TRL" in side else with_ours)(net, roles, made, knobs, world)
     return figures(result, net, roles, made, world.device)
 
 
-def build(config, knobs, device: torch.device):
+@contextmanager
+def planned(name: str, adapter: str, side: str, tiny: bool) -> Iterator[tuple[dict, object]]:
+    """(plan, knobs) of a case, as long as its configuration is on disk."""
+    from lib.plan import make_plan
+    packed = "packed" in side
+    given = {"base_model": f"random/{name}", "datasets": [{"path": __file__}], "adapter": adapter,
+             "micro_batch_size": 1 if packed else len(LENGTHS), "gradient_accumulation_steps": MICRO_STEPS,
+             "sample_packing": packed, "gradient_checkpointing": "kept" not in side, "lora_r": 16,
+             "lr_scheduler": "constant", "warmup_steps": 0, "learning_rate": 1e-5}
+    knobs, *_ = importlib.import_module("01_config").configure(Path("gpu.yaml"), json.dumps(given))
+    with tempfile.TemporaryDirectory() as folder:
+        real.configuration(name, tiny).save_pretrained(folder)
+        knobs.base_model = folder
+        yield make_plan(knobs), knobs
+
+
+def build(plan: dict, knobs, device: torch.device):
     """(PEFT model with random weights in bf16 or nf4, its roles)."""
     from lib import adapter, quant, registry
-    from lib.plan import quiet
-    from lib.roles import roles_of
+    from lib.plan import planned_config, quiet
+    from lib.roles import Roles
+    roles, config = Roles.of_plan(plan), planned_config(plan)
     torch.manual_seed(0)
     with torch.device(device), quiet():
         net = registry.model_class(config, None)._from_config(config, dtype=torch.bfloat16,
                                                               attn_implementation="sdpa")
     net.requires_grad_(False)
-    roles = roles_of(net, registry.family_of(config.model_type))
     if knobs.load_in_4bit:
         for linear in quant.quantised_linears(net, roles):
             net.set_submodule(linear, in_4_bits(net.get_submodule(linear), device))
         net.is_loaded_in_4bit = True      # by which TRL knows
         quant.keep_gradients(net)
-    plan = {"base_model": knobs.base_model, "revision": None, "roles": roles.paths, "idle": roles.idle,
-            "roles_guessed": False, "new_rows": []}
     peft_model, _ = adapter.put_on(net, plan, knobs)
     return peft_model.train(), roles
 
@@ -176,11 +262,12 @@ def in_4_bits(linear: torch.nn.Linear, device: torch.device):
 class Made:
     """Samples made up for a model, with what 05_train's step asks of 02's; every step trains all of them."""
 
-    def __init__(self, name: str, net, lengths: tuple[int, ...], packed: bool):
+    def __init__(self, name: str, net, tiny: bool, packed: bool):
         from lib import packing, registry
         from lib.sampler import Batcher
         torch.manual_seed(0)
         chance = torch.Generator().manual_seed(0)
+        lengths = TINY_LENGTHS if tiny else LENGTHS
         family = registry.family_of(net.config.model_type)
         samples = [real.sample(name, net.config, tokens, int(tokens > lengths[-1]), chance)
                    for _ in range(MICRO_STEPS) for tokens in lengths]
@@ -218,15 +305,13 @@ def pinned(batch: dict) -> dict:
 
 def with_ours(net, roles, made: Made, knobs, world) -> dict:
     """05_train's own optimizer_step, so many times."""
-    from functools import partial
-    from itertools import cycle
-
     from bench.ours import take
     from lib import fast, model, optim
     train = importlib.import_module("05_train")
     parameters = model.trained_parameters(net)
     role_of = {name: roles.of(model.base_name(name)) for name in parameters}
-    model.checkpoint_trained_layers(net, roles, set(role_of.values()))
+    if knobs.gradient_checkpointing:
+        model.checkpoint_trained_layers(net, roles, set(role_of.values()))
     every_step = SimpleNamespace(of_step=lambda step: made.rows)
     run = train.Run(
         work=SimpleNamespace(config=knobs), world=world, model=net, roles=roles, parameters=parameters,
@@ -236,7 +321,7 @@ def with_ours(net, roles, made: Made, knobs, world) -> dict:
         autocast=partial(torch.autocast, world.device.type, torch.bfloat16), samples=made, held_out=made,
         order=every_step, first_step=0, total_steps=STEPS)
     with fast.paths(net, roles):
-        return take(train, run, STEPS, cycle(made.batches)).result()
+        return take(train, run, STEPS, itertools.cycle(made.batches)).result()
 
 
 def with_trl(net, roles, made: Made, knobs, world) -> dict:
@@ -248,7 +333,8 @@ def with_trl(net, roles, made: Made, knobs, world) -> dict:
     words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
     with tempfile.TemporaryDirectory() as folder:
-        config = trl_side.settings(knobs, STEPS, MICRO_STEPS, {"gradient_checkpointing": True}, Path(folder))
+        config = trl_side.settings(knobs, STEPS, MICRO_STEPS,
+                                   {"gradient_checkpointing": knobs.gradient_checkpointing}, Path(folder))
         return trl_side.train(net, tokenizer, lambda number: made.batches[number % MICRO_STEPS],
                               [sum(made.supervised_tokens)] * STEPS, config, world.device)
 

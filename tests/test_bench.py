@@ -171,7 +171,7 @@ def test_real_sizes_have_the_parameters_of_the_published_model(name):
 
 @pytest.mark.parametrize("name", ["Qwen2.5-VL-3B", "SmolVLM2-2.2B", "Gemma-3-4B"])
 def test_a_gpu_case_runs_at_tiny_sizes_and_packing_changes_no_loss(name):
-    alone, packed = (gpu.measure(name, "lora", side, tiny=True) for side in ("ours", "ours, packed"))
+    alone, packed = (gpu.measure(name, "lora", side, tiny=True) for side in ("ours", "ours packed"))
     assert alone["losses"] == pytest.approx(packed["losses"], rel=1e-3)
     assert alone["flops"] == packed["flops"] > 0
     assert min(alone["seconds"], alone["mfu"], alone["tokens_per_second"]) > 0
@@ -185,15 +185,17 @@ def test_a_gpu_case_in_4_bits_keeps_tower_and_head_whole():
     assert isinstance(layer, bitsandbytes.nn.Linear4bit) and layer.weight.quant_state is not None
 
 
-def test_a_gpu_case_that_fails_is_reported_and_one_over_the_budget_is_skipped():
-    assert "KeyError" in gpu.run_apart(("no-such-model", "lora", "ours"), True, 120)["failed"]
-    assert "budget" in gpu.run_apart(("Qwen2.5-VL-3B", "lora", "ours"), True, 3)["skipped"]
+def test_a_gpu_case_that_fails_is_reported_and_one_over_the_budget_is_skipped(tmp_path):
+    def apart(model):
+        return gpu.Apart(["--case", model, "lora", "ours"], True, tmp_path / model)
+    assert "KeyError" in apart("no-such-model").result(120)["failed"]
+    assert "budget" in apart("Qwen2.5-VL-3B").result(3)["skipped"]
 
 
 def test_no_ratio_is_given_where_gpu_losses_differ():
     def side(loss):
         return {"seconds": 1.0, "tokens_per_second": 100.0, "peak_gib": 2.0, "losses": [loss]}
-    losses = {"ours": 1.0, "TRL": 1.0, "ours, packed": 1.1}
+    losses = {"ours": 1.0, "TRL": 1.0, "ours packed": 1.1}
     cases = {f"M | lora | {name}": side(loss) for name, loss in losses.items()}
     assert gpu.ratios(cases) == ["M | lora | ours / TRL: time 1.00, peak 1.00",
                                  "M | lora | ours, packed / TRL: no ratio, since losses differ by 10.0%"]
