@@ -198,7 +198,7 @@ def test_no_ratio_is_given_where_gpu_losses_differ():
     losses = {"ours": 1.0, "TRL": 1.0, "ours packed": 1.1}
     cases = {f"M | lora | {name}": side(loss) for name, loss in losses.items()}
     assert gpu.ratios(cases) == ["M | lora | ours / TRL: time 1.00, peak 1.00",
-                                 "M | lora | ours, packed / TRL: no ratio, since losses differ by 10.0%"]
+                                 "M | lora | ours packed / TRL: no ratio, since losses differ by 10.0%"]
 
 
 def test_encoding_and_collating_have_a_share_of_a_step(tmp_path, capsys):
