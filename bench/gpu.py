@@ -38,7 +38,8 @@ from bench import machine, real
 BUDGET_SECONDS, CASE_SECONDS = 540, 120
 SIDES = ("ours", "TRL", "ours packed", "ours kept", "TRL kept", "ours packed kept")
 IN_FEW_BITS = ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B"), SIDES[:3]      # less of QLoRA, within the budget
-STEPS, WARM_UP_STEPS = 12, 3
+STEPS, WARM_UP_STEPS = 9, 3
+RATE_SECONDS = 2.0
 MICRO_STEPS = 2
 LENGTHS, TINY_LENGTHS = (1024, 768, 640, 256), (96, 64, 48, 24)  # tokens in a micro-batch; the last is text
 
@@ -108,7 +109,8 @@ def run_all(cases: list, tiny: bool, folder: Path, seconds_left) -> dict[str, di
 
 def lacks(model: str, adapter: str, side: str) -> dict | None:
     """Why a case can't run here, or None."""
-    needed = (("trl", "datasets") if "TRL" in side else ()) + (("bitsandbytes",) if adapter == "qlora" else ())
+    needed = ["trl", "datasets"] if "TRL" in side else []
+    needed += ["bitsandbytes"] if adapter == "qlora" else []
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     return {"skipped": f"{missing[0]} is not installed"} if missing else None
 
@@ -155,9 +157,9 @@ def ratios(found: dict[str, dict]) -> list[str]:
         if side.startswith("TRL") or "seconds" not in ours or "seconds" not in (theirs or ()):
             continue
         off = max(abs(a / b - 1) for a, b in zip(ours["losses"], theirs["losses"]))
-        lines.append(f"{name} / TRL: " + (
-            f"time {ours['seconds'] / theirs['seconds']:.2f}, peak {ours['peak_gib'] / theirs['peak_gib']:.2f}"
-            if off <= 0.01 else f"no ratio, since losses differ by {off:.1%}"))
+        time_part, peak_part = (ours[key] / theirs[key] for key in ("seconds", "peak_gib"))
+        lines.append(f"{name} / TRL: " + (f"time {time_part:.2f}, peak {peak_part:.2f}" if off <= 0.01
+                                          else f"no ratio, since losses differ by {off:.1%}"))
     return lines
 
 
@@ -165,7 +167,7 @@ def off_forecast(found: dict[str, dict]) -> list[str]:
     """How far each measured peak is from its forecast."""
     both = {name: (case["forecast_gib"], case["base_gib"] + case["peak_gib"]) for name, case in found.items()
             if "seconds" in case and "forecast_gib" in case}
-    return [f"{name}: forecast {forecast:.2f} GiB, measured {measured:.2f} GiB: {forecast / measured - 1:+.1%}"
+    return [f"{name}: forecast {forecast:.2f} GiB, measured {measured:.2f}: {forecast / measured - 1:+.1%}"
             for name, (forecast, measured) in both.items()]
 
 
@@ -349,7 +351,7 @@ def figures(result: dict, net, roles, made: Made, device: torch.device) -> dict:
         for batches, found in ((made.alone, needed), (made.batches, done)):
             for batch in batches:
                 found += machine.products(net, roles, to_device(batch, device), {"language"})
-    rate = machine.matrix_rate(done, device, torch.bfloat16)
+    rate = machine.matrix_rate(done, device, torch.bfloat16, RATE_SECONDS)
     seconds = statistics.median(step["seconds"] for step in result["steps"][WARM_UP_STEPS:])
     return {"seconds": seconds, "tokens_per_second": sum(made.input_tokens) / seconds,
             "base_gib": result["base_bytes"] / 2**30, "peak_gib": result["peak_bytes"] / 2**30,

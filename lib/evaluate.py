@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from lib import fast, features, hooks
+from lib import attention, features, hooks
 from lib.chat import Encoder
 from lib.parallel import World
 from lib.plan import quiet
@@ -56,7 +56,7 @@ def held_out_answers(run) -> list[dict]:
     mine = chosen[world.rank::world.world_size]
     if samples.even:
         mine += chosen[:math.ceil(count / world.world_size) - len(mine)]
-    fast.of_batch({}), features.of_batch({})                       # what the batch before held is over
+    attention.of_batch({}), features.of_batch({})                       # what the batch before held is over
     run.model.eval()
     found = []
     for index in mine:

@@ -1,117 +1,60 @@
-"""fast: two of the loop's inner parts, computed as the libraries compute them, in fewer and larger pieces.
+"""fast: the loop's inner parts, computed as the libraries compute them, in fewer and larger pieces.
 
-`attend` stands in for transformers' sdpa attention. In a packed row it computes each sample's own square of
-the scores, not the whole row's, of which the mask would hide all but those squares. On a CPU, whose fused
-kernel reaches a quarter of the machine's matrix rate, short squares are two plain matrix products.
-`AdaptedLinear` stands in for the forward of peft's LoRA layers: one node of the graph, no float32 copy of its
-input, and the update added where the base's product already lies.
+Attention is lib/attention.py's. `AdaptedLinear` stands in for the forward of peft's LoRA layers: one node of
+the graph, no float32 copy of its input, and the update added where the base's product already lies.
 `rows_forward` stands in for peft's layers with some rows that train, which copy the whole matrix each time.
+lib/gpu.py has what only a GPU wants.
 
 All hold inside `paths(model, roles)` only: what is saved, shown and compared is computed by the libraries.
-
-Fork me to: try another kernel (`squares`).
 """
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lib import attention, gpu
 from lib.adapter import base_name
 from lib.roles import Roles
 
-SHORT = 640                               # tokens up to which scores stay in a CPU's cache
-
-packed_rows: list[list[int]] | None = None  # tokens of each sample, row by row, of the batch in hand
-
 
 @contextmanager
-def paths(model, roles: Roles) -> Iterator[None]:
-    """Inside, the model's language attention and its LoRA layers take the fast paths."""
-    from peft.tuners.trainable_tokens import TrainableTokensLayer
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KERNELS
+def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
+    """Inside, the model takes the fast paths: a GPU's where it is on one, or where a forecast says so."""
     language = {module for name, module in model.named_modules() if roles.of(base_name(name)) == "language"}
-    own = {module: partial(adapted_forward, module) for module in model.modules() if is_plain_lora(module)}
-    own |= {module: partial(rows_forward, module, ids_of(module)) for module in model.modules()
-            if isinstance(module, TrainableTokensLayer)}
-    library = KERNELS["sdpa"]
-    KERNELS["sdpa"] = partial(attend, library, language)
+    cuda = next(model.parameters()).is_cuda if cuda is None else cuda
+    own = {module: forward for module in model.modules() if (forward := forward_of(module, cuda))}
     for module, forward in own.items():
         module.forward = forward
+    watch = register_optimizer_step_post_hook(lambda *_: Cast.forget())
     try:
-        yield
+        with attention.paths(model, language):
+            yield
     finally:
-        KERNELS["sdpa"] = library
+        watch.remove()
         for module in own:
             del module.forward
 
 
-def of_batch(batch: dict) -> None:
-    """Nothing; says what the next forward's rows hold, and its backward's, where layers run again."""
-    global packed_rows
-    packed_rows = batch.get("packed_rows")
-
-
-# ---- attention ----
-
-def attend(library, language: set, module, query, key, value, attention_mask, dropout=0.0, scaling=None,
-           is_causal=None, **options):
-    """(attention's output [B, T, H, D], None), by `squares` where it holds, else by the library's function.
-
-    query [B, H, T, D], key and value [B, G, T, D] for G groups of heads, attention_mask [B, 1, T, T] or None.
-    """
-    tokens = query.shape[2]
-    known = not dropout and tokens == key.shape[2] > 1 and not any(
-        options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
-    rows = packed_rows if module in language and attention_mask is not None else None
-    if not known or rows is None and (query.device.type != "cpu" or tokens > SHORT):
-        return library(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
-                       is_causal=is_causal, **options)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if attention_mask is None and (module.is_causal if is_causal is None else is_causal):
-        attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
-    if rows is None:
-        return squares(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
-    filled = []
-    for row, lengths in enumerate(rows):
-        parts = [*lengths, tokens - sum(lengths)]
-        samples = [x[row:row + 1].split(parts, dim=2) for x in (query, key, value)]
-        pieces, start = [], 0
-        for length, *sample in zip(lengths, *samples):
-            own = attention_mask[row:row + 1, :, start:start + length, start:start + length]
-            pieces.append(squares(*sample, own, scaling))
-            start += length
-        filled.append(F.pad(torch.cat(pieces, dim=2), (0, 0, 0, tokens - start)))
-    return torch.cat(filled).transpose(1, 2).contiguous(), None                  # [B, T, H, D]
-
-
-def squares(query, key, value, mask, scaling: float) -> torch.Tensor:
-    """Attention's output [B, H, T, D]; mask [B, 1, T, T] is bool, or added to the scores, or None."""
-    batch, heads, tokens, width = query.shape
-    groups = key.shape[1]
-    if query.device.type != "cpu" or tokens > SHORT:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
-                                              enable_gqa=groups != heads)
-    # Products of matrices that lie in memory as they are read: on transposed views sdpa would be faster.
-    query = (query * scaling).reshape(batch * groups, heads // groups * tokens, width)
-    key, value = (x.reshape(batch * groups, tokens, x.shape[-1]) for x in (key, value))
-    scores = torch.bmm(query, key.transpose(1, 2)).view(batch, heads, tokens, tokens)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            hidden = torch.finfo(scores.dtype).min
-            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, hidden)
-        scores = scores + mask
-    weights = scores.softmax(-1).view(batch * groups, -1, tokens)
-    return torch.bmm(weights, value).view(batch, heads, tokens, -1)
+def forward_of(module, cuda: bool):
+    """The fast forward of a module, or None."""
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+    if is_plain_lora(module):
+        return partial(adapted_forward, Cast.of_layer(module), module.get_base_layer())
+    if isinstance(module, TrainableTokensLayer):
+        return partial(rows_forward, module, ids_of(module))
+    return gpu.forward_of(module) if cuda else None
 
 
 # ---- LoRA ----
 
 def is_plain_lora(module) -> bool:
-    """Whether a module is peft's LoRA on a plain frozen linear layer: one adapter, no dropout, no variant."""
-    from peft.tuners.lora.layer import Linear
-    if type(module) is not Linear or type(module.get_base_layer()) is not torch.nn.Linear:
+    """Whether a module is peft's LoRA on a frozen linear layer: one adapter, no dropout, no variant."""
+    adapts = kinds_of_lora().get(type(module))
+    if adapts is None or type(module.get_base_layer()) is not adapts:
         return False
     (name, *others), base = module.active_adapters, module.get_base_layer()
     return (not others and name in module.lora_A and not module.lora_variant and not module.lora_bias[name]
@@ -119,43 +62,94 @@ def is_plain_lora(module) -> bool:
             and not module.merged and not any(p.requires_grad for p in base.parameters()))
 
 
-def adapted_forward(module, x: torch.Tensor) -> torch.Tensor:
+@functools.cache
+def kinds_of_lora() -> dict[type, type]:
+    """peft's class -> the class of the layers that it adapts, as they are or in 4 bits."""
+    from peft.import_utils import is_bnb_4bit_available
+    from peft.tuners.lora.layer import Linear
+    kinds = {Linear: torch.nn.Linear}
+    if is_bnb_4bit_available():
+        import bitsandbytes
+        from peft.tuners.lora.bnb import Linear4bit
+        kinds[Linear4bit] = bitsandbytes.nn.Linear4bit
+    return kinds
+
+
+class Cast:
+    """A layer's adapter in the type of its products, made anew only once an optimizer has moved it.
+
+    updates: how many there were, of all optimizers; a fused one doesn't raise its tensors' versions.
+    """
+    updates = 0
+
+    def __init__(self, a: torch.nn.Parameter, b: torch.nn.Parameter, scaling: float):
+        self.a, self.b, self.scaling = a, b, scaling
+        self.of = self.made = None
+
+    @classmethod
+    def of_layer(cls, module) -> "Cast":
+        """That of one of peft's layers."""
+        (name,) = module.active_adapters
+        return cls(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
+
+    @classmethod
+    def forget(cls) -> None:
+        """Nothing; whatever was made is out of date."""
+        cls.updates += 1
+
+    def __call__(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """(A [r, in], scaling times B [out, r])."""
+        now = Cast.updates, self.a._version, self.b._version, dtype
+        if self.of != now:
+            self.of, self.made = now, (self.a.detach().to(dtype), (self.b.detach() * self.scaling).to(dtype))
+        return self.made
+
+
+def adapted_forward(cast: Cast, base, x: torch.Tensor) -> torch.Tensor:
     """The layer's output [..., out] of x [..., in]."""
-    (name,), base = module.active_adapters, module.get_base_layer()
-    return AdaptedLinear.apply(x, base.weight, base.bias, module.lora_A[name].weight,
-                               module.lora_B[name].weight, module.scaling[name])
+    return AdaptedLinear.apply(x, cast.a, cast.b, cast, base)
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """x W^T + b + scaling (x A^T) B^T, for a frozen W. Products in W's type, gradients of A and B in theirs.
+    """x W^T + bias + scaling (x A^T) B^T, for a frozen W. Products in W's type, A's and B's slopes in theirs.
 
     Source: LoRA (arXiv 2106.09685), equation 3; gradients by hand: with u = x A^T and g the output's,
-    dx = g W + s (g B) A, dA = s (g B)^T x, dB = s g^T u.
+    dx = g W + s (g B) A, dA = s (g B)^T x, dB = s g^T u. A W in 4 bits (QLoRA, arXiv 2305.14314) is whole
+    only while it is used.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, a, b, scaling):
+    def forward(ctx, x, a, b, cast, base):
+        few_bits = type(base) is not torch.nn.Linear
+        dtype = (base.compute_dtype or x.dtype) if few_bits else base.weight.dtype
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(weight.dtype)                   # [N, in]
-            down, up = a.to(weight.dtype), (b * scaling).to(weight.dtype)        # [r, in], [out, r]
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)                          # [N, in]
+            down, up = cast(dtype)                                               # [r, in], [out, r]
             u = rows @ down.T                                                    # [N, r]
-            out = F.linear(rows.view(x.shape), weight, bias)                     # [..., out]
+            out = base(rows.view(x.shape))                                       # [..., out]
             out.view(-1, out.shape[-1]).addmm_(u, up.T)
-        ctx.save_for_backward(rows, u, weight, down, up)
-        ctx.scaling, ctx.types = scaling, (x.dtype, a.dtype, b.dtype)
+        ctx.save_for_backward(rows, u, down, up, None if few_bits else base.weight)
+        ctx.base, ctx.scaling, ctx.types = base, cast.scaling, (x.dtype, a.dtype, b.dtype)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        rows, u, weight, down, up = ctx.saved_tensors
+        rows, u, down, up, weight = ctx.saved_tensors
         with torch.autocast(grad.device.type, enabled=False):
             g = grad.reshape(-1, grad.shape[-1])
             gu = g @ up                                                          # [N, r]
             grad_a, grad_b = gu.T @ rows, (u.T @ g).T * ctx.scaling
             dx = None
             if ctx.needs_input_grad[0]:
+                weight = dequantised(ctx.base).to(g.dtype) if weight is None else weight
                 dx = (g @ weight).addmm_(gu, down).view(*grad.shape[:-1], -1).to(ctx.types[0])
-        return dx, None, None, grad_a.to(ctx.types[1]), grad_b.to(ctx.types[2]), None
+        return dx, grad_a.to(ctx.types[1]), grad_b.to(ctx.types[2]), None, None
+
+
+def dequantised(layer) -> torch.Tensor:
+    """The weight [out, in] of bitsandbytes' layer in 4 bits."""
+    from bitsandbytes.functional import dequantize_4bit
+    return dequantize_4bit(layer.weight, layer.weight.quant_state)
 
 
 # ---- rows of new tokens ----

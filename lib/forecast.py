@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib import adapter, fast, hollow, model, parallel, plan, quant, saved
+from lib import adapter, attention, fast, hollow, model, parallel, plan, quant, saved
 from lib.loss import forward_loss
 from lib.roles import Roles
 
@@ -102,7 +102,7 @@ class Step:
         count.phase, count.aside_bytes = "", 0
         count.start_again()
         count.add(batch)
-        with fast.paths(self.net, self.roles), self._kernels(), count:
+        with fast.paths(self.net, self.roles, self.cuda), self._kernels(), count:
             for _ in range(min(2, self.knobs.gradient_accumulation_steps)):
                 count.enter("language forward")
                 with torch.autocast("cpu", self.half, enabled=self.half is not None):
@@ -140,19 +140,19 @@ class Step:
 
     @contextlib.contextmanager
     def _kernels(self):
-        """CUDA's ways, if the forecast is for one: its kernels', lib/fast.py's, and peft's, which asks for
-        CUDA's autocast by its flag alone, in the layers that run again in the backward, too.
+        """Packed weights' way, and CUDA's, if the forecast is for one: its kernels', lib/attention.py's, and
+        peft's, which asks for CUDA's autocast by its flag alone, in the layers that run again, too.
         """
-        if not self.cuda:
-            yield
-            return
-        short, fast.SHORT = fast.SHORT, 0
-        torch.set_autocast_enabled("cuda", self.half is not None)
+        short, unpack = attention.SHORT, fast.dequantised
+        fast.dequantised = unpacked
+        if self.cuda:
+            attention.SHORT = 0
+            torch.set_autocast_enabled("cuda", self.half is not None)
         try:
-            with hollow.cuda_kernels():
+            with hollow.cuda_kernels() if self.cuda else contextlib.nullcontext():
                 yield
         finally:
-            fast.SHORT = short
+            attention.SHORT, fast.dequantised = short, unpack
             torch.set_autocast_enabled("cuda", False)
 
 
@@ -207,6 +207,7 @@ def pack(layers: list[torch.nn.Module]) -> None:
         else:
             size = elements + FLOAT32 * shape[0]
         layer.weight = torch.nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), False)
+        layer.packed_shape = shape
         layer.forward = functools.partial(packed_forward, layer, shape)
 
 
@@ -216,3 +217,8 @@ def packed_forward(layer, shape: tuple[int, int], x: torch.Tensor) -> torch.Tens
     wide = (layer.compute_dtype if four else None) or x.dtype
     out = hollow.FewBits.apply(x.to(wide), layer.weight, shape, not four)
     return (out if layer.bias is None else out + layer.bias.to(wide)).to(x.dtype)
+
+
+def unpacked(layer) -> torch.Tensor:
+    """The weight [out, in] of a packed layer, while it is used."""
+    return layer.weight.new_empty(layer.packed_shape, dtype=layer.compute_dtype)

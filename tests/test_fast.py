@@ -3,7 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import fast
+from lib import attention, fast, gpu
+from lib.roles import Roles
 from tests.test_families import NAMES, find
 from tests.test_packing import REFUSED, gradients, packed_batch, rows_of
 
@@ -39,9 +40,9 @@ def test_both_fast_paths_are_taken_and_left_again(tmp_path_factory, tmp_path, mo
     subject = find("qwen2_5_vl", tmp_path_factory)
     net, _ = subject.adapter(tmp_path)
     batch, called = packed_batch(subject, net, rows_of(subject)), []
-    for name in ("squares", "adapted_forward"):
-        own = getattr(fast, name)
-        monkeypatch.setattr(fast, name, lambda *words, own=own, name=name: (called.append(name), own(*words))[1])
+    for place, name in ((attention, "squares"), (fast, "adapted_forward")):
+        own = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *words, own=own, name=name: (called.append(name), own(*words))[1])
     with fast.paths(net, subject.roles):
         gradients(net, [batch])
     layers, linears = 2, 14
@@ -62,7 +63,7 @@ def test_plain_products_are_torchs_attention(masked, groups):
     mask[..., 0] = True
     given = {None: None, "bool": mask, "added": torch.where(mask, 0.0, torch.finfo(torch.float32).min)}[masked]
     wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=given, scale=0.3, enable_gqa=True)
-    found = fast.squares(query, key, value, given, 0.3)
+    found = attention.squares(query, key, value, given, 0.3)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad(out.square().sum(), (query, key, value)) for out in (found, wanted))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -71,8 +72,42 @@ def test_plain_products_are_torchs_attention(masked, groups):
 def test_an_adapted_layer_has_the_gradients_of_its_formula():
     torch.manual_seed(0)
     x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5, 6), (3, 6), (4, 3)))
-    weight, bias = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
-    assert torch.autograd.gradcheck(lambda x, a, b: fast.AdaptedLinear.apply(x, weight, bias, a, b, 0.7), (x, a, b))
+    base = torch.nn.Linear(6, 4, dtype=torch.float64).requires_grad_(False)
+    assert torch.autograd.gradcheck(lambda x, a, b: fast.adapted_forward(fast.Cast(a, b, 0.7), base, x), (x, a, b))
+
+
+def test_an_adapter_is_cast_once_for_each_update():
+    a, b = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((3, 6), (4, 3)))
+    cast = fast.Cast(a, b, 0.5)
+    first = cast(torch.bfloat16)
+    assert cast(torch.bfloat16)[0] is first[0] and torch.equal(first[1], (b * 0.5).bfloat16())
+    a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
+    with fast.paths(torch.nn.Linear(1, 1), Roles({})):
+        torch.optim.AdamW([a, b], lr=0.1, fused=True).step()
+    assert torch.equal(cast(torch.bfloat16)[0], a.bfloat16()) and not torch.equal(first[0], a.bfloat16())
+
+
+@pytest.mark.parametrize("options", [{}, {"compress_statistics": True, "bias": True}])
+def test_an_adapted_layer_in_4_bits_is_pefts(options):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig, get_peft_model
+    torch.manual_seed(0)
+    own = torch.nn.Linear(64, 128, bias="bias" in options)
+    base = bitsandbytes.nn.Linear4bit(64, 128, quant_type="nf4", compute_dtype=torch.bfloat16, **({"bias": False} | options))
+    base.load_state_dict(own.state_dict())
+    net = torch.nn.Sequential()
+    net.add_module("layer", base.to("cpu"))
+    net.is_loaded_in_4bit = True
+    net = get_peft_model(net, LoraConfig(target_modules=["layer"], r=4, init_lora_weights=False))
+    (layer,) = (module for module in net.modules() if fast.is_plain_lora(module))
+    x = torch.randn(3, 5, 64, dtype=torch.bfloat16, requires_grad=True)
+    trained = [p for p in net.parameters() if p.requires_grad]
+    with torch.autocast("cpu", torch.bfloat16):
+        found, wanted = fast.forward_of(layer, cuda=False)(x), layer(x)
+        slopes = torch.randn_like(wanted)
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+    for a, b in zip(*(torch.autograd.grad(out, [x, *trained], slopes) for out in (found, wanted))):
+        assert (a - b).float().norm() <= 1e-2 * b.float().norm()
 
 
 def test_layers_with_dropout_or_a_variant_are_left_to_peft(tmp_path_factory, tmp_path):
@@ -81,3 +116,32 @@ def test_layers_with_dropout_or_a_variant_are_left_to_peft(tmp_path_factory, tmp
         (tmp_path / str(number)).mkdir()
         net, _ = subject.adapter(tmp_path / str(number), **knobs)
         assert not any(fast.is_plain_lora(module) for module in net.modules())
+
+
+def test_a_gpus_norms_are_the_families_own(subject, tmp_path):
+    net, _ = subject.adapter(tmp_path)
+    net.eval()
+    norms = [module for module in net.modules() if gpu.norm_kind(module) is not None]
+    named = [module for module in net.modules() if "RMSNorm" in type(module).__name__ and hasattr(module, "weight")]
+    assert len(norms) == len([module for module in named if "Gated" not in type(module).__name__])
+    batch = [subject.batch(rows_of(subject)[:1])]
+    wanted = gradients(net, batch)
+    with fast.paths(net, subject.roles, cuda=True):
+        assert_same(gradients(net, batch), wanted)
+    for module in norms[:2]:
+        x = torch.randn(7, *module.weight.shape, dtype=torch.bfloat16)
+        found, wanted = gpu.forward_of(module)(x), module(x)
+        assert found.dtype == wanted.dtype or module.weight.dtype == torch.float32
+        torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-2, atol=1e-2)
+
+
+def test_an_odd_layer_filled_up_is_the_same_layer():
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(20, 13).requires_grad_(False)
+    x, weight = torch.randn(2, 5, 20, requires_grad=True), layer.weight.clone()
+    wanted = layer(x)
+    filled = gpu.filled_up(layer)
+    assert filled[0].shape == (16, 24) and torch.equal(layer.weight, weight)
+    found = gpu.odd_forward(*filled, 13, x)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, wanted)))

@@ -1,0 +1,163 @@
+"""attention: the scores that a mask would hide are never computed, and short pieces run together.
+
+`attend` stands in for transformers' sdpa attention of the language model. In a packed row it computes each
+sample's own square of the scores, not the whole row's, of which the mask would hide all but those squares:
+on a GPU by one kernel for samples of all lengths, on a CPU, whose fused kernel reaches a quarter of the
+machine's matrix rate, by two plain matrix products for each.
+`pieces` stands in for what transformers does in a tower whose pictures or windows stand behind one another:
+one call for each of them, thousands in a step, where one for each length is enough.
+
+Both hold inside `paths` only. Fork me to: try another kernel (`squares`, `flash`).
+"""
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+SHORT = 640                               # tokens up to which scores stay in a CPU's cache
+PIECES = "flash_of_pieces"                # by "flash" in the name, towers hand over all pieces at once
+HALF = (torch.bfloat16, torch.float16)
+
+packed_rows: list[list[int]] | None = None  # tokens of each sample, row by row, of the batch in hand
+own_masks = False                         # whether that batch came with masks that aren't plainly causal
+
+
+def of_batch(batch: dict) -> None:
+    """Nothing; says what the next forward's rows hold, and its backward's, where layers run again."""
+    global packed_rows, own_masks
+    packed_rows, own_masks = batch.get("packed_rows"), "attention_mask" in batch
+
+
+@contextmanager
+def paths(model, language: set) -> Iterator[None]:
+    """Inside, attention in these modules of the language model, and in towers of pieces, is the fast one."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KERNELS
+    towers = [module.config for module in model.modules() if hands_over_pieces(module)]
+    library = KERNELS["sdpa"]
+    KERNELS["sdpa"], KERNELS[PIECES] = partial(attend, library, language), pieces
+    for config in towers:
+        config._attn_implementation = PIECES
+    try:
+        yield
+    finally:
+        KERNELS["sdpa"] = library
+        for config in towers:
+            config._attn_implementation = "sdpa"
+        del KERNELS[PIECES]
+
+
+def hands_over_pieces(module) -> bool:
+    """Whether a module is a tower's attention that under a flash kernel hands over all pieces at once."""
+    config = getattr(module, "config", None)
+    return (getattr(config, "_attn_implementation", None) == "sdpa"
+            and not getattr(module, "attention_dropout", 0.0)
+            and "cu_seqlens" in inspect.signature(type(module).forward).parameters
+            and "cu_seq_lens_q" in inspect.getsource(type(module).forward))
+
+
+# ---- the language model ----
+
+def attend(library, language: set, module, query, key, value, attention_mask, dropout=0.0, scaling=None,
+           is_causal=None, **options):
+    """(attention's output [B, T, H, D], None), by `flash` or `squares` where they hold, else by the library.
+
+    query [B, H, T, D], key and value [B, G, T, D] for G groups of heads, attention_mask [B, 1, T, T] or None.
+    """
+    tokens = query.shape[2]
+    known = not dropout and tokens == key.shape[2] > 1 and not any(
+        options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
+    rows = packed_rows if module in language and attention_mask is not None else None
+    if not known or rows is None and (query.device.type != "cpu" or tokens > SHORT):
+        return library(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+                       is_causal=is_causal, **options)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if rows is not None and has_flash(query) and is_plainly_causal(module, rows):
+        lengths = [length for row in rows for length in (*row, tokens - sum(row)) if length]
+        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)
+        flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))            # [B*T, heads, D]
+        return flash(*flat, ends, max(lengths), scaling, True).view(-1, tokens, *query.shape[1::2]), None
+    if attention_mask is None and (module.is_causal if is_causal is None else is_causal):
+        attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    if rows is None:
+        return squares(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
+    filled = []
+    for row, lengths in enumerate(rows):
+        parts = [*lengths, tokens - sum(lengths)]
+        samples = [x[row:row + 1].split(parts, dim=2) for x in (query, key, value)]
+        squared, start = [], 0
+        for length, *sample in zip(lengths, *samples):
+            own = attention_mask[row:row + 1, :, start:start + length, start:start + length]
+            squared.append(squares(*sample, own, scaling))
+            start += length
+        filled.append(F.pad(torch.cat(squared, dim=2), (0, 0, 0, tokens - start)))
+    return torch.cat(filled).transpose(1, 2).contiguous(), None                  # [B, T, H, D]
+
+
+def is_plainly_causal(module, rows: list[list[int]]) -> bool:
+    """Whether within a sample a token sees just those before it: no picture sees itself both ways, and no
+    window hides any.
+    """
+    window = getattr(module, "sliding_window", None)
+    return not own_masks and (window is None or window >= max(map(max, rows)))
+
+
+def squares(query, key, value, mask, scaling: float) -> torch.Tensor:
+    """Attention's output [B, H, T, D]; mask [B, 1, T, T] is bool, or added to the scores, or None."""
+    batch, heads, tokens, width = query.shape
+    groups = key.shape[1]
+    if query.device.type != "cpu" or tokens > SHORT:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
+                                              enable_gqa=groups != heads)
+    # Products of matrices that lie in memory as they are read: on transposed views sdpa would be faster.
+    query = (query * scaling).reshape(batch * groups, heads // groups * tokens, width)
+    key, value = (x.reshape(batch * groups, tokens, x.shape[-1]) for x in (key, value))
+    scores = torch.bmm(query, key.transpose(1, 2)).view(batch, heads, tokens, tokens)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            hidden = torch.finfo(scores.dtype).min
+            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, hidden)
+        scores = scores + mask
+    weights = scores.softmax(-1).view(batch * groups, -1, tokens)
+    return torch.bmm(weights, value).view(batch, heads, tokens, -1)
+
+
+# ---- towers ----
+
+def pieces(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None,
+           max_length_q=None, **_):
+    """(attention's output [1, T, H, D], None) of pieces that end at cu_seq_lens_q [N+1] and see themselves.
+
+    query, key, value [1, H, T, D].
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if has_flash(query):
+        flat = (x[0].transpose(0, 1) for x in (query, key, value))                       # [T, H, D]
+        ends, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
+        return flash(*flat, ends, longest, scaling, False)[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts, found = [x.split(lengths, dim=2) for x in (query, key, value)], {}
+    for length in sorted({*lengths}):
+        alike = [number for number, own in enumerate(lengths) if own == length]
+        together = (torch.cat([part[number] for number in alike]) for part in parts)     # [N, H, length, D]
+        found |= zip(alike, squares(*together, None, scaling))
+    return torch.cat([found[number] for number in range(len(lengths))], dim=1).transpose(0, 1)[None], None
+
+
+# ---- one kernel for all lengths ----
+
+def has_flash(query: torch.Tensor) -> bool:
+    """Whether torch's flash attention takes these heads."""
+    return (query.is_cuda and query.dtype in HALF and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+            and torch.cuda.get_device_capability(query.device) >= (8, 0))
+
+
+def flash(query, key, value, ends: torch.Tensor, longest: int, scaling: float, causal: bool) -> torch.Tensor:
+    """Attention's output [T, H, D] of samples behind one another, which end at `ends` [N+1], int32.
+
+    query [T, H, D], key and value [T, G, D]. Source: FlashAttention-2 (arXiv 2307.08691), as torch has it.
+    """
+    return torch.ops.aten._flash_attention_forward(
+        query, key, value, ends, ends, longest, longest, 0.0, causal, False, scale=scaling)[0]
