@@ -7,9 +7,9 @@ lib/gpu.py has what only a GPU wants.
 
 All hold inside `paths(model, roles)` only: what is saved, shown and compared is computed by the libraries.
 """
+import contextlib
 import functools
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -21,7 +21,7 @@ from lib.adapter import base_name
 from lib.roles import Roles
 
 
-@contextmanager
+@contextlib.contextmanager
 def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
     """Inside, the model takes the fast paths: a GPU's where it is on one, or where a forecast says so."""
     language = {module for name, module in model.named_modules() if roles.of(base_name(name)) == "language"}
@@ -122,7 +122,7 @@ class AdaptedLinear(torch.autograd.Function):
     def forward(ctx, x, a, b, cast, base):
         few_bits = type(base) is not torch.nn.Linear
         dtype = (base.compute_dtype or x.dtype) if few_bits else base.weight.dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with no_cast(x.device.type, dtype):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)                          # [N, in]
             down, up = cast(dtype)                                               # [r, in], [out, r]
             u = rows @ down.T                                                    # [N, r]
@@ -135,7 +135,7 @@ class AdaptedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         rows, u, down, up, weight = ctx.saved_tensors
-        with torch.autocast(grad.device.type, enabled=False):
+        with no_cast(grad.device.type, rows.dtype):
             g = grad.reshape(-1, grad.shape[-1])
             gu = g @ up                                                          # [N, r]
             grad_a, grad_b = gu.T @ rows, (u.T @ g).T * ctx.scaling
@@ -144,6 +144,13 @@ class AdaptedLinear(torch.autograd.Function):
                 weight = dequantised(ctx.base).to(g.dtype) if weight is None else weight
                 dx = (g @ weight).addmm_(gu, down).view(*grad.shape[:-1], -1).to(ctx.types[0])
         return dx, grad_a.to(ctx.types[1]), grad_b.to(ctx.types[2]), None, None
+
+
+def no_cast(device_type: str, dtype: torch.dtype):
+    """A context in which autocast leaves tensors of this type alone; to enter a real one takes its time."""
+    if not torch.is_autocast_enabled(device_type) or torch.get_autocast_dtype(device_type) == dtype:
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
 
 
 def dequantised(layer) -> torch.Tensor:
