@@ -149,9 +149,14 @@ def pieces(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
 # ---- one kernel for all lengths ----
 
 def has_flash(query: torch.Tensor) -> bool:
-    """Whether torch's flash attention takes these heads."""
-    return (query.is_cuda and query.dtype in HALF and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
-            and torch.cuda.get_device_capability(query.device) >= (8, 0))
+    """Whether torch's flash attention takes these heads here."""
+    return (query.dtype in HALF and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
+            and flash_is_on(query.device))
+
+
+def flash_is_on(device: torch.device) -> bool:
+    """Whether a device has the kernel."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def flash(query, key, value, ends: torch.Tensor, longest: int, scaling: float, causal: bool) -> torch.Tensor:

@@ -9,7 +9,6 @@ All hold inside `paths(model, roles)` only: what is saved, shown and compared is
 """
 import contextlib
 import functools
-import gc
 from collections.abc import Iterator
 from functools import partial
 
@@ -31,12 +30,10 @@ def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
     for module, forward in own.items():
         module.forward = forward
     watch = register_optimizer_step_post_hook(lambda *_: Cast.forget())
-    gc.freeze()                           # so that no step waits while Python looks through all that stays
     try:
         with attention.paths(model, language):
             yield
     finally:
-        gc.unfreeze()
         watch.remove()
         for module in own:
             del module.forward

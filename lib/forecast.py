@@ -10,14 +10,15 @@ import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
+from unittest import mock
 
 import torch
 
-from lib import adapter, attention, fast, hollow, model, parallel, plan, quant, saved
-from lib.loss import forward_loss
+from lib import adapter, attention, fast, hollow, loss, model, parallel, plan, quant, saved
 from lib.roles import Roles
 
 FLOAT32 = 4                               # bytes
+WORKSPACES = 2 * 2**25                    # bytes: cuBLAS's on a Hopper, in the forward's thread and the backward's
 TOWERS = ("vision", "audio")
 
 
@@ -72,7 +73,8 @@ class Step:
         self.count.fill(net)
         self.trained = model.trained_parameters(net)
         moments = sum(moments_bytes(p.numel(), knobs.optimizer) for p in self.trained.values())
-        self.moments = self.count.tensor(torch.empty(moments, dtype=torch.uint8, device="meta"))
+        self.moments, self.workspaces = (self.count.tensor(torch.empty(size, dtype=torch.uint8, device="meta"))
+                                         for size in (moments, WORKSPACES if cuda else 0))
         self._watch()
 
     def _watch(self) -> None:
@@ -106,10 +108,10 @@ class Step:
             for _ in range(min(2, self.knobs.gradient_accumulation_steps)):
                 count.enter("language forward")
                 with torch.autocast("cpu", self.half, enabled=self.half is not None):
-                    loss, _ = forward_loss(self.net, batch)
+                    total, _ = loss.forward_loss(self.net, batch)
                 count.enter("backward")
-                loss.backward()
-        del loss, _
+                total.backward()
+        del total, _
         gradients = sum(p.nbytes for p in self.trained.values())
         phases = dict(count.phases_bytes)
         copies = gradients if self.knobs.optimizer == "adamw_torch" else 0
@@ -140,20 +142,19 @@ class Step:
 
     @contextlib.contextmanager
     def _kernels(self):
-        """Packed weights' way, and CUDA's, if the forecast is for one: its kernels', lib/attention.py's, and
-        peft's, which asks for CUDA's autocast by its flag alone, in the layers that run again, too.
+        """Packed weights' way, and CUDA's, if the forecast is for one: its kernels', those that lib/attention.py
+        and lib/loss.py choose there, and peft's, which asks for CUDA's autocast by its flag alone.
         """
-        short, unpack = attention.SHORT, fast.dequantised
-        fast.dequantised = unpacked
-        if self.cuda:
-            attention.SHORT = 0
-            torch.set_autocast_enabled("cuda", self.half is not None)
-        try:
-            with hollow.cuda_kernels() if self.cuda else contextlib.nullcontext():
-                yield
-        finally:
-            attention.SHORT, fast.dequantised = short, unpack
-            torch.set_autocast_enabled("cuda", False)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(fast, "dequantised", unpacked))
+            if self.cuda:
+                stack.enter_context(hollow.cuda_kernels())
+                stack.enter_context(mock.patch.object(attention, "flash_is_on", lambda device: True))
+                stack.enter_context(mock.patch.object(attention, "SHORT", 0))
+                stack.enter_context(mock.patch.object(loss, "CHUNK_LOGITS", {}))
+                stack.callback(torch.set_autocast_enabled, "cuda", False)
+                torch.set_autocast_enabled("cuda", self.half is not None)
+            yield
 
 
 def moments_bytes(elements: int, optimizer: str) -> int:
