@@ -42,17 +42,11 @@ class Decision:
     reads: dict = field(default_factory=dict)
     forced: bool = False
     resumed_over: list[str] = field(default_factory=list)  # the changes that --resume disregards
-    checkpoint: str | None = None  # the path of the one to go on from: every rank takes the same
+    checkpoint: Path | None = None  # the one to go on from: every rank takes the same
 
-    def to_json(self) -> str:
-        """A text for the other ranks."""
-        return json.dumps(asdict(self) | {"run": str(self.run)})
-
-    @classmethod
-    def from_json(cls, text: str) -> "Decision":
-        """What another rank decided."""
-        fields = json.loads(text)
-        return cls(**fields | {"run": Path(fields["run"])})
+    def __post_init__(self):
+        """What rank 0 decided reaches the others as JSON, in which a path is a text."""
+        self.run, self.checkpoint = Path(self.run), self.checkpoint and Path(self.checkpoint)
 
 
 def decide(stem: str, run: Path, force=False, resume=False, knobs: dict | None = None) -> Decision:
@@ -64,12 +58,7 @@ def decide(stem: str, run: Path, force=False, resume=False, knobs: dict | None =
     try:
         folder.heal(run, stem)
         warnings = _check_upstream(run, stem)
-        mine = {} if stem == "01_config" else ledger.knobs(run, stem)[1]
-        reads = {
-            "knobs": knobs if stem == "01_config" else mine,
-            "upstream": {earlier: ledger.digest(run / earlier) for earlier in UPSTREAM[stem]},
-            "source": ledger.source(stem, mine),
-        }
+        reads = _reads(run, stem, knobs)
         checkpoint = newest_checkpoint(path)
         if force and not (checkpoint and _torchrun_restarts(path)):
             action, why = "run", ["--force"]
@@ -77,11 +66,22 @@ def decide(stem: str, run: Path, force=False, resume=False, knobs: dict | None =
             action, why = _choose(run, stem, reads, resume, checkpoint)
     except StageError as refusal:
         return Decision(stem, run, "refuse", refusal.what, refusal.fix)
-    if action != "resume":
-        return Decision(stem, run, action, _count(why), "", warnings, reads, force)
-    for damaged in itertools.takewhile(lambda found: found != checkpoint, folder.checkpoints(path)):
-        warnings.append(f"{damaged} is passed over, since it is damaged: {folder.damage(damaged)}")
-    return Decision(stem, run, action, _count(why), "", warnings, reads, force, why, str(checkpoint))
+    decision = Decision(stem, run, action, _count(why), "", warnings, reads, force)
+    if action == "resume":
+        decision.resumed_over, decision.checkpoint = why, checkpoint
+        for damaged in itertools.takewhile(lambda found: found != checkpoint, folder.checkpoints(path)):
+            warnings.append(f"{damaged} is passed over, since it is damaged: {folder.damage(damaged)}")
+    return decision
+
+
+def _reads(run: Path, stem: str, knobs: dict | None) -> dict:
+    """What a start of the stage would read now; `knobs` are what 01_config was given."""
+    mine = {} if stem == "01_config" else ledger.knobs(run, stem)[1]
+    return {
+        "knobs": knobs if stem == "01_config" else mine,
+        "upstream": {earlier: ledger.digest(run / earlier) for earlier in UPSTREAM[stem]},
+        "source": ledger.source(stem, mine),
+    }
 
 
 def _torchrun_restarts(path: Path) -> bool:
@@ -134,17 +134,15 @@ def _check_upstream(run: Path, stem: str) -> list[str]:
             raise StageError(f"{final} is not there: {earlier} has not finished", f"{first}: {again}")
         _check_outputs(final, again)
         then = ledger.read_json(final / "stage.json")["reads"]
-        now = then | {"upstream": {each: ledger.digest(run / each) for each in UPSTREAM[earlier]}}
-        mine = {} if earlier == "01_config" else ledger.knobs(run, earlier)[1]
-        if earlier != "01_config":
-            now["knobs"] = mine
-        since = ledger.changes(then, now) + ledger.outside_changes(then["outside"])
+        now = _reads(run, earlier, then["knobs"])
+        since = ledger.changes(then, now | {"source": then["source"]})
+        since += ledger.outside_changes(then["outside"])
         if earlier == "05_train" and now["upstream"] == then["upstream"]:
             # A training is worth more than a knob that was edited after it: 06 saves what was trained.
             warnings += [f"{final} is kept as it was trained, but {change}" for change in since]
         elif since:
             raise StageError(f"{final} is out of date: {_count(since)}", f"run first: {again}")
-        if edited := ledger.edited_sources(then["source"], ledger.source(earlier, mine)):
+        if edited := ledger.edited_sources(then["source"], now["source"]):
             warnings.append(f"edited since {earlier} ran: {', '.join(edited)}; to run it again: {again}")
     return warnings
 
@@ -186,7 +184,7 @@ class Work:
         self.run, self.stem, self.leader = decision.run, decision.stem, leader
         self.path = folder.partial(self.run, self.stem)
         self.config = Knobs(**({} if self.stem == "01_config" else ledger.knobs(self.run, self.stem)[0]))
-        self.checkpoint = decision.checkpoint and Path(decision.checkpoint)  # to go on from
+        self.checkpoint = decision.checkpoint  # to go on from
         self._began_seconds = time.monotonic()
         self._outside = {}
         self._started = {"stage": self.stem, "reads": decision.reads, "forced": decision.forced}

@@ -550,7 +550,7 @@ UNREADABLE = (
            "write one `key: value` a line, with a space after the colon"),
     recipe("bytes that are no utf-8", b"a: 1\nb: \xff\n", ":2: byte 8 is not utf-8",
            "save the recipe as utf-8"),
-    recipe("brackets without end", "a: " + "[" * 5000, ": not YAML: brackets within…", "close the brackets"),
+    recipe("brackets without end", "a: " + "[" * 1000, ": not YAML: brackets within…", "close the brackets"),
     recipe("a tab", "processor_kwargs:\n\tx: 1\n",
            r":2: not YAML: found character '\t' that cannot start any token", "replace the tab by spaces"),
     line("a control character", "revision: a\x00b", "a control character, code 0", "remove it"),
