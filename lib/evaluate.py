@@ -12,10 +12,9 @@ import torch
 
 from lib import attention, features, hooks
 from lib.chat import Encoder
-from lib.parallel import World
 from lib.plan import quiet
 from lib.processor import tokenizer_of
-from lib.sampler import Samples, to_device
+from lib.sampler import to_device
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@
     eval_metrics: [mine.py:score]        score(answers, references) -> a number
         Two lists of texts. The number is written down as eval_score.
 
-A hook's file is part of the stage's source: where its code changed, the stage is out of date (lib/ledger.py).
+A hook's file is part of the stage's source: where its code changed, the stage is out of date (lib/code.py).
 What that file imports from others of the user's isn't followed.
 """
 import functools

@@ -18,7 +18,6 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from lib import terminal
 from lib.stage import StageError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # of malloc.h
