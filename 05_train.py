@@ -15,11 +15,10 @@ Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the sche
         of samples (lib/sampler.py).
 """
 import contextlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -47,14 +46,14 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on although something changed")
     args = parser.parse_args(argv)
     with parallel.world() as world:
-        path = Path(world.agree(lambda: str(stage.resolve_run(args.run))))
+        path = Path(world.agree(lambda: stage.resolve_run(args.run)))
         if args.check:
             run = load(stage.view("05_train", path), world)
             with faults.told(run):
                 return rehearsal.check(run, optimizer_step)
         # 1. Rank 0 decides whether to skip, run, resume or refuse; the others do the same.
-        decision = world.agree(lambda: stage.decide("05_train", path, args.force, args.resume).to_json())
-        work = stage.begin(stage.Decision.from_json(decision), leader=world.is_leader)
+        decision = world.agree(lambda: asdict(stage.decide("05_train", path, args.force, args.resume)))
+        work = stage.begin(stage.Decision(**decision), leader=world.is_leader)
         world.barrier()
         if work is None:
             return
@@ -167,17 +166,17 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
     if wanted == "offload":
         return 0.0, None
 
-    def decide() -> str:
+    def decide() -> tuple[float, float | None]:
         free = parallel.free_memory_gib(world.device) * fit.CAUTION
         if (forecast := fit.of_run(work.run, plan, world.device.type)) is None:
-            return "[0.0, null]"
+            return 0.0, None
         room = {True: 0.0, False: math.inf}.get(wanted, free)
         share, peak = fit.kept(forecast, room, world.world_size if shards else None)
         if wanted == "auto":
             terminal.say(f"gradient_checkpointing: auto: {share:.0%} of the layers keep their activations "
                          f"(forecast {peak:.2f} GiB, room for {free:.2f} GiB)")
-        return json.dumps([share, None if work.config.device_map else peak])
-    return tuple(json.loads(world.agree(decide)))
+        return share, None if work.config.device_map else peak
+    return tuple(world.agree(decide))
 
 
 def keep_features(run: Run) -> None:
@@ -333,9 +332,8 @@ def evaluate(run: Run, batches: Callable[[], Iterable[tuple[str, dict]]], log: L
         answers = held_out_answers(run)
         seconds["answers"] = time.monotonic() - began - seconds["losses"]
         texts = [[row[side] for row in answers] for side in ("answer", "reference")]
-        scores = run.world.agree(lambda: json.dumps(
-            {f"eval_{name}": metric(*texts) for name, metric in metrics_of(config.eval_metrics).items()}))
-        found |= json.loads(scores)
+        found |= run.world.agree(lambda: {
+            f"eval_{name}": metric(*texts) for name, metric in metrics_of(config.eval_metrics).items()})
     if config.metric_for_best_model not in found:
         run.world.stop(f"metric_for_best_model: {config.metric_for_best_model} is no evaluation's figure",
                        f"in 01_config.py: metric_for_best_model={' or '.join(found)}")

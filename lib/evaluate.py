@@ -12,10 +12,9 @@ import torch
 
 from lib import attention, features, hooks
 from lib.chat import Encoder
-from lib.parallel import World
 from lib.plan import quiet
 from lib.processor import tokenizer_of
-from lib.sampler import Samples, to_device
+from lib.sampler import to_device
 
 
 @torch.no_grad()
@@ -68,7 +67,7 @@ def held_out_answers(run) -> list[dict]:
                               together=samples.even)
         found.append({"sample_id": samples.ids[index], "answer": answer, "reference": reference})
     run.model.train()
-    shares = list(map(json.loads, world.everyones(json.dumps(found))))
+    shares = world.everyones(found)
     return [shares[place % world.world_size][place // world.world_size] for place in range(count)]
 
 

@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from lib.ledger import read_json
 from lib.stage import StageError
 

@@ -1,7 +1,7 @@
 """gpu: frozen layers of which a GPU has better kernels than those that the libraries call.
 
 torch's one fused kernel stands in for the dozen that an RMSNorm is, and layers whose rows begin at odd
-places, for which only slow kernels are left, are filled up with zeros. Both hold inside lib/fast.py's `paths`.
+places, for which only slow kernels are left, are filled up with zeros; inside lib/fast.py's `paths` only.
 """
 import copy
 import inspect
@@ -30,7 +30,7 @@ def norm_kind(module) -> int | None:
     weight, eps = getattr(module, "weight", None), epsilon_of(module)
     takes = inspect.signature(type(module).forward).parameters
     if ("RMSNorm" not in type(module).__name__ or eps is None or weight is None or weight.requires_grad
-            or len(list(module.parameters())) != 1 or len(takes) != 2):           # another one takes a gate, too
+            or len(list(module.parameters())) != 1 or len(takes) != 2):             # others take a gate, too
         return None
     chance, twin = torch.Generator().manual_seed(0), copy.copy(module)
     x, other = (torch.randn(rows, *weight.shape, generator=chance) for rows in (4, 1))

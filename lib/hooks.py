@@ -10,7 +10,7 @@
     eval_metrics: [mine.py:score]        score(answers, references) -> a number
         Two lists of texts. The number is written down as eval_score.
 
-A hook's file is part of the stage's source: where its code changed, the stage is out of date (lib/ledger.py).
+A hook's file is part of the stage's source: where its code changed, the stage is out of date (lib/code.py).
 What that file imports from others of the user's isn't followed.
 """
 import functools
@@ -29,14 +29,13 @@ from lib.loss import forward_loss
 from lib.stage import StageError
 
 
-def look(knobs) -> str:
-    """No text; a StageError, before weights are loaded, where a function that is named can't be had."""
+def look(knobs) -> None:
+    """Nothing; a StageError, before weights are loaded, where a function that is named can't be had."""
     named = {"optimizer": [knobs.optimizer], "lr_scheduler": [knobs.lr_scheduler], "loss": [knobs.loss],
              "eval_metrics": knobs.eval_metrics}
     for knob, texts in named.items():
         for text in filter(HOOK.fullmatch, texts):
             function(knob, text)
-    return ""
 
 
 def function(knob: str, text: str) -> Callable:

@@ -7,19 +7,16 @@ Every finished stage folder holds `stage.json`:
     wrote    {file: stamp}; a stamp is {bytes, mtime_ns, sha256}
 
 A stamp is trusted where size and time still agree, and the file is hashed again where they don't: so a copied
-or touched file is no change. What to do about a change is decided in lib/stage.py.
+or touched file is no change. The code that a stage runs is hashed by lib/code.py; what to do about a change
+is decided in lib/decision.py.
 """
 
-import ast
-import functools
 import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from types import MappingProxyType
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_config", "02_data", "03_load_model", "04_lora", "05_train", "06_save")
@@ -129,64 +126,10 @@ def knobs(run: Path, stem: str) -> tuple[dict, dict]:
     return mine, {knob: value for knob, value in mine.items() if knob not in declared["not_identity"]}
 
 
-def source(stem: str, knobs: Mapping = MappingProxyType({})) -> dict[str, str]:
-    """{file: sha256} of the stage's script, of every file of lib that it imports, if only through another,
-    and of the files whose functions its knobs name.
-
-    Hashed is the syntax tree without docstrings, so comments, wrapping and help texts don't count.
-    """
-    digests, waiting = {}, [f"{stem}.py", *hook_files(knobs)]
-    while waiting:
-        name = waiting.pop()
-        if name not in digests and (ROOT / name).is_file():
-            digests[name], imported = _read_source(name, (ROOT / name).read_bytes())
-            waiting += imported
-    return dict(sorted(digests.items()))
-
-
-def hook_files(knobs: Mapping) -> list[str]:
-    """The files whose functions these knobs name, as `outside` names them."""
-    texts = [text for value in knobs.values() for text in (value if isinstance(value, list) else [value])
-             if isinstance(text, str)]
-    return [name_of(Path(hook[1])) for hook in map(HOOK.fullmatch, texts) if hook]
-
-
 def name_of(path: Path) -> str:
     """A file's name in a ledger: relative where it lies inside the kit, so that the kit may be moved."""
     path = Path(os.path.abspath(path))
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
-
-
-@functools.lru_cache(maxsize=None)
-def _read_source(name: str, text: bytes) -> tuple[str, tuple[str, ...]]:
-    """The sha256 of one file's code, and the files of lib that its imports may mean."""
-    try:
-        tree = ast.parse(text)
-    except SyntaxError as error:
-        raise StageError(f"{name}:{error.lineno} is not Python: {error.msg}", f"edit {name}") from None
-    modules = []
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if ast.get_docstring(node, clean=False) is not None:
-                node.body = node.body[1:] or [ast.Pass()]
-        elif isinstance(node, ast.Import):
-            modules += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            package = Path(name).parts[: -node.level] if node.level else ()
-            module = ".".join([*package, *filter(None, [node.module])])
-            modules += [module, *(f"{module}.{alias.name}" for alias in node.names)]
-    ours = [module.replace(".", "/") for module in modules if module.split(".")[0] == "lib"]
-    files = [file for module in ours for file in (f"{module}.py", f"{module}/__init__.py")]
-    return hashlib.sha256(_text_of_tree(tree).encode()).hexdigest(), tuple(files)
-
-
-def _text_of_tree(node) -> str:
-    """A syntax tree as text, without empty fields: unlike `ast.dump`, the same in every Python version."""
-    if isinstance(node, ast.AST):
-        kept = ((name, value) for name, value in ast.iter_fields(node) if value not in (None, []))
-        fields = (f"{name}={_text_of_tree(value)}" for name, value in kept)
-        return f"{type(node).__name__}({','.join(fields)})"
-    return f"[{','.join(map(_text_of_tree, node))}]" if isinstance(node, list) else repr(node)
 
 
 def outside(path: Path, sha256: str | None = None) -> dict[str, dict]:

@@ -10,13 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lib import charts, ledger, parallel, terminal
-from lib.stage import StageError
 from lib.trackers import Tracker, numbers
 
 EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens",
          "loss_scale", "overflows")                                # the last two in float16 only
-
-
 EXACT_BY_ROLE = ("learning_rate_", "grad_norm_")
 
 

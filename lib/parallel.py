@@ -12,12 +12,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from lib import terminal
 from lib.stage import StageError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # of malloc.h
@@ -36,41 +36,42 @@ class World:
         """Rank 0 decides, prints and writes; the others follow."""
         return self.rank == 0
 
-    def agree(self, decide: Callable[[], str]) -> str:
-        """What `decide()` returned on rank 0, on every rank: a short text (JSON for anything with a shape).
+    def agree(self, decide: Callable[[], Any]) -> Any:
+        """What `decide()` returned on rank 0, on every rank: as JSON has it, where a path is a text.
 
         Where it raises on rank 0, the others stop too, instead of waiting for a rank that is gone.
         """
         if self.world_size == 1:
             return decide()
-        text, error = "", None
+        found, error = None, None
         if self.is_leader:
             try:
-                text = decide()
+                found = decide()
             except BaseException as raised:  # raised again below, once the others know
                 error = raised
-        failed, text = json.loads(self._broadcast(json.dumps([error is not None, text])))
+        failed, found = self._broadcast([error is not None, found])
         if error is not None:
             raise error
         if failed:
             sys.exit(1)
-        return text
+        return found
 
-    def everyones(self, text: str) -> list[str]:
-        """The texts of all ranks, by rank, on every rank."""
+    def everyones(self, found: Any) -> list:
+        """What all ranks have found, by rank, on every rank."""
         if self.world_size == 1:
-            return [text]
-        return [self._broadcast(text, rank) for rank in range(self.world_size)]
+            return [found]
+        return [self._broadcast(found, rank) for rank in range(self.world_size)]
 
-    def _broadcast(self, text: str, source: int = 0) -> str:
-        """One rank's text, on every rank."""
+    def _broadcast(self, found: Any, source: int = 0) -> Any:
+        """What one rank has found, on every rank."""
+        text = json.dumps(found, default=os.fspath)
         sent = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         size = torch.tensor([len(sent)], device=self.device)
         dist.broadcast(size, src=source)
         mine = self.rank == source
         body = sent if mine else torch.zeros(int(size), dtype=torch.uint8, device=self.device)
         dist.broadcast(body, src=source)
-        return bytes(body.tolist()).decode()
+        return json.loads(bytes(body.tolist()))
 
     def stop(self, what: str, fix: str) -> None:
         """Never returns: all ranks have found the same mistake, and the first one says it."""
@@ -158,9 +159,8 @@ def keep_freed_memory() -> None:
 
     By itself glibc hands large tensors' pages back to the system, and gets each anew, zeroed, in every step.
     """
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+    mallopt(M_MMAP_THRESHOLD, 2**30)
+    mallopt(M_TRIM_THRESHOLD, -1)
 
 
 @contextmanager
@@ -169,14 +169,17 @@ def freed_at_once() -> Iterator[None]:
 
     Quantised on a CPU, the small new weights would lie between the large old ones and keep their place.
     """
-    linux = sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt")
-    if linux:
-        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
+    mallopt(M_MMAP_THRESHOLD, 2**20)
     try:
         yield
     finally:
-        if linux:
-            libc.mallopt(M_MMAP_THRESHOLD, 2**25)                  # glibc's own most
+        mallopt(M_MMAP_THRESHOLD, 2**25)                           # glibc's own most
+
+
+def mallopt(parameter: int, value: int) -> None:
+    """Nothing; the C library's allocator is set so, where it is glibc's."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(parameter, value)
 
 
 def free_memory_gib(device: torch.device) -> float:

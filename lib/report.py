@@ -2,7 +2,6 @@
 
 Fork me to: leave out a section or add one (`write_report`).
 """
-import json
 from difflib import SequenceMatcher
 from pathlib import Path
 

@@ -7,19 +7,17 @@
 A stage is finished if and only if RUN/STEM/stage.json is there: it is written last inside RUN/STEM.partial,
 and one rename puts the folder in place. So a stage may be killed at any moment, and the next start knows what
 to do: it skips, runs, resumes or refuses.
-The parts: lib/ledger.py compares, lib/folder.py moves and locks, lib/program.py is the command line.
+The parts: lib/ledger.py and lib/code.py compare, lib/decision.py decides, lib/folder.py moves and locks,
+lib/program.py is the command line.
 """
 
-import itertools
-import json
-import os
 import sys
 import time
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 from lib import folder, ledger, terminal
+from lib.decision import Decision, check_upstream, decide
 from lib.folder import newest_checkpoint
 from lib.ledger import ROOT, STAGES, UPSTREAM, StageError
 from lib.program import arguments, asked_to_stop, command, remember_latest, resolve_run, run_script
@@ -27,145 +25,6 @@ from lib.program import arguments, asked_to_stop, command, remember_latest, reso
 __all__ = ["ROOT", "STAGES", "UPSTREAM", "Decision", "Knobs", "StageError", "Work"]
 __all__ += ["arguments", "asked_to_stop", "begin", "command", "decide", "newest_checkpoint"]
 __all__ += ["remember_latest", "resolve_run", "run_script", "view"]
-
-
-@dataclass
-class Decision:
-    """What a start should do: `action` is skip, run, resume or refuse; `what` is why, `fix` what mends it."""
-
-    stem: str
-    run: Path
-    action: str
-    what: str = ""
-    fix: str = ""
-    warnings: list[str] = field(default_factory=list)
-    reads: dict = field(default_factory=dict)
-    forced: bool = False
-    resumed_over: list[str] = field(default_factory=list)  # the changes that --resume disregards
-    checkpoint: str | None = None  # the path of the one to go on from: every rank takes the same
-
-    def to_json(self) -> str:
-        """A text for the other ranks."""
-        return json.dumps(asdict(self) | {"run": str(self.run)})
-
-    @classmethod
-    def from_json(cls, text: str) -> "Decision":
-        """What another rank decided."""
-        fields = json.loads(text)
-        return cls(**fields | {"run": Path(fields["run"])})
-
-
-def decide(stem: str, run: Path, force=False, resume=False, knobs: dict | None = None) -> Decision:
-    """The decision on starting a stage now. One rank takes it, as it may put a finished folder in place.
-
-    `knobs` is for 01_config, which reads no config.json: {"recipe": path, "overrides": ["knob=value", ...]}.
-    """
-    run, path = Path(run), folder.partial(Path(run), stem)
-    try:
-        folder.heal(run, stem)
-        warnings = _check_upstream(run, stem)
-        mine = {} if stem == "01_config" else ledger.knobs(run, stem)[1]
-        reads = {
-            "knobs": knobs if stem == "01_config" else mine,
-            "upstream": {earlier: ledger.digest(run / earlier) for earlier in UPSTREAM[stem]},
-            "source": ledger.source(stem, mine),
-        }
-        checkpoint = newest_checkpoint(path)
-        if force and not (checkpoint and _torchrun_restarts(path)):
-            action, why = "run", ["--force"]
-        else:
-            action, why = _choose(run, stem, reads, resume, checkpoint)
-    except StageError as refusal:
-        return Decision(stem, run, "refuse", refusal.what, refusal.fix)
-    if action != "resume":
-        return Decision(stem, run, action, _count(why), "", warnings, reads, force)
-    for damaged in itertools.takewhile(lambda found: found != checkpoint, folder.checkpoints(path)):
-        warnings.append(f"{damaged} is passed over, since it is damaged: {folder.damage(damaged)}")
-    return Decision(stem, run, action, _count(why), "", warnings, reads, force, why, str(checkpoint))
-
-
-def _torchrun_restarts(path: Path) -> bool:
-    """Whether torchrun starts again what has obeyed its --force: --max-restarts repeats all words."""
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    return restarted and ledger.read_json(path / "started.json")["forced"]
-
-
-def _choose(run: Path, stem: str, reads: dict, resume: bool, checkpoint: Path | None) -> tuple[str, list]:
-    """The action and the changes behind it; a refusal is a StageError. Only 05_train has checkpoints."""
-    path, final, again = folder.partial(run, stem), run / stem, command(stem, run)
-    since_start = []
-    if checkpoint:
-        began = ledger.read_json(path / "started.json")
-        since_start = ledger.changes(began["reads"], reads)
-        if resume or not since_start:
-            return "resume", since_start
-    if ledger.finished(final):
-        _check_outputs(final, again)
-        then = ledger.read_json(final / "stage.json")["reads"]
-        since = ledger.changes(then, reads) + ledger.outside_changes(then["outside"])
-        if since and stem == "05_train":
-            as_is = command("06_save", run) if then["upstream"] == reads["upstream"] else "undo that"
-            raise StageError(
-                f"{final} is a finished training, and since then {_count(since)}",
-                f"to keep it: {as_is}; to train again and keep it as {stem}.old: {again} --force",
-            )
-        return ("run", since) if since else ("skip", [])
-    if checkpoint:
-        raise StageError(
-            f"{checkpoint} is there to go on from, but since its training began {_count(since_start)}",
-            f"to go on all the same: {again} --resume; to start over and keep {stem}.old: {again} --force",
-        )
-    if damaged := folder.checkpoints(path):
-        raise StageError(
-            f"every checkpoint is damaged, such as {damaged[0]}: {folder.damage(damaged[0])}",
-            f"to start over and keep {stem}.old: {again} --force",
-        )
-    return "run", []
-
-
-def _check_upstream(run: Path, stem: str) -> list[str]:
-    """Warnings about edited sources; StageError at the first earlier stage that is missing or out of date."""
-    warnings = []
-    for earlier in _all_upstream(stem):
-        final, again = run / earlier, command(earlier, run)
-        if not ledger.finished(final):
-            kept = newest_checkpoint(folder.partial(run, earlier))
-            first = f"go on from its {kept.name} first" if kept else "run first"
-            raise StageError(f"{final} is not there: {earlier} has not finished", f"{first}: {again}")
-        _check_outputs(final, again)
-        then = ledger.read_json(final / "stage.json")["reads"]
-        now = then | {"upstream": {each: ledger.digest(run / each) for each in UPSTREAM[earlier]}}
-        mine = {} if earlier == "01_config" else ledger.knobs(run, earlier)[1]
-        if earlier != "01_config":
-            now["knobs"] = mine
-        since = ledger.changes(then, now) + ledger.outside_changes(then["outside"])
-        if earlier == "05_train" and now["upstream"] == then["upstream"]:
-            # A training is worth more than a knob that was edited after it: 06 saves what was trained.
-            warnings += [f"{final} is kept as it was trained, but {change}" for change in since]
-        elif since:
-            raise StageError(f"{final} is out of date: {_count(since)}", f"run first: {again}")
-        if edited := ledger.edited_sources(then["source"], ledger.source(earlier, mine)):
-            warnings.append(f"edited since {earlier} ran: {', '.join(edited)}; to run it again: {again}")
-    return warnings
-
-
-def _check_outputs(final: Path, again: str) -> None:
-    """StageError where a finished folder is not as its stage wrote it."""
-    if edited := ledger.edited_outputs(final):
-        fix = f"to write it again and keep this folder as {final.name}.old: {again} --force"
-        raise StageError(_count(edited), fix)
-
-
-def _all_upstream(stem: str) -> list[str]:
-    """Every earlier stage that this one rests on, the first one first."""
-    found = {each for direct in UPSTREAM[stem] for each in (direct, *_all_upstream(direct))}
-    return sorted((found | {"01_config"}) - {stem})
-
-
-def _count(lines: list[str]) -> str:
-    """The first line, and how many more there are."""
-    more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
-    return f"{lines[0]}{more}" if lines else ""
 
 
 class Knobs(SimpleNamespace):
@@ -186,7 +45,7 @@ class Work:
         self.run, self.stem, self.leader = decision.run, decision.stem, leader
         self.path = folder.partial(self.run, self.stem)
         self.config = Knobs(**({} if self.stem == "01_config" else ledger.knobs(self.run, self.stem)[0]))
-        self.checkpoint = decision.checkpoint and Path(decision.checkpoint)  # to go on from
+        self.checkpoint = decision.checkpoint  # to go on from
         self._began_seconds = time.monotonic()
         self._outside = {}
         self._started = {"stage": self.stem, "reads": decision.reads, "forced": decision.forced}
@@ -274,7 +133,7 @@ def view(stem: str, run: Path, own: bool = False) -> Work:
     if own and not ledger.finished(run / stem):
         fix = f"run first: {command(stem, run)}"
         raise StageError(f"{run / stem} is not there: {stem} has not finished", fix)
-    for warning in [] if own else _check_upstream(run, stem):
+    for warning in [] if own else check_upstream(run, stem):
         terminal.warn(warning)
     work = Work(Decision(stem, run, "view"), leader=False)
     work.path = run / stem

@@ -89,7 +89,7 @@ class Progress:
         with Progress("training", total=500, done=40) as bar:      # 40 steps were done by an earlier start
             bar.update(41, loss="1.23", wait="2%")
 
-    Figures are texts. An underscore in a name is printed as a space; `**{"tokens/s": "812"}` names it freely.
+    Figures are texts; `**{"tokens/s": "812"}` names one freely.
     """
 
     def __init__(self, title: str, total: int, done: int = 0, every_seconds: float = 10.0):
@@ -118,18 +118,13 @@ class Progress:
 
     def update(self, done: int, **figures: str) -> None:
         """`done` of `total` are done, and these are the figures of now."""
-        self.done = done
-        named = (f"{name.replace('_', ' ')} {text}" for name, text in figures.items())
-        self._figures = "  ".join(filter(None, [self.left(), *named]))
+        self.done, seconds = done, time.monotonic() - self._began_seconds
+        left = seconds / (done - self._first) * (self.total - done) if done > self._first else 0
+        words = [f"{duration(left)} left"] if left else []
+        self._figures = "  ".join(words + [f"{name} {text}" for name, text in figures.items()])
         self._bar.update(self._task, completed=done, figures=escape(self._figures))
         if time.monotonic() - self._line_seconds >= self.every_seconds:
             self._line()
-
-    def left(self) -> str:
-        """The time left in words, from the mean speed of this start; "" until there is one."""
-        here = self.done - self._first
-        seconds = (time.monotonic() - self._began_seconds) / here * (self.total - self.done) if here else 0
-        return f"{duration(seconds)} left" if seconds else ""
 
     def _line(self) -> None:
         """Where there is no bar, a line says how far it is."""

@@ -9,7 +9,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import contextlib
 import functools
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -60,12 +59,6 @@ def make_run(prepared, tmp_path, monkeypatch):
     return make_run
 
 
-@pytest.fixture(scope="session")
-def script():
-    """A function: a numbered script's stem -> its module; `script("02_data").main(argv)` runs the stage."""
-    return importlib.import_module
-
-
 @pytest.fixture(autouse=True)
 def unlocked():
     """A stage that stopped within the test has left no lock, as if its process had ended."""
@@ -84,12 +77,6 @@ def browser():
     started = Browser()
     yield started
     started.close()
-
-
-@pytest.fixture
-def colours():
-    """A function: folder -> its data.jsonl of questions about pictures, which are squares of one colour."""
-    return write_colours
 
 
 def write_colours(folder: Path, rows: int = len(COLOURS)) -> Path:

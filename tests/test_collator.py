@@ -49,15 +49,14 @@ def rows_of(zoo):
     return functools.cache(lambda name: Rows(name, zoo(name)))
 
 
-@pytest.mark.parametrize("mix", MIXES, ids=" + ".join)
 @pytest.mark.parametrize("name", NAMES)
-def test_a_batch_has_the_logits_that_its_rows_have_alone(name, mix, rows_of):
+def test_a_batch_has_the_logits_that_its_rows_have_alone(name, rows_of):
     family = rows_of(name)
-    batch = collate([family.rows[kind] for kind in mix], family.encoder.pad_id, family.encoder.collate)
-    logits = family.logits(batch)
-    for kind, row in zip(mix, logits):
-        alone = family.alone[kind][0]
-        assert (row[:len(alone)] - alone).abs().max() <= 1e-5 * alone.abs().max()
+    for mix in MIXES:
+        batch = collate([family.rows[kind] for kind in mix], family.encoder.pad_id, family.encoder.collate)
+        for kind, row in zip(mix, family.logits(batch)):
+            alone = family.alone[kind][0]
+            assert (row[:len(alone)] - alone).abs().max() <= 1e-5 * alone.abs().max(), f"{kind} in {mix}"
 
 
 @pytest.mark.parametrize("name", NAMES)

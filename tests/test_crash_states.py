@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib import checkpoint, features, folder, ledger, metrics, stage
+from lib import checkpoint, code, features, folder, ledger, metrics, stage
 from tests.crash import Recorder, State
 
 RUN = Path("runs/demo")
@@ -20,8 +20,9 @@ RUN = Path("runs/demo")
 def each_state(recorder: Recorder, monkeypatch, at_least: int):
     """The states, one after the other in their folder; what is done to them need not reach the disk."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    found = functools.cache(ledger.source)                         # no code changes here, and no knob is a hook
-    monkeypatch.setattr(ledger, "source", lambda stem, knobs=None: found(stem))
+    real = code.source
+    found = functools.cache(lambda stem: real(stem, {}))         # no code changes here, and no knob is a hook
+    monkeypatch.setattr(code, "source", lambda stem, knobs: found(stem))
     count = 0
     for count, state in enumerate(recorder.states(random.Random(7)), 1):
         state.build(recorder.root)
@@ -88,7 +89,7 @@ def test_a_checkpoint_is_there_or_the_one_before_it_is(kit, monkeypatch):
         step = json.loads((found / "state.json").read_text(encoding="utf-8"))["step"]
         assert b"".join(metrics.lines_up_to(partial / "metrics.jsonl", step)) == lines(step)
     decision = stage.decide("05_train", RUN)
-    assert (decision.action, decision.checkpoint) == ("resume", str(found))
+    assert (decision.action, decision.checkpoint) == ("resume", found)
 
 
 # ---- one stage ----
@@ -149,7 +150,7 @@ def test_a_training_that_ends_is_finished_or_goes_on_from_its_checkpoint(kit, mo
         if decision.action == "skip":
             assert whole(final) and (final / "adapter/weights").read_text() == "trained"
         else:
-            assert state.mark != "finished" and not folder.damage(Path(decision.checkpoint))
+            assert state.mark != "finished" and not folder.damage(decision.checkpoint)
 
 
 # ---- kept features ----

@@ -78,6 +78,9 @@ def test_a_gradient_that_is_not_finite_is_said_with_the_samples_of_its_step():
     assert faults.not_finite(run, 4, shares, found, norm=math.inf) == ["a-0", "a-2"]
     with pytest.raises(StageError, match="step 6: gradient norm nan: a-0, a-2"):
         faults.not_finite(run, 5, shares, found, norm=math.nan)
+    run.skipped = run.work.config.skip_nonfinite = 0
+    with pytest.raises(StageError, match="step 1: a loss that is not finite, on 1 samples: a-2\n"):
+        faults.not_finite(run, 0, [[[(0,)], [(2,)]]], [[[1.0, 0.0], [math.inf, 0.0]]], norm=2.0)
 
 
 # ---- no memory ----

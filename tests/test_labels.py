@@ -7,14 +7,12 @@ tokenized by itself, as inference has prompt and reply apart.
 import functools
 
 import pytest
-import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lib import registry
 from lib.chat import IGNORE_INDEX, Encoder
-from lib.collator import collate
 from lib.messages import RowError, normalise
 from lib.processor import load_processor, stop_tokens, tokenizer_of
 from lib.stage import StageError
@@ -175,30 +173,6 @@ def test_the_words_around_pictures_in_a_reply_are_trained(name, family):
         marked = marked.replace("One: ", "One:").replace(" two: ", "two:")
     marked = marked.replace(RENDERED[name], f"»{RENDERED[name]}«")
     assert_labels(name, *family(name), chat("Draw two.", "One: ▣ two: ▣"), marked)
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_end_of_turn_is_trained_and_the_newline_after_it_is_not(name, family):
-    template, encoder = family(name)
-    (conversation,) = template.conversations(chat("one", "two"))
-    encoded = encoder.encode(conversation.text, conversation.spans, [])
-    trained = (encoded["labels"][0] != IGNORE_INDEX).nonzero().flatten().tolist()
-    tokens = tokenizer_of(encoder.processor).convert_ids_to_tokens(encoded["input_ids"][0].tolist())
-    assert tokens[trained[-1]] == END_OF_TURN[name]
-    assert tokens[trained[-1] + 1:] in ([], ["\n"], ["Ċ"])
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_pad_id_equal_to_the_end_of_turn_does_not_swallow_it(name, family):
-    template, encoder = family(name)
-    end = tokenizer_of(encoder.processor).convert_tokens_to_ids(END_OF_TURN[name])
-    conversations = [template.conversations(chat("one", reply))[0] for reply in ("two", "a longer reply")]
-    rows = [encoder.encode(conversation.text, conversation.spans, []) for conversation in conversations]
-    batch = collate(rows, pad_id=end)
-    for row, labels in zip(rows, batch["labels"]):
-        tokens = row["labels"].shape[1]
-        assert torch.equal(labels[:tokens], row["labels"][0]) and end in labels.tolist()
-        assert (labels[tokens:] == IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize("name", FAMILIES)

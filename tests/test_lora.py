@@ -58,20 +58,15 @@ def plain(run, name, zoo):
 # ---- which layers ----
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_by_default_lora_is_on_every_linear_layer_of_the_decoder_and_nowhere_else(name, make):
+def test_by_default_lora_and_its_regex_are_on_every_linear_layer_of_the_decoder_alone(name, make, zoo):
     run = make(name)
     expected = sorted(f"{DECODER[name]}.layers.{layer}.{linear}" for layer in (0, 1) for linear in LINEARS)
     assert hits(run) == expected
     facts = run.json("04_lora/adapter.json")
     assert facts["modules"] == {"language": 14}
     assert facts["trained_parameters"] == {"language": sum(t.numel() for t in tensors(run).values())}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_saved_regex_matches_those_layers_and_no_other_module(name, make, zoo):
-    run = make(name)
     regex = json.loads((run.path / "04_lora/adapter/adapter_config.json").read_text())["target_modules"]
-    assert sorted(n for n, _ in plain(run, name, zoo).named_modules() if re.fullmatch(regex, n)) == hits(run)
+    assert sorted(n for n, _ in plain(run, name, zoo).named_modules() if re.fullmatch(regex, n)) == expected
     assert len(regex) < 200
 
 
@@ -162,10 +157,9 @@ def test_layers_that_peft_would_swap_for_others_are_refused(make):
 
 # ---- what the adapter is ----
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_plain_peft_reads_the_new_adapter_and_it_changes_nothing_yet(name, make, zoo):
-    run = make(name)
-    base = plain(run, name, zoo)
+def test_plain_peft_reads_the_new_adapter_and_it_changes_nothing_yet(make, zoo):
+    run = make()
+    base = plain(run, "llava", zoo)
     ids = torch.arange(5, 15)[None]                                # [1, T]
     with torch.no_grad():
         before = base(input_ids=ids).logits

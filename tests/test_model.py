@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lib import model, plan, registry, versions
 from lib.loss import forward_loss
 from lib.registry import auto_class
-from lib.roles import ROLES, Roles
+from lib.roles import Roles
 from lib.sampler import Batcher
 from lib.stage import StageError
 from tests import harness
@@ -72,14 +72,6 @@ def test_a_type_with_a_tower_never_gets_the_text_only_class(kind, expected):
     assert auto_class(kind) == expected
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("llava", "LlavaForConditionalGeneration"), ("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),
-    ("gemma3", "Gemma3ForConditionalGeneration"), ("smolvlm2", "SmolVLMForConditionalGeneration"),
-    ("llama_text", "LlamaForCausalLM"), ("gemma3_text", "Gemma3ForCausalLM")])
-def test_the_class_is_found_by_the_checkpoint(planned, name, expected):
-    assert planned(name)["class"] == expected
-
-
 def test_a_recipe_may_name_the_class(planned):
     for named in ("AutoModelForImageTextToText", "LlavaForConditionalGeneration"):
         assert planned("llava", model_type=named)["class"] == "LlavaForConditionalGeneration"
@@ -88,14 +80,6 @@ def test_a_recipe_may_name_the_class(planned):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_parameters_by_role_are_those_of_the_checkpoints_files(planned, zoo, name):
     assert planned(name)["parameters"] == counted(zoo(name), ON_DISK[name])
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_parameter_has_a_role_and_every_role_is_known(planned, name):
-    made = planned(name)
-    roles = Roles.of_plan(made)
-    found = {roles.of(parameter) for parameter, _ in plan.on_meta(made).named_parameters()}
-    assert found == set(made["parameters"]) and found <= set(ROLES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -214,43 +198,27 @@ class Checkpointed:
         rows = [encoder(record) for record in load_from_disk(run.path / "02_data/train").select(range(2))]
         self.batch = Batcher(encoder.pad_id, encoder.collate)(rows)
         self.plain = a_step(self.net, self.batch)
-        self.layers = model.checkpoint_trained_layers(self.net, self.roles, set(roles))
+        model.checkpoint_trained_layers(self.net, self.roles, set(roles))
 
     def step_with_counts(self):
-        """(the step's loss and gradients, forwards by attention module, names of those that made a graph)."""
-        runs, graphs, hooks = Counter(), set(), []
+        """(the step's loss and gradients, forwards by attention module)."""
+        runs, hooks = Counter(), []
         for name, module in self.net.named_modules():
             if type(module).__name__.endswith("Attention"):  # hooks on a layer stay outside its checkpoint
                 def begun(module, given, name=name):  # a forward that is run again may stop before its end
                     runs[name] += 1
-
-                def ended(module, given, output, name=name):
-                    if (output[0] if isinstance(output, tuple) else output).requires_grad:
-                        graphs.add(name)
-                hooks += [module.register_forward_pre_hook(begun), module.register_forward_hook(ended)]
+                hooks.append(module.register_forward_pre_hook(begun))
         found = a_step(self.net, self.batch)
         for hook in hooks:
             hook.remove()
-        return found, runs, graphs
-
-
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "llama_text"])
-def test_a_frozen_tower_runs_once_and_without_a_graph(name, tmp_path, monkeypatch, zoo):
-    subject = Checkpointed(name, ["language"], tmp_path, monkeypatch, zoo)
-    (loss, gradients), runs, graphs = subject.step_with_counts()
-    in_tower = {layer for layer in runs if subject.roles.of(layer) == "vision"}
-    in_language = {layer for layer in runs if subject.roles.of(layer) == "language"}
-    assert in_tower and all(runs[layer] == 1 for layer in in_tower) and not graphs & in_tower
-    assert [runs[layer] for layer in sorted(in_language)] == [2, 1] and subject.layers == 1    # the last: once
-    assert loss == pytest.approx(subject.plain[0], rel=1e-6)
-    assert gradients.keys() == subject.plain[1].keys()
-    assert all(torch.allclose(gradients[k], g, rtol=1e-4, atol=1e-6) for k, g in subject.plain[1].items())
+        return found, runs
 
 
 @pytest.mark.parametrize("roles", [["vision"], ["projector"]])
 def test_gradients_pass_a_frozen_language_model_by_its_checkpoints(roles, tmp_path, monkeypatch, zoo):
     subject = Checkpointed("qwen2_5_vl", roles, tmp_path, monkeypatch, zoo)
-    (loss, gradients), runs, _ = subject.step_with_counts()
+    (loss, gradients), runs = subject.step_with_counts()
+    assert loss == pytest.approx(subject.plain[0], rel=1e-6)
     assert [runs[layer] for layer in sorted(runs) if subject.roles.of(layer) == "language"] == [2, 1]
     assert all(runs[layer] == 2 for layer in runs if subject.roles.of(layer) in roles)
     assert {subject.roles.of(name) for name in gradients} == set(roles)

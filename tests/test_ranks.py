@@ -1,7 +1,6 @@
 """05 on several ranks (gloo) is 05 on one: same losses, same decisions, and none waits for one that is gone."""
 
 import importlib
-import json
 import os
 import signal
 import time
@@ -15,7 +14,7 @@ from torch.distributed.run import get_args_parser
 from lib import checkpoint, features, folder, parallel, stage
 from lib.parallel import World, buckets
 from tests import harness
-from tests.runner import assert_trained, child_of, colour_rows, fork, ranks, row, text_rows, torchrun
+from tests.runner import assert_trained, child_of, colour_rows, ranks, row, text_rows, torchrun
 from tests.test_resume import after_two, die, stop_at
 
 TWO = {"micro_batch_size": 1, "gradient_accumulation_steps": 2}    # on two ranks: 4 samples a step
@@ -220,10 +219,10 @@ def test_ranks_keep_each_pictures_features_once_also_where_one_dies(make):
 
 # ---- torchrun itself ----
 
-def test_torchrun_leaves_every_flag_of_05_to_05(script):
+def test_torchrun_leaves_every_flag_of_05_to_05():
     from lib import stage
     flags = ["--check", "--resume", "--force", "--help"]
-    documented = set(stage.arguments(script("05_train").__doc__)._option_string_actions) - {"-h"}
+    documented = set(stage.arguments(importlib.import_module("05_train").__doc__)._option_string_actions) - {"-h"}
     assert documented | {"--check", "--resume"} == set(flags)
     for flag in flags:
         for words in ([flag], ["runs/demo", flag], [flag, "runs/demo"]):
@@ -285,9 +284,3 @@ def test_when_a_rank_dies_each_other_one_says_so_and_the_same_command_goes_on(ma
         assert "exitcode  : 1 " in agents[rank].said and str(stage.ROOT / "lib") not in agents[rank].said
     assert_trained(on_nodes(4, four))
     assert_same(one, four)
-
-
-def test_a_child_that_is_forked_runs_like_a_process_of_its_own(make):
-    run = make([row("Why?", "because")] * 6)
-    assert fork("05_train", "run").wait().code == 0
-    assert json.loads((run.path / "05_train/stage.json").read_text(encoding="utf-8"))["stage"] == "05_train"

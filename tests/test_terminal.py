@@ -49,7 +49,7 @@ def test_a_long_line_is_neither_wrapped_nor_read_as_markup(capsys):
 
 def test_without_a_terminal_progress_is_a_plain_line_now_and_then_and_one_at_the_end(capsys):
     with terminal.Progress("training", total=12, done=10, every_seconds=3600) as bar:
-        bar.update(11, loss="1.23", peak_memory="2 GiB")
+        bar.update(11, loss="1.23", **{"peak memory": "2 GiB"})
         assert capsys.readouterr().out == ""
         bar.update(12, **{"tokens/s": "812"})
     assert capsys.readouterr().out == "training 12/12  tokens/s 812\n"
@@ -58,14 +58,14 @@ def test_without_a_terminal_progress_is_a_plain_line_now_and_then_and_one_at_the
 def test_a_plain_line_names_the_time_left_and_the_figures(capsys):
     with terminal.Progress("training", total=12, done=10, every_seconds=0) as bar:
         time.sleep(0.01)
-        bar.update(11, loss="1.23", peak_memory="2 GiB")
+        bar.update(11, loss="1.23", **{"peak memory": "2 GiB"})
     line = r"training 11/12  0\.\d s left  loss 1\.23  peak memory 2 GiB\n"
     assert re.fullmatch(line, capsys.readouterr().out)
 
 
 def test_on_a_terminal_progress_is_a_bar_that_a_narrow_window_does_not_cut(screen):
     with terminal.Progress("training", total=12) as bar:
-        bar.update(11, loss="1.23", wait="2%", peak_memory="12.3 GiB", **{"tokens/s": "812,345"})
+        bar.update(11, loss="1.23", wait="2%", **{"peak memory": "12.3 GiB", "tokens/s": "812,345"})
     shown = screen.getvalue()
     for text in ("━━━━", "11/12", "loss 1.23", "812,345"):
         assert text in shown

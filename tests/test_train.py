@@ -1,9 +1,9 @@
 """05: the loop does what its page says: the same however samples are cut, every number it writes exact."""
 
+import importlib
 import json
 import math
 import re
-import shutil
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lib import checkpoint, model, optim, rehearsal, sampler
 from lib.chat import IGNORE_INDEX, Encoder
@@ -211,20 +211,6 @@ def test_every_tensor_of_a_family_gets_a_gradient_in_full_fine_tuning(name, make
     assert len(run.losses()) == 2
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_its_samples(make, zoo, tmp_path):
-    base = shutil.copytree(zoo("llava"), tmp_path / "poisoned")
-    weights = load_file(base / "model.safetensors")
-    ids = encoder_of(make()).processor.tokenizer("Q", add_special_tokens=False)["input_ids"]
-    weights["language_model.model.embed_tokens.weight"][ids[-1]] = math.nan
-    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-    rows = [row("What?", "red"), row("Which?", "green"), row("Quite what?", "blue"), row("Why?", "no")]
-    run = make(base, rows=rows, val_set_size=0, micro_batch_size=1, gradient_accumulation_steps=4)
-    with pytest.raises(StageError) as caught:
-        run("05_train")
-    assert caught.value.what == "step 1: a loss that is not finite, on 1 samples: rows-2"
-    assert not (run.path / "05_train.partial/checkpoints").exists()
-
-
 # ---- the optimizer ----
 
 def knobs(**changes):
@@ -398,8 +384,8 @@ def test_the_loss_curve_is_a_drawing(make):
     assert ElementTree.parse(run.path / "05_train/loss.svg").getroot().tag.endswith("svg")
 
 
-def test_evaluations_and_checkpoints_come_as_often_as_asked(script):
-    due = script("05_train").due
+def test_evaluations_and_checkpoints_come_as_often_as_asked():
+    due = importlib.import_module("05_train").due
     assert [step for step in range(1, 11) if due(step, 5, 1, 10)] == [5, 10]
     assert [step for step in range(1, 11) if due(step, 5, 2, 10)] == [3, 5, 8, 10]
     assert [step for step in range(1, 8) if due(step, 5, 1, 7)] == [5, 7]

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two spinning threads on two busy cores are slower than one
 
+import functools
 import wave
 from pathlib import Path
 
@@ -24,10 +25,10 @@ OPTIONAL = {"gemma3n": ["timm"], "smolvlm2": ["num2words"], "voxtral": ["mistral
 
 
 class Loaded:
-    """A variant as a user gets it: built on disk, then loaded by the auto classes."""
+    """A variant as a user gets it, loaded by the auto classes."""
 
     def __init__(self, name: str, folder: Path):
-        self.name, self.folder = name, zoo.build(name, folder)
+        self.name, self.folder = name, folder
         text_only = name in zoo.TEXT_ONLY
         self.processor = (AutoTokenizer if text_only else AutoProcessor).from_pretrained(folder)
         auto_class = AutoModelForCausalLM if text_only else AutoModelForMultimodalLM
@@ -56,24 +57,21 @@ class Loaded:
         return self.model(**batch).logits
 
 
-@pytest.fixture(scope="module")
-def load(tmp_path_factory):
-    """A function that builds and loads a variant, once for the module."""
-    loaded = {}
-
+@pytest.fixture(scope="module", name="load")
+def loader(zoo):
+    """A function that loads a variant, once for the module."""
+    @functools.cache
     def load(name: str) -> Loaded:
         for package in OPTIONAL.get(name, ()):
             pytest.importorskip(package)
-        if name not in loaded:
-            loaded[name] = Loaded(name, tmp_path_factory.mktemp(name))
-        return loaded[name]
+        return Loaded(name, zoo(name))
 
     return load
 
 
-def picture(seed: int, width: int = 48, height: int = 40) -> dict:
+def picture(seed: int) -> dict:
     """A message part with a picture of noise."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(seed).integers(0, 256, (40, 48, 3), dtype=np.uint8)
     return {"type": "image", "image": Image.fromarray(pixels)}
 
 
@@ -86,25 +84,14 @@ def sound(seed: int, folder: Path) -> dict:
     return {"type": "audio", "path": str(path)}
 
 
-def medium(name: str, seed: int, folder: Path, **size) -> dict:
+def medium(name: str, seed: int, folder: Path) -> dict:
     """A message part with the medium that the variant was made for."""
-    return sound(seed, folder) if name == "voxtral" else picture(seed, **size)
+    return sound(seed, folder) if name == "voxtral" else picture(seed)
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
-def test_text_alone_gives_finite_logits_that_differ_between_tokens(name, load):
-    logits = load(name).logits(load(name).encode())
-    assert logits.isfinite().all()
-    assert logits.std() > 0.1
-
-
-@pytest.mark.parametrize("name", [*SEES, "voxtral"])
-def test_one_medium_and_two_give_finite_logits(name, load, tmp_path):
-    first, second = medium(name, 0, tmp_path), medium(name, 1, tmp_path, width=96, height=64)
-    one, two = load(name).encode(first), load(name).encode(first, second)
-    assert two["input_ids"].shape[1] > one["input_ids"].shape[1]
-    assert load(name).logits(one).isfinite().all()
-    assert load(name).logits(two).isfinite().all()
+@pytest.mark.parametrize("name", zoo.TEXT_ONLY)
+def test_logits_of_a_text_differ_between_tokens(name, load):
+    assert load(name).logits(load(name).encode()).std() > 0.1
 
 
 @pytest.mark.parametrize("name", [*SEES, "voxtral"])
@@ -146,17 +133,6 @@ def test_other_frames_give_other_logits(name, load):
 
 
 @pytest.mark.parametrize("name", zoo.NAMES)
-def test_generates_three_tokens_and_stops_at_tokens_of_its_own(name, load, tmp_path):
-    model = load(name).model
-    batch = load(name).encode(*([] if name in zoo.TEXT_ONLY else [medium(name, 0, tmp_path)]))
-    ids = model.generate(**batch, min_new_tokens=3, max_new_tokens=3, do_sample=False)
-    assert ids.shape[1] == batch["input_ids"].shape[1] + 3
-    stops = model.generation_config.eos_token_id
-    assert len(set(stops)) == len(stops)
-    assert max(stops) < model.config.get_text_config().vocab_size
-
-
-@pytest.mark.parametrize("name", zoo.NAMES)
 def test_a_folder_holds_what_a_published_one_does(name, load):
     files = {path.name for path in load(name).folder.iterdir()}
     expected = {"config.json", "generation_config.json", "model.safetensors"}
@@ -169,11 +145,10 @@ def test_a_folder_holds_what_a_published_one_does(name, load):
     assert files == expected
 
 
-@pytest.mark.parametrize("name", zoo.NAMES)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "magistral"])       # a vocabulary of each kind
 def test_the_same_seed_gives_the_same_bytes(name, load, tmp_path):
-    folder = load(name).folder            # first, since it skips where a package is missing
     again = zoo.build(name, tmp_path)
-    for path in folder.iterdir():
+    for path in load(name).folder.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
 
 
