@@ -65,6 +65,8 @@ def main(argv=None):
                 rehearsal.prove_packing(run)
             if work.config.cache_vision_features:
                 keep_features(run)
+            gc.collect()
+            gc.freeze()                   # Python's search for garbage leaves out what stays, in every step
             with fast.paths(run.model, run.roles), features.replayed(run.model), parallel.tf32(
                     work.config.tf32 and work.config.bf16 is False):
                 log = train(run)

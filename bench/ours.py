@@ -6,6 +6,7 @@ A step's time goes from its first forward to the end of its update, without the 
 other side is handed its batches as files, and its reading of them is left out, too. Keeping the features of
 all pictures is time: "before_seconds", which counts with the epochs' steps.
 """
+import gc
 import json
 import shutil
 import sys
@@ -33,6 +34,8 @@ def main(run_path: str, out: str, steps: str | None = None) -> None:
 def take(train, run, steps: int, batches) -> Meter:
     """What so many steps took."""
     meter, rate = Meter(run.world.device), run.work.config.learning_rate
+    gc.collect()
+    gc.freeze()                           # as 05_train does
     for step in range(steps):
         began = now(run.world.device)
         figures = train.optimizer_step(run, step, run.order.of_step(step), batches, rate)

@@ -18,7 +18,7 @@ from lib import adapter, attention, fast, hollow, loss, model, parallel, plan, q
 from lib.roles import Roles
 
 FLOAT32 = 4                               # bytes
-WORKSPACES = 2 * 2**25                    # bytes: cuBLAS's on a Hopper, in the forward's thread and the backward's
+WORKSPACES = 2 * 2**25                    # bytes: cuBLAS's on a Hopper, one for forwards and one for backwards
 TOWERS = ("vision", "audio")
 
 
@@ -73,8 +73,9 @@ class Step:
         self.count.fill(net)
         self.trained = model.trained_parameters(net)
         moments = sum(moments_bytes(p.numel(), knobs.optimizer) for p in self.trained.values())
-        self.moments, self.workspaces = (self.count.tensor(torch.empty(size, dtype=torch.uint8, device="meta"))
-                                         for size in (moments, WORKSPACES if cuda else 0))
+        self.moments, self.workspaces = (
+            self.count.tensor(torch.empty(size, dtype=torch.uint8, device="meta"))
+            for size in (moments, WORKSPACES if cuda else 0))
         self._watch()
 
     def _watch(self) -> None:
@@ -142,8 +143,8 @@ class Step:
 
     @contextlib.contextmanager
     def _kernels(self):
-        """Packed weights' way, and CUDA's, if the forecast is for one: its kernels', those that lib/attention.py
-        and lib/loss.py choose there, and peft's, which asks for CUDA's autocast by its flag alone.
+        """Packed weights' way, and CUDA's, if the forecast is for one: its kernels', what lib/attention.py and
+        lib/loss.py choose there, and peft's, which asks for CUDA's autocast by its flag alone.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(fast, "dequantised", unpacked))
