@@ -93,7 +93,7 @@ class Step:
     def peak(self, batch: dict[str, torch.Tensor], checkpointing: bool) -> Peak:
         """The peak of a step with this batch: the second step, when the optimizer has its state."""
         count, roles = self.count, {self.roles.of(model.base_name(name)) for name in self.trained}
-        for layer in checkpointed(self.net):
+        for _, layer in self.roles.layers(self.net):
             layer.gradient_checkpointing = False
         if checkpointing:
             model.checkpoint_trained_layers(self.net, self.roles, roles)
@@ -131,8 +131,8 @@ class Step:
                 kind = "quantised" if p.dtype == torch.uint8 else str(p.dtype).removeprefix("torch.")
                 weights[f"{self.roles.of(model.base_name(name))} {kind}"] += p.nbytes
         moments, held = self.moments.nbytes, sum(weights.values()) + trained
-        sizes = [sum(p.nbytes for p in layer.parameters() if not p.requires_grad) for layer in
-                 checkpointed(self.net, self.roles)]
+        sizes = [sum(p.nbytes for p in layer.parameters() if not p.requires_grad)
+                 for role, layer in self.roles.layers(self.net) if role == "language"]
         phases = {phase: size for phase, size in phases.items() if phase}
         activations = self.count.most_besides_bytes - held - moments
         return Peak(dict(weights), trained, gradients, moments, activations, phases,
@@ -167,13 +167,6 @@ def moments_bytes(elements: int, optimizer: str) -> int:
 
 
 # ---- the model ----
-
-def checkpointed(net, roles: Roles | None = None) -> list[torch.nn.Module]:
-    """The layers that can be checkpointed; of roles, those of language, which lib/sharding.py shards."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-    return [module for name, module in net.named_modules() if isinstance(module, GradientCheckpointingLayer)
-            and (roles is None or roles.of(model.base_name(name)) == "language")]
-
 
 def keep_in_float32(net) -> None:
     """Nothing; what loading leaves in float32 is so on meta, too."""
