@@ -97,7 +97,8 @@ class Step:
             layer.gradient_checkpointing = False
         if checkpointing:
             model.checkpoint_trained_layers(self.net, self.roles, roles)
-        batch = {key: self._as_hollow(value) for key, value in batch.items()}
+        batch = {key: count.tensor(value) if isinstance(value, torch.Tensor) and value.is_floating_point()
+                 else value for key, value in batch.items()}
         self.learnt: set[torch.nn.Parameter] = set()
         count.phase, count.aside_bytes = "", 0
         count.start_again()
@@ -117,11 +118,6 @@ class Step:
         for p in self.trained.values():
             p.grad = None
         return self._as_peak(phases, gradients)
-
-    def _as_hollow(self, value):
-        """A batch's entry, without memory where it is floats."""
-        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return self.count.tensor(value) if floats else value
 
     def _as_peak(self, phases: dict[str, int], gradients: int) -> Peak:
         """The Peak of what was counted."""

@@ -186,9 +186,12 @@ def save_full(model, folder: Path, max_shard_size: str | None = None) -> dict[st
 def new_adapter(plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
     """(PEFT model with the adapter to train, role -> names of the layers hit).
 
-    The weights are loaded only where what trains begins as something of theirs: DoRA's norms, or new rows.
+    The weights are loaded only where what trains begins as something of theirs: DoRA's norms, or new rows of
+    embedding and head, for which nothing is quantised: that takes a minute for some GiB.
     """
     knobs = continued(knobs)
+    if not knobs.peft_use_dora and plan["stored_as"] != "bitsandbytes":
+        plan = plan | {"quantisation": None}
     known = knobs.peft_use_dora or plan["new_rows"]
     base = load(plan, torch.device("cpu")) if known else on_meta(plan)
     return adapter.put_on(base, plan, knobs)

@@ -117,8 +117,8 @@ def arguments(plan: dict) -> tuple[str, dict] | None:
 def configuration(plan: dict):
     """transformers' configuration for a plan whose weights are quantised, or None."""
     import transformers
-    kind, options = arguments(plan) or (None, None)
-    return kind and getattr(transformers, kind)(**options)
+    found = arguments(plan)
+    return getattr(transformers, found[0])(**found[1]) if found else None
 
 
 def refuse_unread_scales(path: str, extra: list[str]) -> None:
