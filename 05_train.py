@@ -165,8 +165,8 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
     """
     wanted, shared_out = work.config.gradient_checkpointing, parallel.spread(work.config, world.device)
     if wanted == "auto" and shared_out:
-        terminal.say("gradient_checkpointing: auto: no layer keeps its activations, since no forecast knows what "
-                     "room there is on GPUs that share a model (device_map)")
+        terminal.say("gradient_checkpointing: auto: no layer keeps its activations, since no forecast knows "
+                     "what room there is on GPUs that share a model (device_map)")
     if wanted == "offload" or shared_out:
         return 0.0, None
 
