@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lib import kernels, origin, quant, registry, rope, terminal, vocabulary
 from lib.processor import first_line
-from lib.roles import Roles, roles_of
+from lib.roles import roles_of
 from lib.stage import StageError
 from lib.trainable import refuse_other_losses, refuse_other_objectives
 
