@@ -83,12 +83,10 @@ def print_plan(planned: dict) -> None:
         terminal.say(f"new tokens: embedding and head grow to {planned['grown_to']:,} rows")
     if planned["roles_guessed"]:
         terminal.warn(f"no record for {planned['model_type']!r}: roles are guessed by name, check them")
-    paths: dict[str, list[str]] = {}
-    for path, role in planned["roles"].items():
-        paths.setdefault(role, []).append(path)
-    total = sum(planned["parameters"].values())
-    rows = [[role, count, f"{count / total:.1%}", ", ".join(paths.get(role, ["inside the language model"]))]
-            for role, count in sorted(planned["parameters"].items(), key=lambda item: -item[1])]
+    total, rows = sum(planned["parameters"].values()), []
+    for role, count in sorted(planned["parameters"].items(), key=lambda item: -item[1]):
+        paths = ", ".join(path for path, its_role in planned["roles"].items() if its_role == role)
+        rows.append([role, count, f"{count / total:.1%}", paths or "inside the language model"])
     rows.append(["all", total, "100.0%", "head and embedding are one tensor" if planned["tied_head"] else ""])
     terminal.table("parameters by role", ["role", "parameters", "share", "modules"], rows)
 

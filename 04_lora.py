@@ -47,9 +47,7 @@ def adapter(planned: dict, work) -> dict:
         where = ", ".join(f"{role} ({len(names)})" for role, names in hits.items())
         terminal.warn(f"the adapter is on {where} alone: the language model stays as it is")
     model.save_adapter(peft_model, work.path / "adapter")
-    roles, trained = Roles.of_plan(planned), Counter()
-    for name, parameter in model.trained_parameters(peft_model).items():
-        trained[roles.of(model.base_name(name))] += parameter.numel()
+    trained = Roles.of_plan(planned).count(model.trained_parameters(peft_model).items())
     config = peft_model.peft_config["default"]
     method = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
     return {"method": f"{method} r={config.r} alpha={config.lora_alpha}", "lora_r": config.r,
@@ -67,7 +65,7 @@ def full_fine_tuning(planned: dict, work) -> dict:
                          f"{planned['base_model']}", "adapter: lora")
     wanted = work.config.train_roles
     meta, roles = plan.on_meta(planned), Roles.of_plan(planned)
-    there = plan.count_parameters(meta, roles, idle=False)
+    there = roles.count((name, p) for name, p in meta.named_parameters() if not roles.is_idle(name))
     if "head" in wanted and planned["tied_head"] and "embedding" not in wanted:
         raise StageError(f"train_roles: the head of {planned['class']} is its embedding, one tensor",
                          "name embedding instead of head")
@@ -79,17 +77,15 @@ def full_fine_tuning(planned: dict, work) -> dict:
         raise StageError(f"train_roles: {planned['class']} has no {', '.join(wanted)}",
                          f"choose among {', '.join(there)}")
     model.train_roles(meta.requires_grad_(False), roles, wanted, work.config.unfrozen_parameters)
-    trained, modules = Counter(), Counter()
-    for name, parameter in meta.named_parameters():
-        trained[roles.of(name)] += parameter.numel() * parameter.requires_grad
+    trained = roles.count((name, p) for name, p in meta.named_parameters() if p.requires_grad)
+    modules = Counter()
     for name, module in meta.named_modules():
         modules[roles.of(name)] += any(p.requires_grad for p in module.parameters(recurse=False))
-    if not +trained:
+    if not trained:
         raise StageError(f"unfrozen_parameters: none that trains is named so in {planned['class']}",
                          f"names begin as in {next(name for name, _ in meta.named_parameters())}")
-    trained = dict(+trained)
     return {"method": "full fine-tuning", "targets": None,
-            "modules": {role: modules[role] for role in trained}, "trained_parameters": trained,
+            "modules": {role: modules[role] for role in trained}, "trained_parameters": dict(trained),
             "experts": 0, "new_rows": 0, "first_hits": {}}
 
 

@@ -164,8 +164,11 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
     By the forecast of memory, and the same on every rank: checkpointed layers of a sharded model are gathered
     once more. No forecast knows of a model that is shared out, nor of activations in host memory.
     """
-    wanted = work.config.gradient_checkpointing
-    if wanted == "offload":
+    wanted, shared_out = work.config.gradient_checkpointing, parallel.spread(work.config, world.device)
+    if wanted == "auto" and shared_out:
+        terminal.say("gradient_checkpointing: auto: no layer keeps its activations, since no forecast knows "
+                     "what room there is on GPUs that share a model (device_map)")
+    if wanted == "offload" or shared_out:
         return 0.0, None
 
     def decide() -> tuple[float, float | None]:
@@ -177,7 +180,7 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
         if wanted == "auto":
             terminal.say(f"gradient_checkpointing: auto: {share:.0%} of the layers keep their activations "
                          f"(forecast {peak:.2f} GiB, room for {free:.2f} GiB)")
-        return share, None if work.config.device_map else peak
+        return share, peak
     return tuple(world.agree(decide))
 
 

@@ -12,63 +12,37 @@ from dataclasses import dataclass, field
 class Family:
     """One family's facts. Module paths are those of the loaded model, as `named_modules()` prints them.
 
-    roles: module path -> role, for everything below it; the longest path wins. Empty means: guess.
-    wrappers: special tokens that the chat template, not the processor, puts around media; never trained.
-    collate: "cat" joins media tensors along their first axis, "stack" pads them and keeps one entry per row.
-    batch: "alike" lets only rows with equally many pictures share a micro-batch; "clips_apart" lets none with
-        clips share one with rows that have pictures.
-    idle: which parameters no forward reaches, by the name of a rule in `idle_modules`; they can't be trained.
-    no_lora: path components that LoRA leaves alone although they hold linear layers of the language model.
-    no_quant: path components that stay unquantised, since bitsandbytes or the model can't run them so.
-    new_tokens: why it can't have more tokens; empty where it can.
-    expert_lora: why LoRA can't be put on its experts; empty where it can.
-    eager: sub-configs whose part of the model has no sdpa attention.
-    no_flash: why flash attention computes something else for it; empty where it doesn't.
-    uncast: the module that takes pictures in its own type only; elsewhere models cast them themselves.
-    longest_sound_seconds: how much of a sound the processor takes; it cuts off the rest without a word.
-    one_kind: a row can't have pictures and clips: processor or model takes one for the other.
-    float16: why it can't compute in float16; empty where it can.
-    packing: why samples can't share a row; empty where they can, which 05 shows on the loaded model.
-    block_masks: kinds of layers in which a picture's tokens see all of it; packed rows then need own masks.
-    pixels: how its processor bounds a picture's pixels, by the name of a strategy in lib/resolution.py.
-    template: a file in lib/templates that serves where the published checkpoint has no chat template.
-    template_names: what Axolotl's recipes call its chat template; here they mean the checkpoint's own.
-    special_tokens: {name: token} of the tokenizer, where the published one has none.
-    packages: what its model or processor imports beyond transformers, as {module: pip name and version}.
-    absent: what must not be installed on a machine without CUDA, as {module: pip name}: transformers takes
-        the kernels of whatever it can import, and these refuse tensors that are elsewhere.
-    unread: regexes on tensors of its published checkpoints that the class has no use for.
-    use_instead: published ids that transformers can't train -> the same model converted.
-    first_loss_note: why a high first loss is no sign of a mistake here, and who says so.
+    Where a field says why something can't be, an empty one says that it can.
     """
     name: str
     model_types: tuple[str, ...]
-    roles: dict[str, str] = field(default_factory=dict)
-    wrappers: tuple[str, ...] = ()
-    collate: str = "cat"
-    batch: str = "any"
-    idle: str = ""
-    no_lora: tuple[str, ...] = ()
-    no_quant: tuple[str, ...] = ()
-    new_tokens: str = ""
-    expert_lora: str = ""
-    eager: tuple[str, ...] = ()
-    no_flash: str = ""
-    uncast: str = ""
-    longest_sound_seconds: float | None = None
-    one_kind: bool = False
-    float16: str = ""
-    packing: str = ""
-    block_masks: tuple[str, ...] = ()
-    pixels: str = ""
-    template: str = ""
-    template_names: tuple[str, ...] = ()
-    special_tokens: dict[str, str] = field(default_factory=dict)
-    packages: dict[str, str] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    unread: tuple[str, ...] = ()
-    use_instead: dict[str, str] = field(default_factory=dict)
-    first_loss_note: str = ""
+    roles: dict[str, str] = field(default_factory=dict)   # module path -> role; the longest path wins
+    wrappers: tuple[str, ...] = ()       # tokens that the template, not the processor, puts around media
+    collate: str = "cat"                 # joins media along their first axis; "stack": padded, an entry a row
+    batch: str = "any"                   # "alike": as many pictures a row; "clips_apart": of one kind
+    idle: str = ""                       # which parameters no forward reaches: a rule in roles.idle_modules
+    no_lora: tuple[str, ...] = ()        # path components that LoRA leaves alone, with linear layers in them
+    no_quant: tuple[str, ...] = ()       # path components that bitsandbytes or the model can't run quantised
+    new_tokens: str = ""                 # why it can't have more tokens
+    expert_lora: str = ""                # why LoRA can't be put on its experts
+    eager: tuple[str, ...] = ()          # sub-configs whose part of the model has no sdpa attention
+    no_flash: str = ""                   # why flash attention would compute something else for it
+    uncast: str = ""                     # the module that takes pictures in its own type only
+    longest_sound_seconds: float | None = None            # the processor cuts off the rest without a word
+    one_kind: bool = False               # no row has pictures and clips: the one is taken for the other
+    float16: str = ""                    # why it can't compute in float16
+    packing: str = ""                    # why samples can't share a row
+    block_masks: tuple[str, ...] = ()    # layers where a picture's tokens see all of it: own masks, if packed
+    pixels: str = ""                     # how pictures are bounded: a strategy in lib/resolution.py
+    template: str = ""                   # a file in lib/templates, where the published checkpoint has none
+    template_names: tuple[str, ...] = () # what Axolotl's recipes call its own chat template
+    special_tokens: dict[str, str] = field(default_factory=dict)    # {name: token} that its tokenizer lacks
+    packages: dict[str, str] = field(default_factory=dict)          # {module: pip name and version} it needs
+    absent: dict[str, str] = field(default_factory=dict)  # {module: pip name}: kernels for CUDA alone, which
+    #                                      transformers takes wherever it can import them
+    unread: tuple[str, ...] = ()         # regexes on tensors of its checkpoints that the class has no use for
+    use_instead: dict[str, str] = field(default_factory=dict)       # published id -> the same model converted
+    first_loss_note: str = ""            # why a high first loss is no sign of a mistake here, and who says so
     note: str = ""
 
 

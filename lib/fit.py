@@ -141,20 +141,19 @@ def print_facts(found: dict) -> None:
 def most_rows(bytes_of: Callable[[int], int], room: int, most: int = MOST_ROWS) -> int:
     """The most rows, up to `most`, whose bytes are within room; 0 if one row's aren't.
 
-    Bytes grow with rows, nearly along a straight line, which tells the next number to try.
+    Bytes grow with rows, nearly along a straight line, which tells the next number to try. It begins with few
+    rows: of many, ids alone are gigabytes, and they are real.
     """
     if bytes_of(1) > room:
         return 0
-    if bytes_of(most) <= room:
-        return most
-    fits, fails = 1, most
+    fits, fails, other = 1, most + 1, 2
     while fails - fits > 1:
-        line = fits + (room - bytes_of(fits)) * (fails - fits) // (bytes_of(fails) - bytes_of(fits))
+        line = fits + (room - bytes_of(fits)) * (other - fits) // (bytes_of(other) - bytes_of(fits))
         rows = min(max(line, fits + 1), fails - 1)
         if bytes_of(rows) <= room:
-            fits = rows
+            fits, other = rows, fits
         else:
-            fails = rows
+            fails = other = rows
     return fits
 
 

@@ -96,11 +96,12 @@ class Step:
     def peak(self, batch: dict[str, torch.Tensor], checkpointing: bool) -> Peak:
         """The peak of a step with this batch: the second step, when the optimizer has its state."""
         count, roles = self.count, {self.roles.of(model.base_name(name)) for name in self.trained}
-        for layer in checkpointed(self.net):
+        for _, layer in self.roles.layers(self.net):
             layer.gradient_checkpointing = False
         if checkpointing:
             model.checkpoint_trained_layers(self.net, self.roles, roles)
-        batch = {key: self._as_hollow(value) for key, value in batch.items()}
+        batch = {key: count.tensor(value) if isinstance(value, torch.Tensor) and value.is_floating_point()
+                 else value for key, value in batch.items()}
         self.learnt: set[torch.nn.Parameter] = set()
         count.phase, count.aside_bytes = "", 0
         count.start_again()
@@ -121,11 +122,6 @@ class Step:
             p.grad = None
         return self._as_peak(phases, gradients)
 
-    def _as_hollow(self, value):
-        """A batch's entry, without memory where it is floats."""
-        floats = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return self.count.tensor(value) if floats else value
-
     def _as_peak(self, phases: dict[str, int], gradients: int) -> Peak:
         """The Peak of what was counted."""
         weights, trained = Counter(), sum(p.nbytes for p in self.trained.values())
@@ -134,8 +130,8 @@ class Step:
                 kind = "quantised" if p.dtype == torch.uint8 else str(p.dtype).removeprefix("torch.")
                 weights[f"{self.roles.of(model.base_name(name))} {kind}"] += p.nbytes
         moments, held = self.moments.nbytes, sum(weights.values()) + trained
-        sizes = [sum(p.nbytes for p in layer.parameters() if not p.requires_grad) for layer in
-                 checkpointed(self.net, self.roles)]
+        sizes = [sum(p.nbytes for p in layer.parameters() if not p.requires_grad)
+                 for role, layer in self.roles.layers(self.net) if role == "language"]
         phases = {phase: size for phase, size in phases.items() if phase}
         activations = self.count.most_besides_bytes - held - moments
         return Peak(dict(weights), trained, gradients, moments, activations, phases,
@@ -169,13 +165,6 @@ def moments_bytes(elements: int, optimizer: str) -> int:
 
 
 # ---- the model ----
-
-def checkpointed(net, roles: Roles | None = None) -> list[torch.nn.Module]:
-    """The layers that can be checkpointed; of roles, those of language, which lib/sharding.py shards."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-    return [module for name, module in net.named_modules() if isinstance(module, GradientCheckpointingLayer)
-            and (roles is None or roles.of(model.base_name(name)) == "language")]
-
 
 def keep_in_float32(net) -> None:
     """Nothing; what loading leaves in float32 is so on meta, too."""

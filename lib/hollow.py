@@ -173,17 +173,14 @@ def cuda_kernels() -> Iterator[None]:
 
     They replace torch.nn.functional's, as no mode of torch's holds in layers that the backward runs again.
     """
-    own = {name: getattr(F, name) for name in ("layer_norm", "group_norm", "softmax")}
-    new = {name: partial(in_float32, function) for name, function in own.items()}
+    new = {name: partial(in_float32, getattr(F, name)) for name in ("layer_norm", "group_norm", "softmax")}
     new |= {"scaled_dot_product_attention": attention, "rms_norm": Norm.apply}
-    own |= {name: getattr(F, name) for name in new}
-    for name, function in new.items():
-        setattr(F, name, function)
+    own = {name: getattr(F, name) for name in new}
     try:
+        vars(F).update(new)
         yield
     finally:
-        for name, function in own.items():
-            setattr(F, name, function)
+        vars(F).update(own)
 
 
 def in_float32(function, tensor: torch.Tensor, *words, **options) -> torch.Tensor:

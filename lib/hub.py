@@ -1,5 +1,4 @@
 """hub: the rows of data sets that the `datasets` library keeps: of the hub, of its cache, or saved by it."""
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def loaded(spec: dict) -> Iterator[dict]:
                                       data_files=spec["data_files"])
     except (DatasetsError, OSError, ValueError, KeyError, TypeError, AssertionError) as error:
         fix = "correct path, name, revision, data_files or split; a hub id is owner/name"
-        if is_data_id(path) and (offline() or isinstance(error, ConnectionError)):
+        if is_data_id(path) and (datasets.config.HF_HUB_OFFLINE or isinstance(error, ConnectionError)):
             fix = "load it once where there is a network, without HF_HUB_OFFLINE; or name a file that is here"
         why = one_line(error.__cause__ or error)
         raise StageError(f"datasets: {path}: can't be loaded: {why}", fix) from None
@@ -61,12 +60,6 @@ def undecoded(found):
             plain = type(inner)(decode=False)
             found = found.cast_column(column, plain if inner is feature else datasets.List(plain))
     return found
-
-
-def offline() -> bool:
-    """Whether this process may not reach the hub."""
-    return any(os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
-               for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
 
 
 def one_line(error: BaseException) -> str:

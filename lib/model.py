@@ -5,6 +5,7 @@ Scripts 03 to 06 load through here, by the plan (lib/plan.py), and each load is 
 import contextlib
 import functools
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -96,15 +97,11 @@ def check_loaded(plan: dict, info: dict) -> None:
 
 def compare(parameters: dict[str, torch.nn.Parameter], roles: Roles, planned: dict[str, int]) -> None:
     """Nothing; a StageError names both sides where what trains is not what 04 planned, role by role."""
-    here: dict[str, int] = {}
-    for name, parameter in parameters.items():
-        role = roles.of(base_name(name))
-        here[role] = here.get(role, 0) + parameter.numel()
+    here, planned = roles.count(parameters.items()), Counter(planned)
     for role in sorted(here.keys() | planned.keys()):
-        counts = here.get(role, 0), planned.get(role, 0)
-        if counts[0] != counts[1]:
-            raise StageError(f"05_train would train {counts[0]:,} parameters of role {role}, "
-                             f"04_lora planned {counts[1]:,}", "run 04_lora.py again with --force")
+        if here[role] != planned[role]:
+            raise StageError(f"05_train would train {here[role]:,} parameters of role {role}, "
+                             f"04_lora planned {planned[role]:,}", "run 04_lora.py again with --force")
 
 
 def trained_parameters(model) -> dict[str, torch.nn.Parameter]:
@@ -126,13 +123,9 @@ def checkpoint_trained_layers(model, roles: Roles, trained_roles: set[str], kept
     graph and runs twice: here it stays out. Non-reentrant (PyTorch docs, torch.utils.checkpoint). offload:
     what a checkpointed layer keeps, its input, waits in host memory.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-    wanted = {*trained_roles, "language"}
-    layers = [(module, roles.of(base_name(name))) for name, module in model.named_modules()
-              if isinstance(module, GradientCheckpointingLayer)]
-    layers = [(role == "language", module) for module, role in layers if role in wanted]
-    layers = [module for _, module in sorted(layers, key=lambda pair: pair[0])]  # language's are the last
-    layers = layers[:len(layers) - max(1, int(kept_share * len(layers)))]
+    layers = [layer for layer in roles.layers(model) if layer[0] in {*trained_roles, "language"}]
+    layers.sort(key=lambda layer: layer[0] == "language")                        # language's are the last
+    layers = [module for _, module in layers[:len(layers) - max(1, int(kept_share * len(layers)))]]
     for module in layers:
         module.gradient_checkpointing = True
         module._gradient_checkpointing_func = functools.partial(checkpointed, offload)
@@ -193,9 +186,12 @@ def save_full(model, folder: Path, max_shard_size: str | None = None) -> dict[st
 def new_adapter(plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
     """(PEFT model with the adapter to train, role -> names of the layers hit).
 
-    The weights are loaded only where what trains begins as something of theirs: DoRA's norms, or new rows.
+    The weights are loaded only where what trains begins as something of theirs: DoRA's norms, or new rows of
+    embedding and head, for which nothing is quantised: that takes a minute for some GiB.
     """
     knobs = continued(knobs)
+    if not knobs.peft_use_dora and plan["stored_as"] != "bitsandbytes":
+        plan = plan | {"quantisation": None}
     known = knobs.peft_use_dora or plan["new_rows"]
     base = load(plan, torch.device("cpu")) if known else on_meta(plan)
     return adapter.put_on(base, plan, knobs)

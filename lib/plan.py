@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lib import kernels, origin, quant, registry, rope, terminal, vocabulary
 from lib.processor import first_line
-from lib.roles import Roles, roles_of
+from lib.roles import roles_of
 from lib.stage import StageError
 from lib.trainable import refuse_other_losses, refuse_other_objectives
 
@@ -44,8 +43,9 @@ def make_plan(knobs) -> dict:
     plan["new_rows"] = vocabulary.new_rows(model, knobs)
     plan["grown_to"] = vocabulary.grow(model, plan["new_rows"])
     roles = roles_of(model, family)
-    plan |= {"tied_head": tied(model), "roles": roles.paths, "idle": roles.idle,
-             "roles_guessed": roles.guessed, "parameters": dict(count_parameters(model, roles))}
+    plan |= {"tied_head": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+             "roles": roles.paths, "idle": roles.idle, "roles_guessed": roles.guessed,
+             "parameters": dict(roles.count(model.named_parameters()))}         # a tied tensor once
     return plan | {"quantisation": quant.make_plan(plan, config, knobs, model, roles)}
 
 
@@ -106,21 +106,6 @@ def with_an_attention_it_has(plan: dict):
         terminal.warn(f"{plan['class']} has no sdpa attention; eager gives the same")
         plan["attn_implementation"] = "eager"
         return on_meta(plan)
-
-
-def count_parameters(model, roles: Roles, idle: bool = True) -> Counter:
-    """Parameters per role, with or without those that no forward reaches; a tied tensor counts once."""
-    counts = Counter()
-    for name, parameter in model.named_parameters():
-        if idle or not roles.is_idle(name):
-            counts[roles.of(name)] += parameter.numel()
-    return counts
-
-
-def tied(model) -> bool:
-    """Whether output head and input embedding share one tensor."""
-    head = model.get_output_embeddings()
-    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def public_name(plan: dict) -> str:

@@ -117,10 +117,8 @@ def arguments(plan: dict) -> tuple[str, dict] | None:
 def configuration(plan: dict):
     """transformers' configuration for a plan whose weights are quantised, or None."""
     import transformers
-    if found := arguments(plan):
-        kind, options = found
-        return getattr(transformers, kind)(**options)
-    return None
+    found = arguments(plan)
+    return getattr(transformers, found[0])(**found[1]) if found else None
 
 
 def refuse_unread_scales(path: str, extra: list[str]) -> None:
@@ -148,14 +146,12 @@ def found_linears(model) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def check(model, plan: dict) -> int:
-    """How many layers were quantised; a StageError when it isn't exactly those of the plan."""
-    found = found_linears(model)
-    if wrong := found ^ set(plan["quantisation"]["linears"]):
+def check(model, plan: dict) -> None:
+    """Nothing; a StageError when the quantised layers aren't exactly those of the plan."""
+    if wrong := found_linears(model) ^ set(plan["quantisation"]["linears"]):
         raise StageError(f"quantisation: {len(wrong)} layers are not as planned, such as {sorted(wrong)[0]}",
                          "run 03_load_model.py again; else the roles in lib/families.py are wrong")
     keep_gradients(model)
-    return len(found)
 
 
 def keep_gradients(model) -> None:

@@ -68,15 +68,13 @@ def auto_class(model_type: str) -> str:
     AutoModelForCausalLM also answers for some multimodal types and silently drops their towers, so it is only
     asked for the types that the multimodal table lacks ("llava" and "qwen2_vl" are in it, "llama" is not).
     """
-    from transformers.models.auto import modeling_auto as auto
-    # Before transformers 5.20 the wider table (which adds audio models) doesn't exist.
-    wide = getattr(auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", {})
-    if model_type in wide:
-        return "AutoModelForMultimodalLM"
-    if model_type in auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return "AutoModelForImageTextToText"
-    if model_type in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        return "AutoModelForCausalLM"
+    from transformers.models.auto import modeling_auto
+    # Before transformers 5.20 the widest table (which adds audio models) doesn't exist.
+    for name, table in (("AutoModelForMultimodalLM", "MULTIMODAL_LM"),
+                        ("AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT"),
+                        ("AutoModelForCausalLM", "CAUSAL_LM")):
+        if model_type in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES", {}):
+            return name
     raise StageError(f"base_model: transformers has no generative model for type {model_type!r}",
                      "choose an image-text-to-text, audio-text-to-text or causal language model")
 

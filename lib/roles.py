@@ -6,15 +6,14 @@ module names. A family without a record gets its roles guessed from the module t
 Fork me to: adapt other layers by default (`lora_linears`).
 """
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
 
 from lib.registry import Family
 from lib.stage import StageError
-
-ROLES = ("language", "vision", "audio", "projector", "cross_attention", "head", "embedding", "experts",
-         "router")
 
 # Inside the language model, these path components have a role of their own in every family.
 INNER = {"experts": "experts", "router": "router", "gate": "router", "shared_expert_gate": "router",
@@ -51,13 +50,24 @@ class Roles:
         parts = name.split(".")
         for length in range(len(parts), -1, -1):
             role = self.paths.get(".".join(parts[:length]))
-            if role is not None:
-                break
-        else:
-            return None
-        if role == "language":
-            return next((INNER[part] for part in parts[length:] if part in INNER), role)
-        return role
+            if role == "language":
+                return next((INNER[part] for part in parts[length:] if part in INNER), role)
+            if role:
+                return role
+        return None
+
+    def count(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Counter:
+        """{role: elements} of named parameters."""
+        counts = Counter()
+        for name, parameter in parameters:
+            counts[self.of(base_name(name))] += parameter.numel()
+        return counts
+
+    def layers(self, model) -> list[tuple[str, torch.nn.Module]]:
+        """(role, layer) of each layer of a model that transformers can run again in the backward."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+        return [(self.of(base_name(name)), module) for name, module in model.named_modules()
+                if isinstance(module, GradientCheckpointingLayer)]
 
 
 def roles_of(model, family: Family) -> Roles:
@@ -139,15 +149,12 @@ def lora_linears(model, roles: Roles, family: Family, wanted: tuple[str, ...]) -
     Language means every linear layer inside its decoder layers, cross-attention and shared experts included;
     what routes (router, gates) is left out unless asked for. Other roles: every linear layer they hold.
     """
-    names = []
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear) or roles.is_idle(name):
-            continue
+    def is_wanted(name: str):
         role = roles.of(name)
-        if set(family.no_lora) & set(name.split(".")):
-            continue
         if role in wanted and role != "language":
-            names.append(name)
-        elif "language" in wanted and role in ("language", "cross_attention") and re.search(r"\.\d+\.", name):
-            names.append(name)
-    return names
+            return True
+        in_decoder = role in ("language", "cross_attention") and re.search(r"\.\d+\.", name)
+        return "language" in wanted and in_decoder
+    left_alone = set(family.no_lora)
+    return [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+            and not roles.is_idle(name) and not left_alone & set(name.split(".")) and is_wanted(name)]

@@ -8,7 +8,6 @@ Source: PyTorch FSDP2, torch.distributed.fsdp.fully_shard; ZeRO-3 (arXiv 1910.02
 Fork me to: shard other roles, or keep layers gathered between forward and backward.
 """
 from lib import terminal
-from lib.adapter import base_name
 from lib.parallel import World
 from lib.roles import Roles
 
@@ -21,11 +20,9 @@ def shard(model, roles: Roles, world: World) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
-    from transformers.modeling_layers import GradientCheckpointingLayer
     mesh = init_device_mesh(world.device.type, (world.world_size,))
     whole = {p for p in model.parameters() if p.requires_grad}
-    layers = [module for name, module in model.named_modules()
-              if isinstance(module, GradientCheckpointingLayer) and roles.of(base_name(name)) == "language"]
+    layers = [layer for role, layer in roles.layers(model) if role == "language"]
     for layer in layers:                  # one at a time: no device ever holds two whole ones
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     inside = {p for layer in layers for p in layer.parameters()}

@@ -82,6 +82,14 @@ def test_one_process_for_all_gpus_and_one_for_each_exclude_each_other(tmp_path):
         importlib.import_module("05_train").load(work, parallel.World(0, 2, CPU))
 
 
+def test_a_shared_out_model_keeps_no_activations_as_long_as_none_says_otherwise(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    work = SimpleNamespace(config=SimpleNamespace(device_map="auto", max_memory=None, gradient_checkpointing="auto"))
+    world = parallel.World(0, 1, torch.device("cuda", 0))
+    assert importlib.import_module("05_train").kept_layers(work, world, {}, shards=False) == (0.0, None)
+    assert "auto: no layer keeps its activations" in capsys.readouterr().out
+
+
 def test_one_device_has_all_of_a_model_whatever_device_map_says():
     assert parallel.spread(SimpleNamespace(device_map="auto", max_memory={"0": "1GiB"}), CPU) is None
 

@@ -1,6 +1,7 @@
 """03: what a model is, by role, is known before it is loaded; and what is loaded is that."""
 
 import dataclasses
+import importlib
 import json
 import os
 import shutil
