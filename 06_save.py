@@ -29,7 +29,7 @@ from lib.ledger import read_json, write_json
 from lib.media import MediaError
 from lib.messages import RowError, text_parts
 from lib.plan import quiet
-from lib.predict import evaluate_file
+from lib.predict import evaluate_file, trained_model
 from lib.render import stop_clock
 from lib.stage import StageError
 from lib.template import Template
@@ -167,7 +167,7 @@ def ask(work, files: list[str], question: str) -> None:
     It is asked as the rows of the first data set are: with its system prompt, and the template's arguments.
     """
     data = stage.view("02_data", work.run, own=True).config
-    plan, trained = read_json(work.input("03_load_model") / "model.json"), work.input("05_train")
+    plan = read_json(work.input("03_load_model") / "model.json")
     encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
     template = Template(encoder.processor, day=work.config.template_date)
     template = template.with_options([], **data.chat_template_kwargs)
@@ -175,15 +175,11 @@ def ask(work, files: list[str], question: str) -> None:
     before = [{"role": "system", "content": text_parts(prompt)}] if prompt else []
     text, opened = prompt_about(files, question, encoder, template, before)
     device, answers = parallel.pick_device(), []
-    spread = parallel.spread(work.config, device)
-    base = model.load(plan, device, "reference", spread=spread)
+    base = model.load(plan, device, "reference", spread=parallel.spread(work.config, device))
     with quiet():
         answers.append(["before", generate(base, encoder, text, opened, work.config.max_new_tokens)])
-        if work.config.adapter is None:
-            tuned = plan | {"base_model": str(trained / "model"), "revision": None}
-            tuned = model.load(tuned, device, "inference", spread=spread)
-        else:
-            tuned = model.attach(base, trained / "adapter", trainable=False).eval()
+        tuned = trained_model(work, plan) if work.config.adapter is None else \
+            model.attach(base, work.input("05_train") / "adapter", trainable=False).eval()
         answers.append(["after", generate(tuned, encoder, text, opened, work.config.max_new_tokens)])
     terminal.table(question, ["model", "answer"], answers)
 
