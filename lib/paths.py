@@ -59,7 +59,8 @@ def model_path(text: str) -> str:
         return text
     if address := re.match(rf"https?://[^/]+/({HUB_ID.pattern})", text):
         raise Wrong("is an address", f"write the hub id: {address[1]}")
-    raise Wrong("is no folder here, and no hub id", similar(path, "a hub id has exactly one slash: owner/name"))
+    raise Wrong("is no folder here, and no hub id",
+                similar(path, "a hub id has exactly one slash: owner/name"))
 
 
 def adapter_path(text: str) -> str:
