@@ -114,4 +114,5 @@ def similar(path: Path, otherwise: str = "") -> str:
         return f"there is no folder {folder}"
     names = os.listdir(folder) if os.access(folder, os.R_OK) else []
     close = difflib.get_close_matches(path.name, names, n=1)
-    return f"did you mean {folder / close[0]}?" if close else otherwise or f"a relative path starts from {Path.cwd()}"
+    otherwise = otherwise or f"a relative path starts from {Path.cwd()}"
+    return f"did you mean {folder / close[0]}?" if close else otherwise
