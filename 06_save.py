@@ -72,7 +72,9 @@ def main(argv=None):
     write_json(work.path / "check.json", check)
     # 4. Describe it: a model card in every export, one page for people.
     facts = Facts.of(work, plan, check)
-    describe(work, facts, exports)
+    for folder in exports:
+        (folder / "README.md").write_text(model_card(folder.name, facts), encoding="utf-8")
+    shutil.copy(exports[0] / "README.md", work.path)
     pictures = page.may_show(work.config.report_media, held_out=True)
     report.write_report(work, facts, encoder, answered(rows, found["answers"], pictures))
     say_results(check)
@@ -104,14 +106,7 @@ def held_out_rows(work, encoder: Encoder) -> list[dict]:
     return [record | {"reference": encoder.prompt(record)[2]} for record in chosen]
 
 
-# ---- card and page ----
-
-def describe(work, facts: Facts, exports: list[Path]) -> None:
-    """README.md in every export, and the first one's beside them."""
-    for folder in exports:
-        (folder / "README.md").write_text(model_card(folder.name, facts), encoding="utf-8")
-    shutil.copy(exports[0] / "README.md", work.path / "README.md")
-
+# ---- page ----
 
 def answered(rows: list[dict], answers: list[dict], pictures: bool) -> list[dict]:
     """The rows as lib/answers.py shows them: pictures, question, reference, both answers with their marks."""

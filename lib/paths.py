@@ -1,4 +1,4 @@
-"""paths: what a recipe names that has to be there: models, adapters, data, templates, functions of the user's.
+"""paths: what a recipe names that has to be there: a model, an adapter, data, a template, a user's function.
 
 Each check returns the value to keep or raises Wrong. Paths stay as written; relative ones start from the
 current folder, as in every later stage.
