@@ -21,11 +21,11 @@ from typing import Literal
 
 from lib import origin, registry, stage, terminal
 from lib.checks import (
-    adapter_path, bnb_arguments, chat_template, data_path, day, filled, hook, limits, metrics,
-    model_overrides, model_path, name_ends, name_regexes, properties, regex, role_words, side, size,
-    special_tokens, template_arguments, words)
+    bnb_arguments, day, filled, limits, model_overrides, name_ends, name_regexes, properties, regex,
+    role_words, side, size, special_tokens, template_arguments, words)
 from lib.knobs import REQUIRED, Hook, in_words, knob, knobs_of
 from lib.ledger import read_json, write_json
+from lib.paths import adapter_path, chat_template, data_path, hook, metrics, model_path
 from lib.reading import read_knobs
 from lib.recipe import Entry, read_overrides, read_recipe, read_text, written
 from lib.rules import MEDIA_ROLES, RULES, WARNINGS

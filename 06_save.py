@@ -29,7 +29,7 @@ from lib.ledger import read_json, write_json
 from lib.media import MediaError
 from lib.messages import RowError, text_parts
 from lib.plan import quiet
-from lib.predict import evaluate_file
+from lib.predict import evaluate_file, trained_model
 from lib.render import stop_clock
 from lib.stage import StageError
 from lib.template import Template
@@ -72,7 +72,9 @@ def main(argv=None):
     write_json(work.path / "check.json", check)
     # 4. Describe it: a model card in every export, one page for people.
     facts = Facts.of(work, plan, check)
-    describe(work, facts, exports)
+    for folder in exports:
+        (folder / "README.md").write_text(model_card(folder.name, facts), encoding="utf-8")
+    shutil.copy(exports[0] / "README.md", work.path)
     pictures = page.may_show(work.config.report_media, held_out=True)
     report.write_report(work, facts, encoder, answered(rows, found["answers"], pictures))
     say_results(check)
@@ -104,14 +106,7 @@ def held_out_rows(work, encoder: Encoder) -> list[dict]:
     return [record | {"reference": encoder.prompt(record)[2]} for record in chosen]
 
 
-# ---- card and page ----
-
-def describe(work, facts: Facts, exports: list[Path]) -> None:
-    """README.md in every export, and the first one's beside them."""
-    for folder in exports:
-        (folder / "README.md").write_text(model_card(folder.name, facts), encoding="utf-8")
-    shutil.copy(exports[0] / "README.md", work.path / "README.md")
-
+# ---- page ----
 
 def answered(rows: list[dict], answers: list[dict], pictures: bool) -> list[dict]:
     """The rows as lib/answers.py shows them: pictures, question, reference, both answers with their marks."""
@@ -167,7 +162,7 @@ def ask(work, files: list[str], question: str) -> None:
     It is asked as the rows of the first data set are: with its system prompt, and the template's arguments.
     """
     data = stage.view("02_data", work.run, own=True).config
-    plan, trained = read_json(work.input("03_load_model") / "model.json"), work.input("05_train")
+    plan = read_json(work.input("03_load_model") / "model.json")
     encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
     template = Template(encoder.processor, day=work.config.template_date)
     template = template.with_options([], **data.chat_template_kwargs)
@@ -175,15 +170,11 @@ def ask(work, files: list[str], question: str) -> None:
     before = [{"role": "system", "content": text_parts(prompt)}] if prompt else []
     text, opened = prompt_about(files, question, encoder, template, before)
     device, answers = parallel.pick_device(), []
-    spread = parallel.spread(work.config, device)
-    base = model.load(plan, device, "reference", spread=spread)
+    base = model.load(plan, device, "reference", spread=parallel.spread(work.config, device))
     with quiet():
         answers.append(["before", generate(base, encoder, text, opened, work.config.max_new_tokens)])
-        if work.config.adapter is None:
-            tuned = plan | {"base_model": str(trained / "model"), "revision": None}
-            tuned = model.load(tuned, device, "inference", spread=spread)
-        else:
-            tuned = model.attach(base, trained / "adapter", trainable=False).eval()
+        tuned = trained_model(work, plan) if work.config.adapter is None else \
+            model.attach(base, work.input("05_train") / "adapter", trainable=False).eval()
         answers.append(["after", generate(tuned, encoder, text, opened, work.config.max_new_tokens)])
     terminal.table(question, ["model", "answer"], answers)
 

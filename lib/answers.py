@@ -2,25 +2,26 @@
 import math
 import textwrap
 import unicodedata
+from difflib import SequenceMatcher
 from html import escape
 
 from PIL import Image
 
 from lib.charts import drawing
-from lib.page import arrows, data_uri, folded, heading, note, picture, rgb
+from lib.page import arrows, data_uri, folded, heading, note, picture
 
 MOST = 5                                  # rows of the most improved, and of the most worsened ones
 FOLDED_FROM = 60                          # with more rows than these, the others are shown on demand
-
+COMPARED = 400                            # characters of an answer: enough to say which came nearer
 VERDICTS = {True: ("good", "✓", "right"), False: ("bad", "✗", "wrong"), None: ("", "", "")}
 
 
-def cards(rows, nearer=None):
+def cards(rows):
     """Cards of held-out rows before and after training, with a count of what changed.
 
-    rows: [{pictures, question, reference, base, tuned, base_right, tuned_right}]; a verdict is None where
-    there is none. A question that all rows share is said once, and short answers then make a gallery.
-    nearer(row): how much training improved it; what it improved and worsened most then comes first.
+    rows: [{pictures, question, reference, base, tuned, base_right, tuned_right}]. A question that all rows
+    share is said once, and short answers then make a gallery. Of many rows, those come first that training
+    improved and worsened most.
     """
     verdicts = [(row["base_right"], row["tuned_right"]) for row in rows]
     counts = [(verdicts.count((False, True)), "put right by training"),
@@ -34,7 +35,7 @@ def cards(rows, nearer=None):
     def gallery(some):
         some = "".join(_answer_card(row, heading=not shared) for row in some)
         return f'<div class="cards{" brief" if brief else ""}">{some}</div>'
-    first, rest = _extremes(rows, nearer) if nearer and len(rows) > 2 * MOST else ({}, rows)
+    first, rest = _extremes(rows) if len(rows) > 2 * MOST else ({}, rows)
     html = "".join(heading(f"Most {name}") + gallery(some) for name, some in first.items() if some)
     if first:
         others = f"All other {len(rest)} rows"
@@ -45,9 +46,16 @@ def cards(rows, nearer=None):
             + (f'<h3 class="shared" dir="auto">{escape(shared)}</h3>' if shared else "") + html)
 
 
-def _extremes(rows, nearer):
+def _nearer(row):
+    """How much nearer training brought an answer to its reference: from -1 to 1, by common characters."""
+    after, before = (SequenceMatcher(None, row[which][:COMPARED], row["reference"][:COMPARED]).ratio()
+                     for which in ("tuned", "base"))
+    return after - before
+
+
+def _extremes(rows):
     """({"improved": the rows that gained most, "worsened": those that lost}, all others)."""
-    gains = {n: nearer(row) for n, row in enumerate(rows)}
+    gains = {n: _nearer(row) for n, row in enumerate(rows)}
     order = sorted(gains, key=gains.get)
     found = {"improved": [n for n in order[::-1][:MOST] if gains[n] > 0],
              "worsened": [n for n in order[:MOST] if gains[n] < 0]}
@@ -104,8 +112,7 @@ def figure(rows, title, caption):
 
 def _figure_card(row, question, side=224):
     html = [f'<rect class="wash" width="{side}" height="{side}"/>']
-    for picture_of_row in row["pictures"][:1]:
-        image = rgb(picture_of_row)
+    for image in row["pictures"][:1]:
         factor = max(1, side // max(image.size))  # enlarged here: not every viewer of SVGs keeps pixels crisp
         image = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
         image.thumbnail((side, side), Image.Resampling.LANCZOS)

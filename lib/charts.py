@@ -10,6 +10,8 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from lib.scale import Scale, number, round_step
 
 # `good` is the one accent: what is trained, and what training made right. `s0`.. are the lines of a chart.
@@ -23,16 +25,11 @@ DARK = {"paper": "#111417", "wash": "#1d2126", "rule": "#2e343b", "muted": "#a0a
 
 def histogram(values, label, unit="tokens", marks=()):
     """A histogram with its median and maximum. marks: [(value, name)], more lines, as for sequence_len."""
-    kept = [value for value in values if _is_usable(value)]
-    left_out = f" ({len(values) - len(kept)} without a value)" if len(kept) < len(values) else ""
-    if not kept:
-        return _chart(f'<p class="note">No values{left_out}.</p>', "half", label)
-    start, step, counts = _bins(kept)
+    start, step, counts = _bins(values)
     end = start + step * len(counts)
     shown = {}
-    for value, name in ((statistics.median(kept), "median"), (max(kept), "max"), *marks):
-        if _is_usable(value):
-            shown[value] = f"{shown[value]}, {name}" if value in shown else name
+    for value, name in ((statistics.median(values), "median"), (max(values), "max"), *marks):
+        shown[value] = f"{shown[value]}, {name}" if value in shown else name
     near = {value: name for value, name in shown.items() if start <= value <= end + (end - start) / 2}
     far = "".join(f", {name} {number(value, 4)}" for value, name in shown.items() if value not in near)
     x = Scale([start, end, *near], 48, 404, snap=False)
@@ -45,21 +42,19 @@ def histogram(values, label, unit="tokens", marks=()):
         f'{number(low + step, 4)}: {count:,}</title></rect>'
         for low, count in ((start + n * step, count) for n, count in enumerate(counts)) if count)
     words = ", ".join(f"{name} {number(value, 4)}" for value, name in shown.items())
-    svg = drawing(420, 250, f"Histogram of {label}: {len(kept):,} values, {words} {unit}",
-               _grid(x, y, unit) + bars + _marks(near, x, 66, 206))
-    return _chart(svg, "half", label + far + left_out)
+    svg = drawing(420, 250, f"Histogram of {label}: {len(values):,} values, {words} {unit}",
+                  _grid(x, y, unit) + bars + _marks(near, x, 66, 206))
+    return _chart(svg, "half", label + far)
 
 
 def _bins(values):
     """(start, step, counts) of about 16 bins of a round width; whole numbers a bin each sit in its middle."""
-    low, high = min(values), max(values)
-    whole = all(float(value).is_integer() for value in values)
+    values = np.asarray(values, float)
+    low, high, whole = values.min(), values.max(), (values % 1 == 0).all()
     step = round_step((high - low) / 16 or (not whole and abs(high) / 16) or 1)
     step = max(step, 1) if whole else step
     start = math.floor(low / step) * step - (0.5 if whole and step == 1 else 0)
-    counts = [0] * (int((high - start) / step) + 1)
-    for value in values:
-        counts[int((value - start) / step)] += 1
+    counts = np.bincount(((values - start) / step).astype(int)).tolist()
     return (start, step, counts) if len(counts) > 1 else (start - 2 * step, step, [0, 0, *counts, 0, 0])
 
 
@@ -78,10 +73,9 @@ def _marks(marks, x, top, bottom):
     return "".join(html)
 
 
-def curve(series, x_label, y_label, log_y=False, standalone=False):
+def curve(series, x_label, y_label, standalone=False):
     """A line chart of {name: [(x, y), ...]}: smoothed over faint raw where a line jumps about."""
-    usable = {name: [(x, y) for x, y in points
-                     if _is_usable(x) and _is_usable(y) and (y > 1e-300 or not log_y)]
+    usable = {name: [(x, y) for x, y in points if _is_usable(x) and _is_usable(y)]
               for name, points in series.items()}
     lines = {name: sorted(points) for name, points in usable.items() if points}
     if not lines:
@@ -91,7 +85,7 @@ def curve(series, x_label, y_label, log_y=False, standalone=False):
     x = Scale([x for points in lines.values() for x, _ in points], 64, 706, snap=False)
     names = {name: f"s{n % 4} d{(n + n // 4) % 4}" for n, name in enumerate(lines)}  # colour, dash: 16 pairs
     legend, top = _legend(names, y_label)
-    y = Scale([y for points in lines.values() for _, y in points], 300, top, log=log_y)
+    y = Scale([y for points in lines.values() for _, y in points], 300, top)
     body = legend + _grid(x, y, x_label) + "".join(_line(lines[name], x, y, names[name]) for name in lines)
     last = ", ".join(f"{name} ends at {number(points[-1][1], 3)}" for name, points in lines.items())
     svg = drawing(720, 350, f"{y_label} by {x_label}: {last}", body, standalone)

@@ -4,8 +4,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from lib.checks import is_data_id
 from lib.ledger import read_json
+from lib.paths import is_data_id
 
 PRIVATE = ("output_dir", "url_hosts", "wandb_project", "wandb_entity", "wandb_name")
 

@@ -45,11 +45,12 @@ def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dic
         model.save_full(model.load(quant.whole(plan), torch.device("cpu"), "reference"), base)
     merged = str(exports[1].absolute()) if len(exports) > 1 else None
     facts, device = ("revision", "trust_remote_code", "class", "dtype", "text_config"), parallel.pick_device()
+    spread = parallel.spread(work.config, device)
     return {**{fact: plan[fact] for fact in facts}, "adapter": work.config.adapter is not None,
             "export": str(exports[0].absolute()), "merged": merged, "golden": str(golden.absolute()),
             "base_model": str(base.absolute() if base.exists() else base),
             "quantisation": quant.arguments(plan), "device": str(device),
-            "spread": parallel.spread(work.config, device),
+            "spread": spread and [spread["device_map"], [*(spread["max_memory"] or {}).items()]],
             "attn_implementation": kernels.here(plan["attn_implementation"], device.type == "cuda"),
             "without_quantisation": quant.arguments(plan | {"quantisation": None}),
             "cast_pictures": bool(registry.family_of(plan["model_type"]).uncast),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from lib import shards
+from lib.shards import whole
 from lib.stage import StageError
 
 ZERO = {"gptq": 1, "gptq_v2": 0}                     # what a zero point is stored less, by the layout's name
@@ -68,11 +69,6 @@ def weights(plan: dict, settings: dict) -> dict[str, Later]:
         elif part not in PARTS or f"{layer}.qweight" not in places:
             found[name] = Later(lambda place=place: whole(place))
     return found
-
-
-def whole(place: shards.Place) -> torch.Tensor:
-    """A tensor of the files."""
-    return torch.cat(list(shards.rows(place))).view(place.shape)
 
 
 def unpacked(qweight, qzeros, scales, g_idx, bits: int, zero: int) -> torch.Tensor:

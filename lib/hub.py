@@ -2,7 +2,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.checks import BUILDERS, is_data_id
+from lib.paths import BUILDERS, is_data_id
 from lib.stage import StageError
 
 

@@ -42,7 +42,8 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
     files = {file: {name: sums.place(name) for name in held} for file, held in files.items()}
     if max_shard_size:
         files = shards.cut({name: sums.place(name) for name in tensors}, bytes_of(max_shard_size))
-    with ThreadPoolExecutor(FILES_AT_A_TIME) as pool:
+    # Each adds up in one thread: so the sums are the same to the bit, however many cores there are.
+    with ThreadPoolExecutor(FILES_AT_A_TIME, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(lambda name: shards.write(folder / name, files[name], sums.content), files))
     beside = [shards.base_file(whole, name) for name in BESIDE]
     code = beside[0].parent.glob("*.py") if whole["trust_remote_code"] else ()
@@ -111,15 +112,16 @@ class Sums:
         from peft.tuners.lora import Linear
         layer, name, as_it_is = self.layers.get(part, (None, "", True))
         if part in self.rows:
-            yield with_rows(self.rows[part], torch.cat(list(shards.rows(self.tensors[part]))))
+            yield with_rows(self.rows[part], shards.whole(self.tensors[part]))
         elif layer is None:
             yield from shards.rows(place)
         elif as_it_is and type(layer) is Linear and not layer.lora_variant:
             yield from added_by_rows(layer, shards.rows(place))
         else:
-            before = torch.cat(list(shards.rows(place)))
             with self.lock:                                     # a layer holds one weight at a time
-                yield self.whole(layer, part, before.float()).to(before.dtype)
+                before = shards.whole(place)
+                total = self.whole(layer, part, before.float()).to(before.dtype)
+            yield total
 
     def place(self, part: str) -> shards.Place:
         """The base's place of a tensor, as large as the merged one is: an embedding may have grown."""
@@ -177,8 +179,8 @@ def added_by_rows(layer, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tenso
     low, high, row = layer.lora_A[name].weight, layer.lora_B[name].weight, 0
     for piece in pieces:
         row += len(piece)
-        total = torch.addmm(piece.float(), high[row - len(piece):row], low, alpha=layer.scaling[name])
-        yield total.to(piece.dtype)
+        total = piece.float().addmm_(high[row - len(piece):row], low, alpha=layer.scaling[name])
+        yield piece.copy_(total)
 
 
 @torch.no_grad()

@@ -14,7 +14,9 @@ from pathlib import Path
 from PIL import Image
 
 from lib.charts import DARK, LIGHT
+from lib.pictures import to_rgb
 from lib.scale import number
+
 
 def document(title, sections, subtitle="", about=""):
     """One HTML document that needs nothing beside it. sections: [(heading, html)]; about: what it holds."""
@@ -155,7 +157,7 @@ def shot(pictures, caption):
 
 def picture(image, alt, max_side=224, enlarged_to=128):
     """An <img> of a PIL image, at most max_side pixels a side; a tiny one is enlarged by a whole factor."""
-    shown = rgb(image)
+    shown = to_rgb(image)
     shown.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
     factor = max(1, min(enlarged_to, max_side) // max(shown.size))
     crisp = ' class="pixel"' if factor > 1 else ""
@@ -164,22 +166,9 @@ def picture(image, alt, max_side=224, enlarged_to=128):
             f' alt="{escape(alt)}" title="{image.width} × {image.height} pixels">')
 
 
-def rgb(image):
-    """A new RGB image without metadata: transparency on white, as models see it; deep grey stretched."""
-    if image.mode.startswith(("I", "F")):
-        low, high = image.getextrema()
-        scale = 255 / ((high - low) or 1)
-        image = image.convert("F").point(lambda value: value * scale - low * scale)
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    clean = Image.new("RGB", image.size)
-    clean.paste(image.convert("L" if image.mode == "F" else "RGB"))
-    return clean
-
-
 def data_uri(image):
-    """A data URI: PNG for few pixels or few colours, where JPEG would smear, and JPEG for photographs."""
+    """A data URI without metadata: PNG for few pixels or colours, where JPEG would smear, else JPEG."""
+    image = Image.frombytes(image.mode, image.size, image.tobytes())
     png = max(image.size) <= 64 or image.getcolors(64) is not None
     data = io.BytesIO()
     image.save(data, "PNG", optimize=True) if png else image.save(data, "JPEG", quality=85)

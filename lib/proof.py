@@ -18,6 +18,7 @@ import torch
 import transformers
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 ROUNDS = {"BF16": torch.finfo(torch.bfloat16).eps, "F16": torch.finfo(torch.float16).eps}
 
@@ -56,7 +57,7 @@ def prove_merged(task: dict, golden: list[dict]) -> dict:
     The sums are checked one by one, since logits can't tell: in bfloat16 a router's near tie falls otherwise
     after any rounding. Then the same weights have to give the same logits, or its configuration differs.
     """
-    base = load(plain(task), task["base_model"], task["revision"])
+    base = load(task | {"quantisation": task["without_quantisation"]}, task["base_model"], task["revision"])
     weights = dict(base.named_parameters())            # still these objects when peft has wrapped the layers
     tuned, _ = with_adapter(base, task["export"])
     wanted = logits(tuned, golden, task) if task["quantisation"] else [row["logits"] for row in golden]
@@ -87,7 +88,9 @@ def load(task: dict, path: str, revision: str | None = None):
         kind, arguments = task["quantisation"]
         options |= {"quantization_config": getattr(transformers, kind)(**arguments),
                     "device_map": {"": task["device"]}}
-    options |= spread_of(task)
+    if task["spread"]:
+        device_map, limits = task["spread"]
+        options |= {"device_map": device_map, "max_memory": dict(limits) or None}
     if task["text_config"]:
         trust = {"trust_remote_code": task["trust_remote_code"], "revision": revision}
         options["config"] = transformers.AutoConfig.from_pretrained(path, **trust)
@@ -107,13 +110,6 @@ def load(task: dict, path: str, revision: str | None = None):
     return model.eval() if "device_map" in options else model.eval().to(task["device"])
 
 
-def spread_of(task: dict) -> dict:
-    """transformers' arguments that share the model out over GPUs, none where one device holds it."""
-    spread = task["spread"] or {}
-    limits = spread.get("max_memory") or {}                    # JSON made the GPUs' numbers text
-    return spread | ({"max_memory": {int(n): most for n, most in limits.items()}} if limits else {})
-
-
 def with_adapter(base, folder: str):
     """(the base with the adapter on it, the adapter's tensors as loaded)."""
     from peft import PeftModel, get_peft_model_state_dict
@@ -121,20 +117,14 @@ def with_adapter(base, folder: str):
     return tuned, get_peft_model_state_dict(tuned, save_embedding_layers=False)
 
 
-def plain(task: dict) -> dict:
-    """The task without quantisation."""
-    return task | {"quantisation": task["without_quantisation"]}
-
-
 # ---- comparing ----
 
 def golden_rows(path: str) -> list[dict]:
     """The golden rows as {name: tensor}."""
     rows: dict[int, dict] = {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():
-            row, _, name = key.partition(".")
-            rows.setdefault(int(row), {})[name] = file.get_tensor(key)
+    for key, tensor in load_file(path).items():
+        row, _, name = key.partition(".")
+        rows.setdefault(int(row), {})[name] = tensor
     return [rows[row] for row in sorted(rows)]
 
 
@@ -257,21 +247,16 @@ def media_arguments(media: list[dict]) -> dict:
     """The processor's arguments for media files; clips are sampled already: their metadata say how."""
     files = {kind: [medium["path"] for medium in media if medium["kind"] == kind]
              for kind in ("image", "audio", "video")}
-    given = {"images": [Image.open(path) for path in files["image"]],
-             "audio": [samples(path) for path in files["audio"]],
-             "videos": [np.load(path) for path in files["video"]]}
-    given = {name: found for name, found in given.items() if found}
+    given = {"images": [Image.open(path) for path in files["image"]]} if files["image"] else {}
+    if files["audio"]:
+        import soundfile
+        given["audio"] = [soundfile.read(path, dtype="float32")[0] for path in files["audio"]]
     if files["video"]:
+        given["videos"] = [np.load(path) for path in files["video"]]
         metadata = [medium["metadata"] for medium in media if medium["kind"] == "video"]
         given["videos_kwargs"] = {"do_sample_frames": False, "input_data_format": "channels_last",
                                   "video_metadata": metadata}
     return given
-
-
-def samples(path: str) -> np.ndarray:
-    """The samples [N] of a wav file."""
-    import soundfile
-    return soundfile.read(path, dtype="float32")[0]
 
 
 def with_files(row: dict) -> list[dict]:

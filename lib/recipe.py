@@ -12,7 +12,8 @@ from pathlib import Path
 
 import yaml
 
-from lib.checks import Wrong, similar
+from lib.checks import Wrong
+from lib.paths import similar
 from lib.stage import StageError
 
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
@@ -61,7 +62,7 @@ def read_text(path: Path) -> tuple[str, str]:
         what = f"{path}:{line}: byte {error.start} is not utf-8"
         raise StageError(what, "save the recipe as utf-8") from None
     except FileNotFoundError:
-        raise StageError(f"{path}: no such recipe", similar(path) or "ls recipes/") from None
+        raise StageError(f"{path}: no such recipe", similar(path, "ls recipes/")) from None
     except OSError as error:
         what = f"{path}: not readable as a recipe: {error.strerror}"
         raise StageError(what, "name a YAML file") from None

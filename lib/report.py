@@ -2,7 +2,6 @@
 
 Fork me to: leave out a section or add one (`write_report`).
 """
-from difflib import SequenceMatcher
 from pathlib import Path
 
 from lib import answers, facts, page, serving, summary, terminal, tokens
@@ -16,7 +15,6 @@ from lib.processor import tokenizer_of
 PROOF_COLUMNS = ["export", "largest logit difference", "largest logit", "same argmax"]
 SAME = "max_difference_with_the_same_weights"
 PARTS = ("trained", "gradients", "optimizer")
-COMPARED = 400                            # characters of an answer: enough to say which came nearer
 
 
 def write_report(work, told: Facts, encoder, rows: list[dict]) -> None:
@@ -24,7 +22,7 @@ def write_report(work, told: Facts, encoder, rows: list[dict]) -> None:
     timings = read_lines(work.input("05_train") / "timings.jsonl")
     html = page.document(f"{public_name(told.plan)}, fine-tuned", [
         ("Result", result(told, timings)),
-        ("Answers", answers.cards(rows, nearer)),
+        ("Answers", answers.cards(rows)),
         ("Curves", curves(work.input("05_train") / "metrics.jsonl", timings)),
         ("Data", data(told) + learnt(work.input("02_data") / "preview.jsonl", encoder)),
         ("Recipe", recipe(told)),
@@ -46,13 +44,6 @@ def score(check: dict) -> str:
     """Exact match before and after."""
     scores = check["exact_match"]
     return f"{scores['base']:.0%} -> {scores['tuned']:.0%}" if check["rows"] else "no held-out rows"
-
-
-def nearer(row: dict) -> float:
-    """How much nearer training brought an answer to its reference: from -1 to 1, by common characters."""
-    after, before = (SequenceMatcher(None, row[which][:COMPARED], row["reference"][:COMPARED]).ratio()
-                     for which in ("tuned", "base"))
-    return after - before
 
 
 def result(told: Facts, timings: list[dict]) -> str:

@@ -5,31 +5,24 @@ import math
 class Scale:
     """Places of values along a line of pixels; ticks are round values, and snap ends the scale on two."""
 
-    def __init__(self, values, start, end, log=False, snap=True):
-        low, high = (math.log10(f(values)) if log else f(values) for f in (min, max))
-        if not log and 0 <= low <= high / 2:
+    def __init__(self, values, start, end, snap=True):
+        low, high = min(values), max(values)
+        if 0 <= low <= high / 2:
             low = 0
         if high - low <= 1e-9 * max(abs(high), abs(low)):  # one value: give it room on both sides
-            room = 1 if log else abs(low) / 2 or 1
+            room = abs(low) / 2 or 1
             low, high = low - room, high + room
-        if log and high - low <= 3:
-            powers = range(math.floor(low), math.ceil(high) + 1)
-            rounds = [power + math.log10(factor) for power in powers for factor in (1, 2, 5)]
-        else:
-            step = round_step((high - low) / 5)
-            step = max(step, 1) if log else step
-            rounds = [n * step for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
+        step = round_step((high - low) / 5)
+        rounds = [n * step for n in range(math.floor(low / step), math.ceil(high / step) + 1)]
         slack = 1e-9 * (high - low)
         if snap:
             low = max(value for value in rounds if value <= low + slack)
             high = min(value for value in rounds if value >= high - slack)
-        ticks = [value for value in rounds if low - slack <= value <= high + slack]
-        self.ticks = [10 ** tick for tick in ticks] if log else ticks
-        self.low, self.high, self.start, self.end, self.log = low, high, start, end, log
+        self.ticks = [value for value in rounds if low - slack <= value <= high + slack]
+        self.low, self.high, self.start, self.end = low, high, start, end
 
     def at(self, value):
         """The pixel of a value."""
-        value = math.log10(value) if self.log else value
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 

@@ -89,5 +89,7 @@ def needs_merging(facts: Facts) -> list[str]:
                "DoRA is more than the LoRA that engines know": facts.method["method"].startswith("DoRA"),
                "new tokens have rows in the adapter, which engines pass over": facts.plan["new_rows"],
                f"{' and '.join(own)} changed the processor, and an engine takes the base's": own,
+               "its rotary positions are not the base's, whose configuration an engine reads":
+               facts.plan["text_config"],
                f"a rank of {rank} is more than vLLM takes": rank > RANKS[-1]}
     return [words for words, holds in reasons.items() if holds]

@@ -89,19 +89,33 @@ def write(path: Path, tensors: dict[str, Place], content: Callable[[str, Place],
         file.write(len(text).to_bytes(8, "little") + text)
         for name, place in tensors.items():
             for piece in content(name, place):
-                file.write(piece.contiguous().flatten().view(torch.uint8).numpy())
+                file.write(as_bytes(piece.contiguous()))
 
 
 def rows(place: Place, most_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
-    """A tensor in pieces along its first axis, each in memory of its own; one without axes is one piece."""
+    """A tensor in pieces along its first axis, which take one another's place in memory.
+
+    One without axes is one piece.
+    """
     number = place.shape[0] if place.shape else 1
     at_a_time = max(1, number * most_bytes // max(1, place.bytes))
+    memory = torch.empty([min(at_a_time, number), *place.shape[1:]], dtype=TYPES[place.dtype])
     with place.path.open("rb") as file:
         file.seek(place.start)
         for first in range(0, number, at_a_time):
-            some = min(at_a_time, number - first)
-            piece = np.fromfile(file, np.uint8, place.bytes // number * some)
-            yield torch.from_numpy(piece).view(TYPES[place.dtype]).view([some, *place.shape[1:]])
+            piece = memory[:number - first]
+            file.readinto(as_bytes(piece))
+            yield piece
+
+
+def whole(place: Place) -> torch.Tensor:
+    """A tensor of the files."""
+    return next(rows(place, place.bytes)).view(place.shape)
+
+
+def as_bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor."""
+    return tensor.flatten().view(torch.uint8).numpy()
 
 
 def write_index(path: Path, files: dict[str, dict[str, Place]]) -> None:

@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from lib.checks import BUILDERS, is_data_id
 from lib.hub import loaded, names_in, places, saved
 from lib.media import KIND_OF
 from lib.messages import RowError, name_of
+from lib.paths import BUILDERS, is_data_id
 from lib.stage import StageError
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}

@@ -3,6 +3,8 @@ import re
 from html import escape
 from itertools import groupby
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from lib.chat import IGNORE_INDEX
 from lib.page import cell
 
@@ -13,9 +15,7 @@ KEY = ('<p class="note">The model learns to write the tokens on '
              '<span class="tokens"><i>·</i></span> a space that is easily missed.</p>')
 SIGNS = {" ": "<i>·</i>", "\n": "<i>↵</i>\n", "\r": "<i>␍</i>", "\t": "<i>⇥</i>"}
 # Byte-level vocabularies spell each byte as a printable character: the unprintable ones from U+0100 on.
-PRINTABLE_BYTES = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF = ({chr(byte): byte for byte in PRINTABLE_BYTES}
-           | {chr(256 + n): byte for n, byte in enumerate(sorted(set(range(256)) - set(PRINTABLE_BYTES)))})
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def view(tokens, input_ids, labels, media_tokens=()):

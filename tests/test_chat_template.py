@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from lib import checks, fresh, ledger, proof, registry
+from lib import fresh, ledger, paths, proof, registry
 from lib.stage import StageError
 from tests.runner import Run, text_rows
 
@@ -139,5 +139,5 @@ def test_the_tokenizers_default_is_the_checkpoints_own_template(name, run, zoo):
 
 
 def test_every_familys_template_name_is_one_that_01_takes():
-    assert {name: checks.chat_template(name) for name in registry.template_names()} == {
+    assert {name: paths.chat_template(name) for name in registry.template_names()} == {
         name: name for name in registry.template_names()}

@@ -105,3 +105,12 @@ def test_a_missing_file_of_the_base_is_named(trained, tmp_path):
     with pytest.raises(StageError, match="model-00001-of-00001.safetensors is missing"):
         merge.write_merged(plan | {"base_model": str(copy)}, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
+
+
+def test_how_many_files_are_written_at_a_time_changes_no_bit(trained, tmp_path, monkeypatch):
+    plan, adapter, base = trained
+    for number in (1, 8):
+        monkeypatch.setattr(merge, "FILES_AT_A_TIME", number)
+        merge.write_merged(plan, adapter, tmp_path / str(number), "0.1MB")
+    one, other = ({path.name: path.read_bytes() for path in (tmp_path / str(number)).iterdir()} for number in (1, 8))
+    assert one == other and len(one) > 5
