@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lib import media, sources
 from lib.budget import has_coordinates, largest_budget
-from lib.chat import IGNORE_INDEX, Encoder
+from lib.chat import Encoder
+from lib.counting import Counter
 from lib.fetch import FetchError, Fetcher
 from lib.messages import NOUNS, RowError, count, normalise
 from lib.processor import placeholders, tokenizer_of
@@ -36,6 +37,7 @@ class Rows:
     config: object
     template: Template
     encoder: Encoder
+    counter: Counter
     uses: object
     shape: Shape
     labels: Labels
@@ -53,8 +55,8 @@ class Rows:
         fetcher = Fetcher(work.run / "media", work.config.url_timeout_seconds,
                           int(work.config.url_max_mib * 2**20), work.config.url_retries,
                           tuple(work.config.url_hosts))
-        return cls(spec, name, work.config, template, encoder, work.uses, Shape.of(spec), labels,
-                   sources.root(spec), fetcher)
+        return cls(spec, name, work.config, template, encoder, Counter(encoder), work.uses, Shape.of(spec),
+                   labels, sources.root(spec), fetcher)
 
     def parsed(self, row) -> tuple[list[dict], list, list[dict]] | RowError:
         """(messages, media as the row gives them, tools) of a row, or what is wrong with it."""
@@ -76,7 +78,7 @@ class Rows:
         self.fetch(parsed)
         talks = [self.talk(row) for row in parsed]
         texts = [each for talk in talks if not isinstance(talk, RowError) for each in talk if not each.media]
-        counted = self.encoder.counted([(each.text, each.spans) for each in texts])
+        counted = self.counter.texts([(each.text, each.spans) for each in texts])
         known = {id(each): counts for each, counts in zip(texts, counted)}
         samples, rejects = [], []
         for (number, where, _), row, talk in zip(given, parsed, talks):
@@ -168,6 +170,9 @@ class Rows:
         Only text after the last medium is cut: media are whole, where the template put them. counts: those
         that are known without encoding it alone.
         """
+        pictures = pictures_of(opened)
+        if opened and len(pictures) == len(opened):
+            counts = self.counter.row(conversation.text, conversation.spans, pictures)
         if counts and counts[0] <= self.config.sequence_len and counts[1]:
             return conversation, dict(zip(COUNTS, (*counts, 0, None)))
         encoded, cut, bounds = self.encode(conversation, opened), 0, None
@@ -178,7 +183,7 @@ class Rows:
             conversation = self.without_last(conversation, excess)
             encoded, cut = self.encode(conversation, opened), cut + 1
             excess = encoded["input_ids"].shape[1] - limit
-        if excess > 0 and self.config.excess_length_strategy == "shrink_media" and pictures_of(opened):
+        if excess > 0 and self.config.excess_length_strategy == "shrink_media" and pictures:
             bounds, smallest = self.shrunk(conversation, opened), ", even with the smallest pictures"
             if bounds is not None:
                 encoded, excess = self.encode(conversation, opened, bounds), 0
@@ -228,12 +233,10 @@ class Rows:
 
     def counts(self, encoded: dict) -> dict[str, int]:
         """The sample's token counts; a RowError if it teaches nothing."""
-        ids, labels = encoded["input_ids"][0], encoded["labels"][0]              # [T]
-        supervised_tokens = int((labels[1:] != IGNORE_INDEX).sum())              # no token predicts the first
-        if supervised_tokens == 0:
+        counts = self.encoder.counts(*(encoded[name][0].numpy() for name in ("input_ids", "labels")))
+        if not counts[1]:
             raise RowError("nothing to learn: no token is trained", "write what the assistant should answer")
-        return {"input_tokens": len(ids), "supervised_tokens": supervised_tokens,
-                "media_tokens": sum(int((ids == media_id).sum()) for media_id in self.encoder.never_trained)}
+        return dict(zip(COUNTS, counts))
 
 
 def pictures_of(opened: list) -> list:
