@@ -156,8 +156,9 @@ class Encoder:
             batch = dict(self.processor(text=[text], padding_side="right", **media_arguments(given),
                                         return_text_replacement_offsets=True, **options))
         replaced = batch.pop("text_replacement_offsets", None)
-        batch = {key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-                 for key, value in batch.items()}
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                batch[key] = value.float()
         return batch, replaced[0] if isinstance(replaced, list) and replaced else []     # or a tensor of none
 
     def _refuse_unplaced(self, text: str, ids: list[int]) -> None:
@@ -182,7 +183,7 @@ class Encoder:
             raise RowError("a picture and a clip in one row, which base_model can't tell apart",
                            "give the picture as a clip of one frame, or make two rows of it")
 
-    def _tokenized_apart(self, text: str, merged: list[int], seams: list[int]) -> tuple[list[int], np.ndarray]:
+    def _tokenized_apart(self, text: str, merged: list, seams: list) -> tuple[list[int], np.ndarray]:
         """(ids, tokens) of prompt and reply tokenized apart, as inference does; RowError if not the same."""
         tokenizer, ids, offsets = tokenizer_of(self.processor), [], []
         for start, end in zip([0, *seams], [*seams, len(text)]):

@@ -81,12 +81,12 @@ class Pictures:
         self.processor, self.token = processor, placeholders(processor).get("image")
         self.known: dict[tuple, list[str]] = {}          # by the sizes of a row's pictures
         self.tells = True                                # that transformers tells the number of placeholders
-        self.around: tuple[str, int, str] | None = None  # of these: what is before, how many more, what behind
+        self.around: tuple[str, int, str] | None = None  # what is before these, how many more, what behind
         self.right: Numbers = Numbers()                  # {octaves of width and height: times it told right}
 
     def written(self, sizes: tuple) -> list[str] | None:
         """The text for each (width, height), None where the processor has to say it."""
-        if sizes not in self.known and self.tells and all(self.right[octaves(size)] >= ENOUGH for size in sizes):
+        if self.tells and all(self.right[octaves(size)] >= ENOUGH for size in sizes):
             return [self._told(size) for size in sizes]
         return self.known.get(sizes)
 

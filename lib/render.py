@@ -8,6 +8,7 @@ day, so that plain transformers renders as training did.
 """
 import copy
 import functools
+import json
 import re
 from datetime import date, timedelta
 
@@ -19,6 +20,7 @@ from lib.stage import StageError
 
 MARK = "⟦mark⟧"                                         # stands in for a text whose place is looked for
 QUOTED_TYPE = re.compile(r"""(['"])type\1: """)         # typed parts that were printed as Python or JSON
+MOST_SHAPES = 256                                       # of rows, whose renders are kept
 CLOCK = "strftime_now"
 ANOTHER_DAY = timedelta(days=400)                       # another year, month, day of month and day of week
 
@@ -33,6 +35,7 @@ class Renderer:
         reads_clock = day is not None and CLOCK in processor.chat_template
         self.processor, self.day = processor, date.fromisoformat(day) if reads_clock else None
         self.options: dict = {}                         # tools and arguments of a row's renders
+        self.skeletons: dict[str, str] = {}             # renders of marks, by the shape of their rows
         self.typed: dict[str, bool] = {}                # whether a role's typed parts come out as their text
         for role in ("user", "system", "assistant", "tool"):
             self.typed[role] = self._takes_parts(role)
@@ -46,6 +49,26 @@ class Renderer:
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """The conversation's text; `prompt` adds the header that asks for a reply. RowError if refused."""
         return self._apply([self._shaped(message) for message in messages], prompt, self.day)
+
+    def skeleton(self, messages: list[dict]) -> tuple[str, list[str]]:
+        """(the render with a numbered mark in place of each text that is no blank, these texts).
+
+        Rows of one shape share it: it is rendered once for them.
+        """
+        texts, marked = [], []
+        for message in messages:
+            parts = list(message["content"])
+            for place, part in enumerate(parts):
+                if part["type"] == "text" and part["text"].strip():
+                    parts[place] = {"type": "text", "text": f"{MARK}{len(texts)}."}
+                    texts.append(part["text"])
+            marked.append({**message, "content": parts})
+        shape = repr((marked, self.options))
+        if shape not in self.skeletons:
+            if len(self.skeletons) >= MOST_SHAPES:
+                self.skeletons.clear()
+            self.skeletons[shape] = self.render(marked)
+        return self.skeletons[shape], texts
 
     def tells_day(self, messages: list[dict], text: str) -> bool:
         """Whether the day stands in a conversation's text: on another day it would be another."""
@@ -99,3 +122,20 @@ def stop_clock(processor, day: str) -> None:
     """Whoever loads what the processor saves has a template that tells this day (ISO), on any day."""
     text = stopped_clock(date.fromisoformat(day)) + processor.chat_template
     processor.chat_template = tokenizer_of(processor).chat_template = text
+
+
+def stands_in(text: str, render: str) -> bool:
+    """Whether a text stands in a render: as it is, or as JSON writes it."""
+    forms = (text.strip(), *(json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (True, False)))
+    return any(form in render for form in forms)
+
+
+def lost(text: str) -> RowError:
+    """The reject of a row with a text that its render lacks where the model would read it."""
+    return RowError(f"the chat template drops or changes this text: {text[:60]!r}",
+                    "name a chat_template that renders every message as it stands")
+
+
+def unclear(reason: str) -> RowError:
+    """The reject of a row whose replies can't be told from the rest of its render."""
+    return RowError(reason, "name a chat_template whose replies stand as they are given")

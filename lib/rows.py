@@ -11,10 +11,11 @@ from lib.budget import has_coordinates, largest_budget
 from lib.chat import Encoder
 from lib.counting import Counter
 from lib.fetch import FetchError, Fetcher
+from lib.locating import MediaError, url_of
 from lib.messages import NOUNS, RowError, count, normalise
 from lib.processor import placeholders, tokenizer_of
 from lib.resolution import bounds_of
-from lib.shapes import Shape, tools_of
+from lib.shapes import ROLES, Shape, shortened, tools_of
 from lib.template import Conversation, Labels, Template
 
 TRIES = 8                          # of cutting a text: its last tokens may be others without what followed
@@ -49,8 +50,7 @@ class Rows:
         """The reader of an entry of `datasets`; what it leaves open is as for all data sets."""
         knobs = {key: getattr(work.config, key) if spec[key] is None else spec[key]
                  for key in ("train_on_inputs", "roles_to_train", "train_on_eos")}
-        everyone = ("system", "user", "assistant", "tool")
-        labels = Labels(everyone if knobs["train_on_inputs"] else tuple(knobs["roles_to_train"]),
+        labels = Labels(ROLES if knobs["train_on_inputs"] else tuple(knobs["roles_to_train"]),
                         knobs["train_on_eos"])
         fetcher = Fetcher(work.run / "media", work.config.url_timeout_seconds,
                           int(work.config.url_max_mib * 2**20), work.config.url_retries,
@@ -70,7 +70,7 @@ class Rows:
     def fetch(self, rows: list) -> None:
         """Nothing; what the parsed rows name by url is in the run's folder, or known not to be had."""
         given = [source for row in rows if not isinstance(row, RowError) for source in row[1]]
-        self.fetcher.fetch_all([url for url in map(media.url_of, given) if url])
+        self.fetcher.fetch_all([url for url in map(url_of, given) if url])
 
     def measured(self, given: list[sources.Row]) -> tuple[list[dict], list[dict]]:
         """(samples, rejects) of some rows. Texts without media are tokenized together, to save time."""
@@ -137,11 +137,11 @@ class Rows:
         records, opened = [], []
         for kind, source in zip(kinds, given, strict=True):
             try:
-                if url := media.url_of(source):
+                if url := url_of(source):
                     record, medium = self.read_fetched(url, kind)
                 else:
                     record, medium = media.read_medium(source, self.root, kind, self.encoder.sampling)
-            except media.MediaError as error:
+            except MediaError as error:
                 if isinstance(error.name, Path) and error.name.is_file():
                     self.uses(error.name)
                 raise RowError(str(error), f"replace that {NOUNS[kind]}, or remove the row") from None
@@ -153,16 +153,16 @@ class Rows:
 
     def read_fetched(self, url: str, kind: str) -> tuple[dict, object]:
         """(media record, decoded medium) of a url, or a MediaError with how it was served."""
-        served, shown = "", media.shown(url)
+        served, shown = "", shortened(url)
         try:
             path, served = self.fetcher.path_of(url)
             return media.read_medium(path, Path(), kind, self.encoder.sampling)
         except FetchError as error:
-            raise media.MediaError(shown, str(error)) from None
-        except media.MediaError as error:
+            raise MediaError(shown, str(error)) from None
+        except MediaError as error:
             why = f"{served}: {str(error).removeprefix(f'{error.name}: ')}"
             self.fetcher.refuse(url, why)
-            raise media.MediaError(shown, why) from None
+            raise MediaError(shown, why) from None
 
     def fitted(self, conversation: Conversation, opened: list, counts: tuple | None):
         """(the conversation, its counts), made to fit as excess_length_strategy says, or a RowError.
