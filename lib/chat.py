@@ -55,8 +55,7 @@ class Encoder:
             raise StageError(f"base_model: its {type(processor).__name__} doesn't say which token stands for "
                              "a picture", "choose another base_model: that token could end up in the labels")
         ids = {i for kind in KINDS for i in getattr(processor, f"{kind}_token_ids", [])}
-        tokens = (*family.wrappers, *placeholders(processor).values())
-        ids |= {tokenizer.convert_tokens_to_ids(token) for token in tokens}
+        ids |= {*tokenizer.convert_tokens_to_ids([*family.wrappers, *placeholders(processor).values()])}
         ids -= {None, tokenizer.unk_token_id}
         extractors = [getattr(processor, part, None) for part in KINDS["audio"]]
         rate = {"sampling_rate": extractor.sampling_rate for extractor in extractors if extractor}
