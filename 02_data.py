@@ -9,6 +9,7 @@ Source: labels follow the chat template's own render, see lib/template.py.
 Fork me to: take another shape of row (lib/shapes.py), train other words (lib/template.py), or do something
         else with rows that are too long (lib/rows.py).
 """
+import copy
 from pathlib import Path
 
 from lib import origin, preview, registry, samples, sources, stage, summary, terminal
@@ -43,10 +44,10 @@ def main(argv=None):
         return
     config = work.config
     # 2. Load the processor (tokenizer, chat template, picture sizes), save it, go on with what was saved.
-    template, encoder = load_template_and_encoder(work)
+    templates, encoder = load_templates_and_encoder(work)
     # 3. Read, render and measure every row; the bad ones are listed, and none is dropped without a word.
     specs, rejects = config.datasets + (config.test_datasets or []), []
-    found = [measure(Rows.of(spec, name, work, template, encoder), work, rejects)
+    found = [measure(Rows.of(spec, name, work, templates[spec["chat_template"]], encoder), work, rejects)
              for spec, name in zip(specs, samples.names_of(specs))]
     train = sum(found[:len(config.datasets)], [])
     held_out = sum(found[len(config.datasets):], [])
@@ -83,8 +84,11 @@ def show(work, number: int) -> None:
 # ---- the processor ---------------------------------------------------------------------------------------
 
 
-def load_template_and_encoder(work) -> tuple[Template, Encoder]:
-    """The base model's, with the recipe's options, as 02_data/processor gives them to every later stage."""
+def load_templates_and_encoder(work) -> tuple[dict[str | None, Template], Encoder]:
+    """The base model's, with the recipe's options, as 02_data/processor gives them to every later stage.
+
+    The template is under None; beside it, each that an entry of `datasets` names.
+    """
     config, base_model = work.config, Path(work.config.base_model)
     if base_model.is_dir():
         for path in sorted(base_model.iterdir()):
@@ -100,11 +104,10 @@ def load_template_and_encoder(work) -> tuple[Template, Encoder]:
     processor = complete(load_processor(config.base_model, config.processor_type, **options), family)
     if new := add_tokens(processor, config):
         terminal.say(f"{count(len(new), 'new token')}, from id {new[0]} on")
-    if config.chat_template in registry.template_names():
-        registry.check_template_name(config.chat_template, family)
-        terminal.say(f"chat_template: {config.chat_template} means the checkpoint's own")
-    elif config.chat_template:
-        processor.chat_template = tokenizer_of(processor).chat_template = given_template(work)
+    own = processor.chat_template
+    if config.chat_template:
+        text = jinja_of(config.chat_template, own, family, work)
+        processor.chat_template = tokenizer_of(processor).chat_template = text
     set_budget(processor, family, config.image_min_pixels, config.image_max_pixels)
     set_token_budget(processor, family, config.max_image_tokens)
     if config.excess_length_strategy == "shrink_media":
@@ -117,12 +120,20 @@ def load_template_and_encoder(work) -> tuple[Template, Encoder]:
     Encoder.of(processor, family, lacks, **sampling).save(work.path / "processor")
     encoder = Encoder.load(work.path / "processor", config.trust_remote_code)
     stops = stop_tokens(config.base_model, processor, config.revision)
-    return Template(encoder.processor, stops, config.template_date), encoder
+    templates = {None: Template(encoder.processor, stops, config.template_date)}
+    for given in {spec["chat_template"] for spec in config.datasets + (config.test_datasets or [])} - {None}:
+        other = copy.copy(encoder.processor)
+        other.chat_template = jinja_of(given, own, family, work)
+        templates[given] = Template(other, stops, config.template_date)
+    return templates, encoder
 
 
-def given_template(work) -> str:
-    """The recipe's chat template: the Jinja that it holds, or that of the file that it names."""
-    given = work.config.chat_template
+def jinja_of(given: str, own: str, family: registry.Family, work) -> str:
+    """A chat template: the Jinja itself, that of the file that is named, the checkpoint's own for a name."""
+    if given in registry.template_names():
+        registry.check_template_name(given, family)
+        terminal.say(f"chat_template: {given} means the checkpoint's own")
+        return own
     if "{{" in given or "{%" in given:
         return given
     work.uses(given)

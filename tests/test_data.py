@@ -528,6 +528,19 @@ def test_data_sets_have_keys_knobs_and_weights_of_their_own(kit):
     assert trained == ["Be brief.", " What?", " red"]
 
 
+def test_a_data_set_may_have_a_chat_template_of_its_own(kit):
+    plain = FLAT.replace("assistant:", "A:").replace("{{ m.role }}", "{{ 'A' if m.role == 'assistant' else 'Q' }}")
+    Path("plain.jinja").write_text(plain, encoding="utf-8")
+    sets = [{"path": "data.jsonl"}, {"path": "data.jsonl", "chat_template": "plain.jinja"},
+            {"path": "data.jsonl", "chat_template": "llava"}]
+    kit.run("chat_template=" + FLAT, rows=[CHAT], datasets=sets)
+    assert [sample["text"] for sample in kit.samples()] == [
+        "user:What is it?</s>assistant:red</s>", "Q:What is it?</s>A:red</s>", "USER: What is it? ASSISTANT: red</s>"]
+    kit.configure(rows=[CHAT], datasets=[{"path": "data.jsonl", "chat_template": "gemma3"}])
+    with pytest.raises(StageError, match="chat_template: gemma3 is the template of Gemma-3"):
+        kit.script("02_data").main(["run"])
+
+
 def test_tools_and_arguments_of_the_template_come_from_rows_and_recipe(kit):
     jinja = "{{ mood }}{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}" + FLAT
     tools = [{"type": "function", "function": {"name": "look", "parameters": {}}}]
