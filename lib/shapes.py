@@ -4,7 +4,6 @@ Fork me to: take rows of another shape (`conversation_of`).
 """
 import functools
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
