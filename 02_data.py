@@ -10,7 +10,11 @@ Fork me to: take another shape of row (lib/shapes.py), train other words (lib/te
         else with rows that are too long (lib/rows.py).
 """
 import copy
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+import pyarrow
 
 from lib import origin, preview, registry, samples, sources, stage, summary, terminal
 from lib.budget import set_token_budget, show_tokens
@@ -46,28 +50,30 @@ def main(argv=None):
     # 2. Load the processor (tokenizer, chat template, picture sizes), save it, go on with what was saved.
     templates, encoder = load_templates_and_encoder(work)
     # 3. Read, render and measure every row; the bad ones are listed, and none is dropped without a word.
-    specs, rejects = config.datasets + (config.test_datasets or []), []
-    found = [measure(Rows.of(spec, name, work, templates[spec["chat_template"]], encoder), work, rejects)
-             for spec, name in zip(specs, samples.names_of(specs))]
-    train = sum(found[:len(config.datasets)], [])
-    held_out = sum(found[len(config.datasets):], [])
-    samples.write_lines(work.path / "rejects.jsonl", rejects)
-    if rejects:
-        stop_at_rejects(work, rejects, kept=len(train))
+    specs = config.datasets + (config.test_datasets or [])
+    names, rejects = samples.names_of(specs), summary.Rejects(work.path / "rejects.jsonl")
+    readers = [Rows.of(spec, name, work, templates[spec["chat_template"]], encoder)
+               for spec, name in zip(specs, names)]
+    tables = [samples.mapped(measure(reader, work, rejects), work.path / f"{reader.name}.arrow")
+              for reader in readers]
+    table, ends = pyarrow.concat_tables(tables), np.cumsum([len(each) for each in tables])
+    train, held_out = np.split(np.arange(len(table)), [ends[len(config.datasets) - 1]])
+    stop_at_rejects(work, rejects, kept=len(train))
     # 4. Split off the held-out samples, if no file of their own was named.
     if config.val_set_size:
-        train, held_out = samples.hold_out(train, config.val_set_size, config.seed)
+        train, held_out = samples.hold_out(table, config.val_set_size, config.seed)
     # 5. Give each data set its share of an epoch.
-    train = samples.weighted(train, config.seed)
+    parts = np.split(train, np.searchsorted(train, ends[:len(config.datasets) - 1]))
+    train = samples.weighted(parts, names, specs, config.seed)
     # 6. Write the samples, and pages on which a person sees what will be learnt.
-    samples.save(train, work.path / "train")
-    samples.save(held_out, work.path / "eval")
-    report = summary.write_report(work.path / "report.json", train, held_out, rejects)
-    preview.write_previews(work.path, encoder, train, held_out, report, config)
+    shown, shown_held_out = (samples.save(table, places, work.path / name)
+                             for places, name in ((train, "train"), (held_out, "eval")))
+    report = summary.write_report(work.path / "report.json", table, train, held_out, rejects)
+    preview.write_previews(work.path, encoder, shown, shown_held_out, report, config)
     summary.say(report)
-    show_tokens(train + held_out, resized=any(
+    show_tokens(table, np.concatenate([train, held_out]), resized=any(
         (config.image_size, config.image_max_pixels, config.image_min_pixels, config.max_image_tokens)))
-    preview.show(train[:1], encoder.processor)
+    preview.show(shown.take(1), encoder.processor)
     work.finish(volatile=("preview.html",))
 
 
@@ -77,8 +83,8 @@ def show(work, number: int) -> None:
     encoder = Encoder.load(work.path / "processor", work.config.trust_remote_code)
     train = datasets.load_from_disk(str(work.path / "train"))
     summary.say(read_json(work.path / "report.json"))
-    preview.show_extremes(train.select_columns(["sample_id", *summary.SUMS]).to_list())
-    preview.show(list(train.select(range(min(number, len(train))))), encoder.processor)
+    preview.show_extremes(train)
+    preview.show(train.take(min(number, len(train))), encoder.processor)
 
 
 # ---- the processor ---------------------------------------------------------------------------------------
@@ -143,32 +149,34 @@ def jinja_of(given: str, own: str, family: registry.Family, work) -> str:
 # ---- rows to samples -------------------------------------------------------------------------------------
 
 
-def measure(reader: Rows, work, rejects: list) -> list[dict]:
+def measure(reader: Rows, work, rejects: summary.Rejects) -> Iterator[pyarrow.RecordBatch]:
     """The samples of a data set, measured by encoding them; what can't be used is added to `rejects`."""
-    path, found = reader.spec["path"], []
+    path, kept = reader.spec["path"], 0
     for file in sources.files_of(reader.spec):
         work.uses(file)
-    rows = samples.shard(sources.rows(reader.spec), reader.spec, work.config.seed)
-    if not rows:
+    rows = sources.shard(sources.rows(reader.spec), reader.spec, work.config.seed)
+    if not len(rows):
         raise StageError(f"datasets: {path}: holds no row", "name a file with rows, or remove it")
     with terminal.Progress(f"measuring {path}", len(rows)) as progress:
         for part in measured(reader, rows, work.config.dataset_processes):
             for file, sha256 in part.files:
                 work.uses(file, sha256)
-            found += part.samples
-            rejects += part.rejects
-            progress.update(progress.done + part.rows, kept=str(len(found)), rejected=str(len(rejects)))
-    return found
+            kept += len(part.samples)
+            rejects.add(part.rejects)
+            progress.update(progress.done + part.rows, kept=str(kept), rejected=str(rejects.number.total()))
+            yield part.samples
 
 
-def stop_at_rejects(work, rejects: list[dict], kept: int) -> None:
+def stop_at_rejects(work, rejects: summary.Rejects, kept: int) -> None:
     """Show what can't be used; stop where the recipe says so or nothing is left. All rows were looked at."""
-    kinds = [[kind["rows"], kind["such_as"], kind["fix"]] for kind in summary.kinds_of(rejects)[:8]]
-    terminal.table(f"{count(len(rejects), 'row')} can't be used", ["rows", "such as", "fix"], kinds)
+    rejects.file.close()
+    if rejects.kinds:
+        terminal.table(f"{count(rejects.number.total(), 'row')} can't be used", ["rows", "such as", "fix"],
+                       [list(kind.values()) for kind in rejects.listed()[:8]])
     stops = {True: work.config.excess_length_strategy == "error", False: work.config.on_bad_row == "error"}
-    bad = [reject for reject in rejects if stops[reject["too_long"]] or not kept]
+    bad = [too_long for too_long in rejects.first if stops[too_long] or not kept]
     if bad:
-        first, others = bad[0], len(bad) - 1
+        first, others = rejects.first[bad[0]], sum(rejects.number[too_long] for too_long in bad) - 1
         more = f" (and {count(others, 'more bad row')})" if others else ""
         listed = f"; all are in {work.path / 'rejects.jsonl'}" if others else ""
         knob = "excess_length_strategy=drop" if first["too_long"] else "on_bad_row=skip"

@@ -10,6 +10,8 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+
 from lib.scale import Scale, number, round_step
 
 # `good` is the one accent: what is trained, and what training made right. `s0`.. are the lines of a chart.
@@ -23,14 +25,15 @@ DARK = {"paper": "#111417", "wash": "#1d2126", "rule": "#2e343b", "muted": "#a0a
 
 def histogram(values, label, unit="tokens", marks=()):
     """A histogram with its median and maximum. marks: [(value, name)], more lines, as for sequence_len."""
-    kept = [value for value in values if _is_usable(value)]
+    values = np.asarray(values, float)
+    kept = values[np.abs(values) < 1e150]
     left_out = f" ({len(values) - len(kept)} without a value)" if len(kept) < len(values) else ""
-    if not kept:
+    if not len(kept):
         return _chart(f'<p class="note">No values{left_out}.</p>', "half", label)
     start, step, counts = _bins(kept)
     end = start + step * len(counts)
     shown = {}
-    for value, name in ((statistics.median(kept), "median"), (max(kept), "max"), *marks):
+    for value, name in ((float(np.median(kept)), "median"), (float(kept.max()), "max"), *marks):
         if _is_usable(value):
             shown[value] = f"{shown[value]}, {name}" if value in shown else name
     near = {value: name for value, name in shown.items() if start <= value <= end + (end - start) / 2}
@@ -52,14 +55,12 @@ def histogram(values, label, unit="tokens", marks=()):
 
 def _bins(values):
     """(start, step, counts) of about 16 bins of a round width; whole numbers a bin each sit in its middle."""
-    low, high = min(values), max(values)
-    whole = all(float(value).is_integer() for value in values)
+    low, high = float(values.min()), float(values.max())
+    whole = bool((values % 1 == 0).all())
     step = round_step((high - low) / 16 or (not whole and abs(high) / 16) or 1)
     step = max(step, 1) if whole else step
     start = math.floor(low / step) * step - (0.5 if whole and step == 1 else 0)
-    counts = [0] * (int((high - start) / step) + 1)
-    for value in values:
-        counts[int((value - start) / step)] += 1
+    counts = np.bincount(((values - start) / step).astype(int)).tolist()
     return (start, step, counts) if len(counts) > 1 else (start - 2 * step, step, [0, 0, *counts, 0, 0])
 
 

@@ -12,8 +12,10 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
+import pyarrow
 import torch
 
+from lib import samples
 from lib.rows import Rows
 from lib.sources import Row
 from lib.stage import StageError
@@ -28,7 +30,7 @@ reader: Rows | None = None                # a worker's own
 class Part:
     """What became of some rows: samples, rejects, and the files that were read, with their hashes."""
     rows: int
-    samples: list[dict] = field(default_factory=list)
+    samples: pyarrow.RecordBatch | None = None
     rejects: list[dict] = field(default_factory=list)
     files: list[tuple[Path, str | None]] = field(default_factory=list)
 
@@ -80,5 +82,6 @@ def part(given: list[Row]) -> Part:
     """What becomes of these rows."""
     found = Part(len(given))
     noting = replace(reader, uses=lambda path, sha256=None: found.files.append((path, sha256)))
-    found.samples, found.rejects = noting.measured(given)
+    measured_samples, found.rejects = noting.measured(given)
+    found.samples = samples.batch_of(measured_samples)
     return found

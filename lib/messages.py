@@ -17,6 +17,7 @@ NOUNS = {"image": "picture", "audio": "sound", "video": "clip"}        # what a 
 MEDIA_COLUMNS = {"images": "image", "image": "image", "audios": "audio", "audio": "audio",
                  "videos": "video", "video": "video"}
 PLACES = ("path", "url", "bytes")                    # keys under which a part may name its medium
+SURROGATE = re.compile("[\ud800-\udfff]")
 WRITE = 'write {"role": …, "content": …}'
 
 
@@ -60,8 +61,7 @@ def message_of(message, number: int, shape: Shape, kinds: set[str]) -> dict:
     if not isinstance(content, list):
         raise RowError(f"message {number} ({role}) has no content", "write a text or a list of typed parts")
     found = {"role": role, "content": [part_of(part, number) for part in content], **extras}
-    if any("\ud800" <= character <= "\udfff" for text in [*texts_of(found), *strings_in(extras)]
-           for character in text):
+    if any(map(SURROGATE.search, [*texts_of(found), *strings_in(extras)])):
         raise RowError(f"message {number} ({role}) holds half a surrogate pair, which is no character",
                        "write that character whole, or remove it")
     return found
@@ -81,13 +81,12 @@ def with_parts(text: str, kinds: set[str]) -> list[dict]:
 
 def extras_of(message: dict, number: int, role: str, shape: Shape) -> dict:
     """What a message has beside role and content, for the template, and whether it trains."""
-    who, known = f"message {number} ({role})", {*shape.places("role"), *shape.places("content")}
+    who = f"message {number} ({role})"
     extras = {name: value for name in EXTRAS
               if (value := first_of(message, shape.places(name))) not in (None, [], {}, "")}
     train = message.get(shape.message_field_training)
-    known |= {key for name in EXTRAS for key in shape.places(name)} | {shape.message_field_training}
     for key, value in message.items():
-        if key not in known and value not in (None, [], {}):
+        if key not in shape.known and value not in (None, [], {}):
             raise RowError(f"{who} has {shortened(repr(key))}, which isn't rendered",
                            "remove that key, or say in message_property_mappings what it holds")
     for name in {"tool_calls", "reasoning_content"} & extras.keys():

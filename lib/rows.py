@@ -61,6 +61,7 @@ class Rows:
     def parsed(self, row) -> tuple[list[dict], list, list[dict]] | RowError:
         """(messages, media as the row gives them, tools) of a row, or what is wrong with it."""
         try:
+            row = sources.parsed(row)
             if isinstance(row, RowError):
                 return row
             return *normalise(row, self.shape), tools_of(row, self.shape)
@@ -119,14 +120,14 @@ class Rows:
             counts = known.get(id(conversation))
             conversation, sizes = self.fitted(conversation, opened[:conversation.media], counts)
             found.append({"sample_id": f"{self.name}-{number}" + (f".{len(found)}" if found else ""),
-                          "row": number, "dataset": self.spec["path"], "of": self.name,
-                          "weight": self.spec["weight"], "messages": json.dumps(messages, ensure_ascii=False),
+                          "row": number, "dataset": self.spec["path"],
+                          "messages": json.dumps(messages, ensure_ascii=False),
                           "text": conversation.text,
                           "spans": [{"start": start, "end": end} for start, end in conversation.spans],
                           "reply": dict(zip(("start", "end"), conversation.reply)),
                           "media": records[:conversation.media], "ends_added": conversation.ends_added,
                           "put_in": conversation.put_in, "tells_day": conversation.tells_day,
-                          "pictures": pictures if pictures == len(given) else 0,
+                          "pictures": conversation.media if pictures == len(given) else 0,
                           "coordinates": pictures > 0 and has_coordinates(messages), **sizes})
         return found
 

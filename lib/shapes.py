@@ -49,11 +49,21 @@ class Shape:
 
     def places(self, name: str) -> list[str]:
         """The keys under which a message may have a property: the one that the recipe names, or the usual."""
+        return self._places[name]
+
+    @functools.cached_property
+    def _places(self) -> dict[str, list[str]]:
         older = {"role": self.message_field_role, "content": self.message_field_content,
                  "reasoning_content": self.field_thinking}
         usual = {"role": ["role", "from"], "content": ["content", "value"]}
-        given = self.message_property_mappings.get(name) or older.get(name)
-        return [given] if given else usual.get(name, [name])
+        given = {name: self.message_property_mappings.get(name) or older.get(name)
+                 for name in ("role", "content", *EXTRAS)}
+        return {name: [key] if key else usual.get(name, [name]) for name, key in given.items()}
+
+    @functools.cached_property
+    def known(self) -> set[str]:
+        """Every key that a message may have."""
+        return {key for keys in self._places.values() for key in keys} | {self.message_field_training}
 
     def role(self, word) -> str | None:
         """The role that a row's word means, None for none. The recipe's words go before the usual ones."""

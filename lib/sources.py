@@ -4,8 +4,12 @@ Fork me to: read another kind of file (`rows_of_file`).
 """
 import csv
 import json
+import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, compress, islice
 from pathlib import Path
 
 from lib.checks import BUILDERS, is_data_id
@@ -20,24 +24,38 @@ FILE_NAME = re.compile(r"(.+)_file_names?")                      # a column of p
 Row = tuple[int, str, object]
 
 
-def rows(spec: dict) -> list[Row]:
-    """[(row number from 0, where it stands, the row or a RowError)] of a data set's entry in the recipe.
+@dataclass(frozen=True)
+class Source:
+    """Rows in their order, so many of them; each `iter` reads them anew, and keeps none.
 
-    Where a row stands is its file and line, or its file and number where rows have no lines.
+    A Row is (its number from 0, where it stands, itself, for `parsed`). Where it stands is its file and line,
+    or its file and number where rows have no lines.
     """
+    number: int
+    read: Callable[[], Iterator[Row]]
+
+    def __len__(self) -> int:
+        return self.number
+
+    def __iter__(self) -> Iterator[Row]:
+        return self.read()
+
+
+def rows(spec: dict) -> Source:
+    """The rows of a data set's entry in the recipe."""
     path = Path(spec["path"])
     if not path.exists() and spec["path"] not in BUILDERS and not is_data_id(spec["path"]):
         raise StageError(f"datasets: {path}: no such file or folder",
                          "correct the path (a relative one starts from the current folder)")
     if not path.exists() or spec["data_files"] or spec["name"]:
-        return numbered(path, loaded(spec))
+        return numbered(path, [loaded(spec)])
     if path.is_file():
-        return part(list(rows_of_file(path, spec["ds_type"])), spec)
+        return part(rows_of_file(path, spec["ds_type"]), spec)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return numbered(path, saved(path, spec))
     if metadata := next((path / name for name in METADATA if (path / name).is_file()), None):
-        return part([(number, where, named_media(row)) for number, where, row in described(metadata)], spec)
-    return numbered(path, loaded(spec))
+        return part(described(metadata), spec)
+    return numbered(path, [loaded(spec)])
 
 
 def root(spec: dict) -> Path:
@@ -54,66 +72,42 @@ def files_of(spec: dict) -> list[Path]:
     return [path for path in [folder, *inside] if path.exists()]
 
 
-def numbered(path: Path, found) -> list[Row]:
-    """Rows that have no lines."""
-    return [(number, f"{path}: row {number}", row) for number, row in enumerate(found)]
+def numbered(path: Path, found: list) -> Source:
+    """Rows that have no lines, of several tables or lists."""
+    return Source(sum(map(len, found)), lambda: (
+        (number, f"{path}: row {number}", row) for number, row in enumerate(chain.from_iterable(found))))
 
 
-def part(found: list[Row], spec: dict) -> list[Row]:
+def part(found: Source, spec: dict) -> Source:
     """The rows of a file that a split such as train[:1%] takes. A file has no splits: any name will do."""
     names = names_in(spec["split"])
     if not names or all(name == spec["split"] for name in names):
         return found
-    return [found[place] for _, place in places(spec, {name: len(found) for name in names})]
+    taken = [each for _, each in places(spec, {name: len(found) for name in names})]
+    return Source(sum(map(len, taken)), lambda: chain.from_iterable(
+        islice(found, each.start, each.stop) for each in taken))
 
 
-# ---- files -----------------------------------------------------------------------------------------------
+def shard(found: Source, spec: dict, seed: int) -> Source:
+    """The part of a data set's rows that its entry asks for: one of `shards`, equal but for a row, seeded."""
+    if spec["shards"] is None:
+        return found
+    order = list(range(len(found)))
+    random.Random(seed).shuffle(order)
+    taken = bytearray(len(found))
+    for place in order[spec["shards_idx"]::spec["shards"]]:
+        taken[place] = True
+    return Source(sum(taken), lambda: compress(found, taken))
 
 
-def rows_of_file(path: Path, kind: str | None) -> Iterator[Row]:
-    """The rows of a file of this kind (None: its name tells), with where they stand."""
-    kind = kind or SUFFIXES.get(path.suffix.lower())
-    if kind is None:
-        raise StageError(f"datasets: {path}: unknown kind of file {path.suffix!r}",
-                         "use .json, .jsonl, .parquet, .arrow or a folder written by datasets' save_to_disk")
-    if kind == "jsonl":
-        yield from lines(path)
-    elif kind == "json":
-        yield from listed(path)
-    else:
-        yield from numbered(path, columnar(path, kind))
-
-
-def lines(path: Path) -> Iterator[tuple[int, str, object]]:
-    """The rows of a JSONL file; a line that is no JSON is a RowError in its place."""
-    row = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8-sig").strip())
-            except (ValueError, RecursionError) as error:
-                value = RowError(f"not JSON: {broken(error)}", "mend or remove that line")
-            yield row, f"{path}:{number}", value
-            row += 1
-
-
-def listed(path: Path) -> list[Row]:
-    """The rows of a JSON file; some are named .json and hold an object a line."""
+def parsed(row):
+    """A row as an object: of JSONL files, sources give the lines. What is no JSON is a RowError in its place."""
+    if not isinstance(row, bytes):
+        return row
     try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+        return json.loads(row.decode("utf-8-sig").strip())
     except (ValueError, RecursionError) as error:
-        found = list(lines(path))
-        if len(found) > 1 and not any(isinstance(row, RowError) for _, _, row in found):
-            return found
-        line = getattr(error, "lineno", 1)
-        raise StageError(f"{path}:{line}: not JSON: {broken(error)}",
-                         "mend the file; one object per line belongs in a .jsonl file") from None
-    if not isinstance(content, list):
-        raise StageError(f"{path}: holds {name_of(content)}, not a list of rows",
-                         "wrap the rows in [ ], or use one object per line in a .jsonl file")
-    return numbered(path, content)
+        return RowError(f"not JSON: {broken(error)}", "mend or remove that line")
 
 
 def broken(error: Exception) -> str:
@@ -123,17 +117,78 @@ def broken(error: Exception) -> str:
     return "the text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
 
 
-def columnar(path: Path, kind: str) -> Iterator[dict]:
-    """The rows of a Parquet or Arrow file."""
-    import pyarrow
-    import pyarrow.parquet
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def rows_of_file(path: Path, kind: str | None) -> Source:
+    """The rows of a file of this kind (None: its name tells), with where they stand."""
+    kind = kind or SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise StageError(f"datasets: {path}: unknown kind of file {path.suffix!r}",
+                         "use .json, .jsonl, .parquet, .arrow or a folder written by datasets' save_to_disk")
+    if kind in ("jsonl", "json"):
+        return lines(path) if kind == "jsonl" else listed(path)
+    with readable(path, kind):
+        return numbered(path, [Columns(path, kind)])
+
+
+def lines(path: Path) -> Source:
+    """The rows of a JSONL file, as the bytes of their lines."""
+    def read() -> Iterator[Row]:
+        with path.open("rb") as file:
+            held = (line for line in enumerate(file, start=1) if line[1].strip())
+            for row, (number, line) in enumerate(held):
+                yield row, f"{path}:{number}", line
+    with path.open("rb") as file:
+        return Source(sum(1 for line in file if line.strip()), read)
+
+
+def listed(path: Path) -> Source:
+    """The rows of a JSON file, which is read whole; some are named .json and hold an object a line."""
     try:
-        if kind == "parquet":
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-        else:
-            batches = arrow_batches(path)
-        for batch in batches:
-            yield from batch.to_pylist()
+        content = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        found = lines(path)
+        if len(found) > 1 and not any(isinstance(parsed(row), RowError) for _, _, row in found):
+            return found
+        line = getattr(error, "lineno", 1)
+        raise StageError(f"{path}:{line}: not JSON: {broken(error)}",
+                         "mend the file; one object per line belongs in a .jsonl file") from None
+    if not isinstance(content, list):
+        raise StageError(f"{path}: holds {name_of(content)}, not a list of rows",
+                         "wrap the rows in [ ], or use one object per line in a .jsonl file")
+    return numbered(path, [content])
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The rows of a Parquet or Arrow file, read a batch at a time."""
+    path: Path
+    kind: str
+
+    def __len__(self) -> int:
+        import pyarrow.parquet
+        if self.kind == "parquet":
+            return pyarrow.parquet.read_metadata(self.path).num_rows
+        return sum(batch.num_rows for batch in arrow_batches(self.path))
+
+    def __iter__(self) -> Iterator[dict]:
+        import pyarrow.parquet
+        with readable(self.path, self.kind):
+            if self.kind == "parquet":
+                batches = pyarrow.parquet.ParquetFile(self.path).iter_batches(batch_size=256)
+            else:
+                batches = arrow_batches(self.path)
+            for batch in batches:
+                yield from batch.to_pylist()
+
+
+@contextmanager
+def readable(path: Path, kind: str) -> Iterator[None]:
+    """Inside, a file of columns that isn't whole is a StageError."""
+    import pyarrow
+    try:
+        yield
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise StageError(f"{path}: not a readable {kind} file ({str(error).splitlines()[0]})",
                          "write the file again; a cut download looks like this") from None
@@ -154,14 +209,14 @@ def arrow_batches(path: Path) -> Iterator:
 # ---- folders of media ------------------------------------------------------------------------------------
 
 
-def described(path: Path) -> list[Row]:
+def described(path: Path) -> Source:
     """The rows of a folder's metadata file."""
-    if path.suffix == ".jsonl":
-        return list(lines(path))
-    if path.suffix == ".parquet":
-        return numbered(path, columnar(path, "parquet"))
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return numbered(path, list(csv.DictReader(file)))
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            found = numbered(path, [list(csv.DictReader(file))])
+    else:
+        found = rows_of_file(path, None)
+    return Source(len(found), lambda: ((n, where, named_media(parsed(row))) for n, where, row in found))
 
 
 def named_media(row):
