@@ -97,19 +97,18 @@ def show_tokens(table: pa.Table, places: np.ndarray, resized: bool) -> None:
 
     resized: whether the recipe changes the size of all pictures. Of a sample with several, the mean counts.
     """
-    length, media_tokens, pictures, coordinates = (
-        table[name].to_numpy()[places] for name in ("input_tokens", "media_tokens", "pictures", "coordinates"))
-    if pictures.any():
-        every, tokens = length.sum(), media_tokens[pictures > 0] / pictures[pictures > 0]
+    pictures, media_tokens = (table[name].to_numpy()[places] for name in ("pictures", "media_tokens"))
+    if (shown := pictures > 0).any():
+        pictures, tokens = pictures[shown], media_tokens[shown] / pictures[shown]
         fewest, most = round(tokens.min()), round(tokens.max())
-        mean = media_tokens[pictures > 0].sum() / pictures.sum()
+        mean = np.average(tokens, weights=pictures)
         terminal.say(f"tokens per picture: {fewest} to {most}, {mean:.0f} on average")
-        saved = [(cap, round((np.maximum(0, tokens - cap) * pictures[pictures > 0]).sum()))
-                 for cap in CAPS if cap < most]
+        every = table["input_tokens"].to_numpy()[places].sum()
+        saved = [(cap, round((np.maximum(0, tokens - cap) * pictures).sum())) for cap in CAPS if cap < most]
         if saved:
             terminal.table("what a cap would save", ["max_image_tokens", "tokens", "of all"],
                            [[cap, tokens, f"{tokens / every:.0%}"] for cap, tokens in saved])
-    off = rows_of(table)[places][coordinates & (resized | table["image_bounds"].is_valid().to_numpy()[places])]
-    if len(off):
-        terminal.warn(f"{count(len(np.unique(off)), 'row')} with boxes or points, and pictures that are resized: "
+    moved = table["coordinates"].to_numpy() & (resized | table["image_bounds"].is_valid().to_numpy())
+    if off := len(np.unique(rows_of(table)[places][moved[places]])):
+        terminal.warn(f"{count(off, 'row')} with boxes or points, and pictures that are resized: "
                       "coordinates in pixels would be wrong, shares of a side stay right")

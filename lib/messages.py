@@ -81,6 +81,8 @@ def with_parts(text: str, kinds: set[str]) -> list[dict]:
 
 def extras_of(message: dict, number: int, role: str, shape: Shape) -> dict:
     """What a message has beside role and content, for the template, and whether it trains."""
+    if message.keys() <= shape.plain:
+        return {}
     who = f"message {number} ({role})"
     extras = {name: value for name in EXTRAS
               if (value := first_of(message, shape.places(name))) not in (None, [], {}, "")}

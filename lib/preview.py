@@ -26,7 +26,7 @@ def extremes(samples) -> dict[str, list[dict]]:
     """The samples of a data set in which mistakes show first; each once, whatever its data set's weight."""
     table = samples.with_format("arrow")[:]
     again = pc.match_substring_regex(table["sample_id"], r"~\d+$").to_numpy()
-    length, trained = (table[name].to_numpy() for name in ("input_tokens", "supervised_tokens"))
+    length, _, trained = (table[name].to_numpy() for name in summary.SUMS)
     orders = {"longest": -length, "shortest": length, "least trained": trained / length}
     once = np.flatnonzero(~again)
     return {name: list(samples.select(once[np.argsort(order[once], kind="stable")[:EXTREMES]]))
@@ -73,8 +73,7 @@ def datasets(report: dict) -> str:
 def histograms(samples, sequence_len: int) -> str:
     """How long samples are, how much of them is media and how much trained, and how large pictures are."""
     table = samples.with_format("arrow")[:]
-    length, trained, of_media = (table[name].to_numpy() for name in
-                                 ("input_tokens", "supervised_tokens", "media_tokens"))
+    length, of_media, trained = (table[name].to_numpy() for name in summary.SUMS)
     media, shown_by = inner(table["media"])
     width, height = (pc.struct_field(media, name).to_numpy() for name in ("width", "height"))
     sides = np.maximum(width, height)[pc.equal(pc.struct_field(media, "kind"), "image").to_numpy()]

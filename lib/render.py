@@ -89,7 +89,7 @@ class Renderer:
         if day:
             options["chat_template"] = template = stopped_clock(day) + template
         try:
-            if self.is_usual and not self.options and all(message.keys() == PLAIN for message in messages):
+            if self.is_usual and not self.options and all(each.keys() == PLAIN for each in messages):
                 # What apply_chat_template does, without its copies of messages, which are half of the time.
                 return _compile_jinja_template(template).render(
                     messages=messages, tools=None, documents=None, add_generation_prompt=prompt, **self.tokens)

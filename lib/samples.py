@@ -125,7 +125,8 @@ def rows_of(table: pa.Table) -> np.ndarray:
 def features(notes: bool = False):
     """The datasets features of samples, with the notes of 02 or without."""
     import datasets
-    return datasets.Features({name: feature(kind) for name, kind in (SAMPLE | NOTES if notes else SAMPLE).items()})
+    kinds = SAMPLE | NOTES if notes else SAMPLE
+    return datasets.Features({name: feature(kind) for name, kind in kinds.items()})
 
 
 def feature(kind):
@@ -133,7 +134,7 @@ def feature(kind):
     from datasets import List, Value
     if isinstance(kind, list):
         return List(feature(kind[0]))
-    return {name: feature(inner) for name, inner in kind.items()} if isinstance(kind, dict) else Value(kind)
+    return {name: feature(of) for name, of in kind.items()} if isinstance(kind, dict) else Value(kind)
 
 
 def batch_of(samples: list[dict]) -> pa.RecordBatch:
@@ -144,12 +145,13 @@ def batch_of(samples: list[dict]) -> pa.RecordBatch:
 def mapped(batches: Iterable[pa.RecordBatch], path: Path) -> pa.Table:
     """The samples of these batches as a table that stays in its file, which has no name: it goes with it."""
     with pa.ipc.new_stream(path, features(notes=True).arrow_schema) as file:
-        waiting: list[pa.RecordBatch] = []
+        waiting, size = [], 0
         for batch in batches:
             waiting.append(batch)
-            if sum(each.nbytes for each in waiting) > BATCH_BYTES:
+            size += batch.nbytes
+            if size > BATCH_BYTES:
                 file.write(pa.concat_batches(waiting))
-                waiting = []
+                waiting, size = [], 0
         if waiting:
             file.write(pa.concat_batches(waiting))
     table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()

@@ -101,7 +101,7 @@ def shard(found: Source, spec: dict, seed: int) -> Source:
 
 
 def parsed(row):
-    """A row as an object: of JSONL files, sources give the lines. What is no JSON is a RowError in its place."""
+    """A row as an object: of JSONL files, sources give lines. What is no JSON is a RowError in its place."""
     if not isinstance(row, bytes):
         return row
     try:

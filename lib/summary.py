@@ -20,8 +20,8 @@ DATASET_COLUMNS = ["data set", "samples", "held out", "rejected", "tokens", "med
 class Rejects:
     """What can't be used: a line of rejects.jsonl each, and here only what is said of them all.
 
-    kinds: [rows, the first, how it is mended] by that: what is mended in one way is of one kind. first: by
-    whether it was too long. datasets: how many of each.
+    kinds: what is mended in one way is of one kind. number, first: by whether the row is too long. datasets: how
+    many of each.
     """
 
     def __init__(self, path: Path):
@@ -71,16 +71,17 @@ def write_report(path: Path, table: pa.Table, train: np.ndarray, held_out: np.nd
 def by_dataset(table: pa.Table, train: np.ndarray, held_out: np.ndarray,
                rejects: Rejects) -> dict[str, dict[str, int]]:
     """{path: {samples trained and held out, rejected rows, tokens of all kinds, the longest sample's}}."""
-    names, paths = pc.unique(table["dataset"]).to_pylist(), numbered(table["dataset"])
+    paths, names = numbered(table["dataset"]), pc.unique(table["dataset"]).to_pylist()
     present = dict.fromkeys(paths[np.concatenate([train, held_out])].tolist())
     found = {}
     for name in dict.fromkeys([*(names[path] for path in present), *rejects.datasets]):
-        own = [part[paths[part] == names.index(name)] if name in names else part[:0] for part in (train, held_out)]
-        tokens = {column: table[column].to_numpy()[np.concatenate(own)] for column in SUMS}
-        found[name] = {"train_samples": len(own[0]), "held_out_samples": len(own[1]),
+        path = names.index(name) if name in names else -1
+        own_train, own_held_out = (part[paths[part] == path] for part in (train, held_out))
+        own = {column: table[column].to_numpy()[np.append(own_train, own_held_out)] for column in SUMS}
+        found[name] = {"train_samples": len(own_train), "held_out_samples": len(own_held_out),
                        "rejected_rows": rejects.datasets[name],
-                       **{column: int(numbers.sum()) for column, numbers in tokens.items()},
-                       "longest_sample_tokens": int(tokens["input_tokens"].max(initial=0))}
+                       **{column: int(tokens.sum()) for column, tokens in own.items()},
+                       "longest_sample_tokens": int(own["input_tokens"].max(initial=0))}
     return found
 
 
