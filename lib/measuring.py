@@ -2,6 +2,7 @@
 
 A worker gets rows and gives plain data, so nothing of a result depends on how many there are.
 """
+import gc
 import os
 import signal
 from collections import deque
@@ -46,6 +47,7 @@ def measured(rows: Rows, given: Iterator[Row], processes: int | None) -> Iterato
         return
     number = processes or cores()
     waiting = deque()
+    gc.freeze()                           # collecting writes into what processes share, which would copy it
     with ProcessPoolExecutor(number, initializer=start_worker, initargs=(replace(rows, uses=None),)) as pool:
         try:
             for each in chain(first, parts):
@@ -57,6 +59,8 @@ def measured(rows: Rows, given: Iterator[Row], processes: int | None) -> Iterato
         except BrokenProcessPool:
             raise StageError("a process that measured rows has died, most often for want of memory",
                              "dataset_processes: 1, or fewer than now") from None
+        finally:
+            gc.unfreeze()
 
 
 def cores() -> int:

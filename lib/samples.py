@@ -26,7 +26,7 @@ SAMPLE = {"sample_id": "string", "row": "int64", "dataset": "string", "messages"
           "supervised_tokens": "int32"}
 NOTES = {"pictures": "int32", "coordinates": "bool", "cut_tokens": "int32", "ends_added": "int32",
          "put_in": ["string"], "tells_day": "bool"}              # of a sample, for 02 alone
-BATCH_BYTES = 2**24                       # of a file's batches, of which few are in memory at once
+BATCH_BYTES = 2**22                       # of a file's batches, of which few are in memory at once
 
 
 def names_of(specs: list[dict]) -> list[str]:
