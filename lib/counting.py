@@ -7,6 +7,8 @@ counts are those of `Encoder.encode`; where they might not be, there are none.
 Fork me to: count other media (`Counter.row`).
 """
 import contextlib
+import operator
+from bisect import bisect_right
 from collections import Counter as Numbers
 
 from PIL import Image
@@ -25,6 +27,7 @@ class Counter:
 
     def __init__(self, encoder: Encoder):
         self.encoder, self.processor, self.pictures = encoder, encoder.processor, Pictures(encoder.processor)
+        self.never_trained = frozenset(encoder.never_trained)
         self.plain: dict[bool, bool] = {}                # whether texts are tokenized as they stand
 
     def texts(self, given: list[tuple[str, list]]) -> list[tuple[int, int, int] | None]:
@@ -65,13 +68,39 @@ class Counter:
 
     def _tokens(self, texts: list[str], first: bool) -> list[tuple[list, list]]:
         """[(ids, offsets)] of texts, as their processor's tokenizer has them."""
-        batch = tokenizer_of(self.processor)(texts, add_special_tokens=first, return_offsets_mapping=True)
-        return list(zip(batch["input_ids"], batch["offset_mapping"]))
+        found = tokenizer_of(self.processor).backend_tokenizer.encode_batch(texts, add_special_tokens=first)
+        return [(each.ids, each.offsets) for each in found]
 
     def _counts(self, text: str, spans: list, ids: list, offsets: list, replaced: list) -> tuple | None:
+        if ids and not replaced and (counts := quick_counts(ids, offsets, spans, self.never_trained)):
+            return counts
         with contextlib.suppress(RowError):
             return self.encoder.counts(*self.encoder.labelled(text, ids, offsets, spans, replaced))
         return None
+
+
+def quick_counts(ids: list[int], offsets: list, spans: list, never_trained: frozenset) -> tuple | None:
+    """(tokens, trained ones, those of media): what lib/spans.py says, looked up at the borders of spans alone.
+
+    So tokens have to stand in the order of their characters. None where they don't, where one lies across a
+    border, and where one in a span has no characters.
+    """
+    starts, ends = zip(*offsets)
+    if any(map(operator.gt, starts, starts[1:])) or any(map(operator.gt, ends, ends[1:])):
+        return None
+    media = 0 if never_trained.isdisjoint(ids) else sum(i in never_trained for i in ids)
+    trained, done = 0, 1                                         # no token predicts the first
+    for span in spans:
+        first, last = (bisect_right(ends, border) for border in span)    # the first that end behind
+        for n, border in zip((first, last), span):
+            if n < len(ends) and min(starts[n], ends[n - 1] if n else 0) < border:
+                return None
+        if any(map(operator.eq, starts[first:last], ends[first:last])):
+            return None
+        own = ids[max(first, done):last]
+        trained += len(own) - (media and sum(i in never_trained for i in own))
+        done = max(done, last)
+    return len(ids), trained, media
 
 
 class Pictures:

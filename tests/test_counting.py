@@ -1,15 +1,18 @@
 """Counts of tokens that are had without the tensors are those of the tensors, for every family and any size of picture."""
 
 import functools
+import random
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from lib import registry
 from lib.chat import IGNORE_INDEX, Encoder
-from lib.counting import ENOUGH, Counter
+from lib.counting import ENOUGH, Counter, quick_counts
 from lib.plan import load_config
 from lib.processor import complete, load_processor, stop_tokens
+from lib.spans import covered, spans_of_tokens, straddled
 from lib.template import Conversation, Template
 from tests import zoo as variants
 from tests.test_labels import PICTURE, chat
@@ -78,3 +81,25 @@ def test_a_number_that_transformers_tells_wrong_is_not_believed(subject, monkeyp
     counter = Counter(encoder)
     for size in USUAL:
         assert counter.row(one.text, one.spans, pictures(size)) == measured(encoder, one, [size])
+
+
+def test_quick_counts_of_any_tokens_are_those_of_each_token_or_none():
+    pick, told = random.Random(0), 0
+    for _ in range(4000):
+        offsets, place = [], 0
+        for _ in range(pick.randint(1, 12)):
+            gap, width = pick.choice((0, 0, 0, 1)), pick.choice((0, 1, 1, 2, 3) if pick.random() < 0.3 else (1, 2))
+            offsets += [(place + gap, place + gap + width)] * pick.choice((1, 1, 1, 2))
+            place += gap + width
+        if pick.random() < 0.1:
+            offsets.append((0, 0))
+        ids = [pick.randrange(20) for _ in offsets]
+        borders = sorted(pick.sample(range(place + 2), 2 * pick.randint(1, place // 3 + 1)))
+        spans = list(zip(borders[::2], borders[1::2]))
+        quick, tokens = quick_counts(ids, offsets, spans, frozenset((3, 7))), spans_of_tokens(offsets)
+        if quick:
+            trained = covered(tokens, spans, without=[]) & ~np.isin(ids, (3, 7))
+            assert not straddled(tokens, spans)
+            assert quick == (len(ids), trained[1:].sum(), sum(i in (3, 7) for i in ids))
+            told += 1
+    assert told > 500
