@@ -80,7 +80,7 @@ class Counter:
 
 
 def quick_counts(ids: list[int], offsets: list, spans: list, never_trained: frozenset) -> tuple | None:
-    """(tokens, trained ones, those of media): what lib/spans.py says, looked up at the borders of spans alone.
+    """(tokens, trained ones, those of media): what lib/spans.py says, from the borders of spans alone.
 
     So tokens have to stand in the order of their characters. None where they don't, where one lies across a
     border, and where one in a span has no characters.

@@ -26,7 +26,7 @@ def saved(path: Path, spec: dict) -> list:
 
 
 def loaded(spec: dict):
-    """The data set that datasets.load_dataset gives: of the hub, of its cache, or of files here of any kind."""
+    """What datasets.load_dataset gives: a data set of the hub, of its cache, or of files here of any kind."""
     import datasets
     from datasets.exceptions import DatasetsError
     datasets.disable_progress_bars()

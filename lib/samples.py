@@ -4,7 +4,6 @@ A sample holds no pixels and no token ids: it has its text, which characters are
 and its lengths. However many there are, they stay in files: what is counted or chosen here are columns of
 numbers, and a choice is an array of places in the table, ascending, one several times where a weight says so.
 """
-import functools
 import json
 import random
 from array import array
@@ -17,15 +16,15 @@ import pyarrow.compute as pc
 
 from lib.stage import StageError
 
-MEDIUM = {"kind": "string", "path": "string", "bytes": "binary", "sha256": "string",
-          "width": "int32", "height": "int32", "seconds": "float32"}
-SAMPLE = {"sample_id": "string", "row": "int64", "dataset": "string", "messages": "string", "text": "string",
-          "spans": [{"start": "int32", "end": "int32"}], "reply": {"start": "int32", "end": "int32"},
-          "media": [MEDIUM],
-          "image_bounds": "string", "input_tokens": "int32", "media_tokens": "int32",
-          "supervised_tokens": "int32"}
-NOTES = {"pictures": "int32", "coordinates": "bool", "cut_tokens": "int32", "ends_added": "int32",
-         "put_in": ["string"], "tells_day": "bool"}              # of a sample, for 02 alone
+SPAN = pa.struct({"start": pa.int32(), "end": pa.int32()})
+MEDIUM = pa.struct({"kind": pa.string(), "path": pa.string(), "bytes": pa.binary(), "sha256": pa.string(),
+                    "width": pa.int32(), "height": pa.int32(), "seconds": pa.float32()})
+SAMPLE = {"sample_id": pa.string(), "row": pa.int64(), "dataset": pa.string(), "messages": pa.string(),
+          "text": pa.string(), "spans": pa.list_(SPAN), "reply": SPAN, "media": pa.list_(MEDIUM),
+          "image_bounds": pa.string(), "input_tokens": pa.int32(), "media_tokens": pa.int32(),
+          "supervised_tokens": pa.int32()}
+NOTES = {"pictures": pa.int32(), "coordinates": pa.bool_(), "cut_tokens": pa.int32(),     # for 02 alone
+         "ends_added": pa.int32(), "put_in": pa.list_(pa.string()), "tells_day": pa.bool_()}
 BATCH_BYTES = 2**22                       # of a file's batches, of which few are in memory at once
 
 
@@ -121,30 +120,14 @@ def rows_of(table: pa.Table) -> np.ndarray:
 # ---- files ----
 
 
-@functools.cache
-def features(notes: bool = False):
-    """The datasets features of samples, with the notes of 02 or without."""
-    import datasets
-    kinds = SAMPLE | NOTES if notes else SAMPLE
-    return datasets.Features({name: feature(kind) for name, kind in kinds.items()})
-
-
-def feature(kind):
-    """The datasets feature of a kind: a type's name, a list of one kind, or a record."""
-    from datasets import List, Value
-    if isinstance(kind, list):
-        return List(feature(kind[0]))
-    return {name: feature(of) for name, of in kind.items()} if isinstance(kind, dict) else Value(kind)
-
-
 def batch_of(samples: list[dict]) -> pa.RecordBatch:
     """Measured samples as Arrow has them."""
-    return pa.RecordBatch.from_pylist(samples, schema=features(notes=True).arrow_schema)
+    return pa.RecordBatch.from_pylist(samples, schema=pa.schema(SAMPLE | NOTES))
 
 
 def mapped(batches: Iterable[pa.RecordBatch], path: Path) -> pa.Table:
     """The samples of these batches as a table that stays in its file, which has no name: it goes with it."""
-    with pa.ipc.new_stream(path, features(notes=True).arrow_schema) as file:
+    with pa.ipc.new_stream(path, pa.schema(SAMPLE | NOTES)) as file:
         waiting, size = [], 0
         for batch in batches:
             waiting.append(batch)
@@ -166,10 +149,9 @@ def save(table: pa.Table, places: np.ndarray, folder: Path):
     """
     import datasets
     datasets.disable_progress_bars()
-    nothing = datasets.Dataset.from_dict({name: [] for name in SAMPLE}, features=features())
-    nothing.save_to_disk(folder, num_shards=1)
-    (path,) = folder.glob("*.arrow")
-    with pa.ipc.new_stream(path, features().arrow_schema) as file:
+    datasets.Dataset(pa.schema(SAMPLE).empty_table()).save_to_disk(folder, num_shards=1)
+    (path,) = folder.glob("*.arrow")                             # of no rows: these are written here
+    with pa.ipc.new_stream(path, pa.schema(SAMPLE)) as file:
         for batch in chosen(table.select(list(SAMPLE)), places):
             file.write(batch)
     return datasets.load_from_disk(str(folder))

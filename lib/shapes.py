@@ -60,16 +60,6 @@ class Shape:
                  for name in ("role", "content", *EXTRAS)}
         return {name: [key] if key else usual.get(name, [name]) for name, key in given.items()}
 
-    @functools.cached_property
-    def plain(self) -> set[str]:
-        """The keys of a message that has a role and a content, and no more."""
-        return {*self.places("role"), *self.places("content")}
-
-    @functools.cached_property
-    def known(self) -> set[str]:
-        """Every key that a message may have."""
-        return {key for keys in self._places.values() for key in keys} | {self.message_field_training}
-
     def role(self, word) -> str | None:
         """The role that a row's word means, None for none. The recipe's words go before the usual ones."""
         return self._called.get(word) if isinstance(word, str) else None

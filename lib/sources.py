@@ -126,10 +126,9 @@ def rows_of_file(path: Path, kind: str | None) -> Source:
     if kind is None:
         raise StageError(f"datasets: {path}: unknown kind of file {path.suffix!r}",
                          "use .json, .jsonl, .parquet, .arrow or a folder written by datasets' save_to_disk")
-    if kind in ("jsonl", "json"):
-        return lines(path) if kind == "jsonl" else listed(path)
-    with readable(path, kind):
-        return numbered(path, [Columns(path, kind)])
+    if kind == "jsonl":
+        return lines(path)
+    return listed(path) if kind == "json" else columnar(path, kind)
 
 
 def lines(path: Path) -> Source:
@@ -160,27 +159,19 @@ def listed(path: Path) -> Source:
     return numbered(path, [content])
 
 
-@dataclass(frozen=True)
-class Columns:
-    """The rows of a Parquet or Arrow file, read a batch at a time."""
-    path: Path
-    kind: str
+def columnar(path: Path, kind: str) -> Source:
+    """The rows of a Parquet or Arrow file, of which a batch is in memory at once."""
+    import pyarrow.parquet
 
-    def __len__(self) -> int:
-        import pyarrow.parquet
-        if self.kind == "parquet":
-            return pyarrow.parquet.read_metadata(self.path).num_rows
-        return sum(batch.num_rows for batch in arrow_batches(self.path))
-
-    def __iter__(self) -> Iterator[dict]:
-        import pyarrow.parquet
-        with readable(self.path, self.kind):
-            if self.kind == "parquet":
-                batches = pyarrow.parquet.ParquetFile(self.path).iter_batches(batch_size=256)
-            else:
-                batches = arrow_batches(self.path)
-            for batch in batches:
-                yield from batch.to_pylist()
+    def read() -> Iterator[Row]:
+        with readable(path, kind):
+            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256) \
+                if kind == "parquet" else arrow_batches(path)
+            found = chain.from_iterable(batch.to_pylist() for batch in batches)
+            yield from ((number, f"{path}: row {number}", row) for number, row in enumerate(found))
+    with readable(path, kind):
+        return Source(pyarrow.parquet.read_metadata(path).num_rows if kind == "parquet" else
+                      sum(batch.num_rows for batch in arrow_batches(path)), read)
 
 
 @contextmanager

@@ -20,8 +20,8 @@ DATASET_COLUMNS = ["data set", "samples", "held out", "rejected", "tokens", "med
 class Rejects:
     """What can't be used: a line of rejects.jsonl each, and here only what is said of them all.
 
-    kinds: what is mended in one way is of one kind. number, first: by whether the row is too long. datasets: how
-    many of each.
+    kinds: what is mended in one way is of one kind. first, number: by whether the row is too long.
+    datasets: how many rows of each.
     """
 
     def __init__(self, path: Path):
