@@ -296,6 +296,14 @@ def test_a_chain_of_ten_thousand_shared_pictures_is_one_group_at_once():
 # ---- what it writes ----
 
 
+def test_chosen_samples_are_saved_once_for_each_time_whatever_batches_they_lie_in(tmp_path):
+    every = [sample_of(number, "a" * number) | {"sample_id": f"d-{number}"} for number in range(9)]
+    found = samples.save(table_of(every), np.array([0, 2, 2, 2, 3, 4, 4, 8]), tmp_path / "train")
+    assert found["sample_id"][:] == ["d-0", "d-2", "d-2~2", "d-2~3", "d-3", "d-4", "d-4~2", "d-8"]
+    assert [len(media[0]["sha256"]) for media in found["media"]] == found["row"][:] == [0, 2, 2, 2, 3, 4, 4, 8]
+    assert len(samples.save(table_of(every), np.array([], int), tmp_path / "eval")) == 0
+
+
 def test_the_preview_holds_the_first_sixteen_kept_rows_as_training_sees_them(kit):
     numbered = [{"role": "assistant", "content": f"red {number}"} for number in range(1, 19)]
     good = [{"messages": [QUESTION, answer], "images": ["red.png"]} for answer in numbered]
