@@ -82,8 +82,6 @@ def with_parts(text: str, kinds: set[str]) -> list[dict]:
 def extras_of(message: dict, number: int, role: str, shape: Shape) -> dict:
     """What a message has beside role and content, for the template, and whether it trains."""
     who, known = f"message {number} ({role})", {*shape.places("role"), *shape.places("content")}
-    if message.keys() <= known:
-        return {}
     extras = {name: value for name in EXTRAS
               if (value := first_of(message, shape.places(name))) not in (None, [], {}, "")}
     train = message.get(shape.message_field_training)
