@@ -17,8 +17,8 @@ import pyarrow
 import torch
 
 from lib import samples
+from lib.files import Row
 from lib.rows import Rows
-from lib.sources import Row
 from lib.stage import StageError
 
 ROWS = 64                                 # that a process measures at a time; fewer need no other process

@@ -92,7 +92,8 @@ class Renderer:
             if self.is_usual and not self.options and all(each.keys() == PLAIN for each in messages):
                 # What apply_chat_template does, without its copies of messages, which are half of the time.
                 return _compile_jinja_template(template).render(
-                    **self.tokens, messages=messages, tools=None, documents=None, add_generation_prompt=prompt)
+                    messages=messages, tools=None, documents=None, add_generation_prompt=prompt,
+                    **self.tokens)
             return self.processor.apply_chat_template(messages, **options)
         except TemplateSyntaxError as error:
             raise StageError(f"chat_template: line {error.lineno - bool(day)}: {error.message}",

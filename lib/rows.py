@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib import media, sources
+from lib import files, media, sources
 from lib.budget import has_coordinates, largest_budget
 from lib.chat import Encoder
 from lib.counting import Counter
@@ -61,7 +61,7 @@ class Rows:
     def parsed(self, row) -> tuple[list[dict], list, list[dict]] | RowError:
         """(messages, media as the row gives them, tools) of a row, or what is wrong with it."""
         try:
-            row = sources.parsed(row)
+            row = files.parsed(row)
             if isinstance(row, RowError):
                 return row
             return *normalise(row, self.shape), tools_of(row, self.shape)
@@ -73,7 +73,7 @@ class Rows:
         given = [source for row in rows if not isinstance(row, RowError) for source in row[1]]
         self.fetcher.fetch_all([url for url in map(url_of, given) if url])
 
-    def measured(self, given: list[sources.Row]) -> tuple[list[dict], list[dict]]:
+    def measured(self, given: list[files.Row]) -> tuple[list[dict], list[dict]]:
         """(samples, rejects) of some rows. Texts without media are tokenized together, to save time."""
         parsed = [self.parsed(row) for _, _, row in given]
         self.fetch(parsed)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import samples, sources
+from lib import files, samples, sources
 from lib.stage import StageError
 
 NOWHERE = {"path": "", "name": None, "revision": None, "data_files": None, "ds_type": None, "split": None,
@@ -33,7 +33,7 @@ def jsonl(path: Path, rows: list) -> None:
 def found(**spec) -> list[str]:
     """The prompts of an entry's rows, which are as many as they are said to be."""
     source = sources.rows(NOWHERE | spec)
-    rows = [sources.parsed(row) for _, _, row in source]
+    rows = [files.parsed(row) for _, _, row in source]
     assert len(rows) == len(source) == len(list(source))
     return [row["prompt"] for row in rows]
 
@@ -86,7 +86,7 @@ def test_an_image_folder_gives_its_metadata_with_the_pictures(metadata, folder):
         datasets.Dataset.from_list(rows).to_parquet(f"seen/{metadata}")
     spec = NOWHERE | {"path": "seen"}
     ((_, where, row),) = sources.rows(spec)
-    assert sources.parsed(row) == {"image": "a.png", "question": "What?", "answer": "red"}
+    assert files.parsed(row) == {"image": "a.png", "question": "What?", "answer": "red"}
     assert where.startswith(f"seen/{metadata}") and sources.root(spec) == Path("seen")
 
 
@@ -161,7 +161,7 @@ def test_a_weight_is_a_seeded_share_of_an_epoch():
 
 def test_shards_are_seeded_parts_that_hold_every_row_once_in_its_order():
     rows = list(range(11))
-    source = sources.Source(len(rows), lambda: iter(rows))
+    source = files.Source(len(rows), lambda: iter(rows))
     taken = [sources.shard(source, {"shards": 3, "shards_idx": n}, 1) for n in range(3)]
     parts = [list(part) for part in taken]
     assert sorted(sum(parts, [])) == rows and [*map(len, parts)] == [*map(len, taken)] == [4, 4, 3]
