@@ -92,6 +92,7 @@ class Dataset:
     drop_system_message: bool        = knob(False, "02", "rows go without their own system message")
     shards: int | None               = knob(None, "02", "take one of so many seeded parts of its rows", low=1)
     shards_idx: int                  = knob(0, "02", "which of them, from 0", low=0)
+    chat_template: str | None        = knob(None, "02", "null: as for all data sets", check=chat_template)
     train_on_inputs: bool | None     = knob(None, "02", "null: as for all data sets")
     roles_to_train: Turns | None     = knob(None, "02", "null: as for all data sets", check=filled)
     train_on_eos: Ends | None        = knob(None, "02", "null: as for all data sets")

@@ -9,7 +9,12 @@ Source: labels follow the chat template's own render, see lib/template.py.
 Fork me to: take another shape of row (lib/shapes.py), train other words (lib/template.py), or do something
         else with rows that are too long (lib/rows.py).
 """
+import copy
+from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+import pyarrow
 
 from lib import origin, preview, registry, samples, sources, stage, summary, terminal
 from lib.budget import set_token_budget, show_tokens
@@ -43,30 +48,32 @@ def main(argv=None):
         return
     config = work.config
     # 2. Load the processor (tokenizer, chat template, picture sizes), save it, go on with what was saved.
-    template, encoder = load_template_and_encoder(work)
+    templates, encoder = load_templates_and_encoder(work)
     # 3. Read, render and measure every row; the bad ones are listed, and none is dropped without a word.
-    specs, rejects = config.datasets + (config.test_datasets or []), []
-    found = [measure(Rows.of(spec, name, work, template, encoder), work, rejects)
-             for spec, name in zip(specs, samples.names_of(specs))]
-    train = sum(found[:len(config.datasets)], [])
-    held_out = sum(found[len(config.datasets):], [])
-    samples.write_lines(work.path / "rejects.jsonl", rejects)
-    if rejects:
-        stop_at_rejects(work, rejects, kept=len(train))
+    specs = config.datasets + (config.test_datasets or [])
+    names, rejects = samples.names_of(specs), summary.Rejects(work.path / "rejects.jsonl")
+    readers = [Rows.of(spec, name, work, templates[spec["chat_template"]], encoder)
+               for spec, name in zip(specs, names)]
+    tables = [samples.mapped(measure(reader, work, rejects), work.path / f"{reader.name}.arrow")
+              for reader in readers]
+    table, ends = pyarrow.concat_tables(tables), np.cumsum([len(each) for each in tables])
+    train, held_out = np.split(np.arange(len(table)), [ends[len(config.datasets) - 1]])
+    stop_at_rejects(work, rejects, kept=len(train))
     # 4. Split off the held-out samples, if no file of their own was named.
     if config.val_set_size:
-        train, held_out = samples.hold_out(train, config.val_set_size, config.seed)
+        train, held_out = samples.hold_out(table, config.val_set_size, config.seed)
     # 5. Give each data set its share of an epoch.
-    train = samples.weighted(train, config.seed)
+    parts = np.split(train, np.searchsorted(train, ends[:len(config.datasets) - 1]))
+    train = samples.weighted(parts, names, specs, config.seed)
     # 6. Write the samples, and pages on which a person sees what will be learnt.
-    samples.save(train, work.path / "train")
-    samples.save(held_out, work.path / "eval")
-    report = summary.write_report(work.path / "report.json", train, held_out, rejects)
-    preview.write_previews(work.path, encoder, train, held_out, report, config)
+    shown, shown_held_out = (samples.save(table, places, work.path / name)
+                             for places, name in ((train, "train"), (held_out, "eval")))
+    report = summary.write_report(work.path / "report.json", table, train, held_out, rejects)
+    preview.write_previews(work.path, encoder, shown, shown_held_out, report, config)
     summary.say(report)
-    show_tokens(train + held_out, resized=any(
+    show_tokens(table, np.concatenate([train, held_out]), resized=any(
         (config.image_size, config.image_max_pixels, config.image_min_pixels, config.max_image_tokens)))
-    preview.show(train[:1], encoder.processor)
+    preview.show(shown.take(1), encoder.processor)
     work.finish(volatile=("preview.html",))
 
 
@@ -76,15 +83,18 @@ def show(work, number: int) -> None:
     encoder = Encoder.load(work.path / "processor", work.config.trust_remote_code)
     train = datasets.load_from_disk(str(work.path / "train"))
     summary.say(read_json(work.path / "report.json"))
-    preview.show_extremes(train.select_columns(["sample_id", *summary.SUMS]).to_list())
-    preview.show(list(train.select(range(min(number, len(train))))), encoder.processor)
+    preview.show_extremes(train)
+    preview.show(train.take(min(number, len(train))), encoder.processor)
 
 
 # ---- the processor ---------------------------------------------------------------------------------------
 
 
-def load_template_and_encoder(work) -> tuple[Template, Encoder]:
-    """The base model's, with the recipe's options, as 02_data/processor gives them to every later stage."""
+def load_templates_and_encoder(work) -> tuple[dict[str | None, Template], Encoder]:
+    """The base model's, with the recipe's options, as 02_data/processor gives them to every later stage.
+
+    The template is under None; beside it, each that an entry of `datasets` names.
+    """
     config, base_model = work.config, Path(work.config.base_model)
     if base_model.is_dir():
         for path in sorted(base_model.iterdir()):
@@ -100,11 +110,10 @@ def load_template_and_encoder(work) -> tuple[Template, Encoder]:
     processor = complete(load_processor(config.base_model, config.processor_type, **options), family)
     if new := add_tokens(processor, config):
         terminal.say(f"{count(len(new), 'new token')}, from id {new[0]} on")
-    if config.chat_template in registry.template_names():
-        registry.check_template_name(config.chat_template, family)
-        terminal.say(f"chat_template: {config.chat_template} means the checkpoint's own")
-    elif config.chat_template:
-        processor.chat_template = tokenizer_of(processor).chat_template = given_template(work)
+    own = processor.chat_template
+    if config.chat_template:
+        text = jinja_of(config.chat_template, own, family, work)
+        processor.chat_template = tokenizer_of(processor).chat_template = text
     set_budget(processor, family, config.image_min_pixels, config.image_max_pixels)
     set_token_budget(processor, family, config.max_image_tokens)
     if config.excess_length_strategy == "shrink_media":
@@ -117,12 +126,20 @@ def load_template_and_encoder(work) -> tuple[Template, Encoder]:
     Encoder.of(processor, family, lacks, **sampling).save(work.path / "processor")
     encoder = Encoder.load(work.path / "processor", config.trust_remote_code)
     stops = stop_tokens(config.base_model, processor, config.revision)
-    return Template(encoder.processor, stops, config.template_date), encoder
+    templates = {None: Template(encoder.processor, stops, config.template_date)}
+    for given in {spec["chat_template"] for spec in config.datasets + (config.test_datasets or [])} - {None}:
+        other = copy.copy(encoder.processor)
+        other.chat_template = jinja_of(given, own, family, work)
+        templates[given] = Template(other, stops, config.template_date)
+    return templates, encoder
 
 
-def given_template(work) -> str:
-    """The recipe's chat template: the Jinja that it holds, or that of the file that it names."""
-    given = work.config.chat_template
+def jinja_of(given: str, own: str, family: registry.Family, work) -> str:
+    """A chat template: the Jinja itself, that of the file that is named, the checkpoint's own for a name."""
+    if given in registry.template_names():
+        registry.check_template_name(given, family)
+        terminal.say(f"chat_template: {given} means the checkpoint's own")
+        return own
     if "{{" in given or "{%" in given:
         return given
     work.uses(given)
@@ -132,32 +149,34 @@ def given_template(work) -> str:
 # ---- rows to samples -------------------------------------------------------------------------------------
 
 
-def measure(reader: Rows, work, rejects: list) -> list[dict]:
+def measure(reader: Rows, work, rejects: summary.Rejects) -> Iterator[pyarrow.RecordBatch]:
     """The samples of a data set, measured by encoding them; what can't be used is added to `rejects`."""
-    path, found = reader.spec["path"], []
+    path, kept = reader.spec["path"], 0
     for file in sources.files_of(reader.spec):
         work.uses(file)
-    rows = samples.shard(sources.rows(reader.spec), reader.spec, work.config.seed)
-    if not rows:
+    rows = sources.shard(sources.rows(reader.spec), reader.spec, work.config.seed)
+    if not len(rows):
         raise StageError(f"datasets: {path}: holds no row", "name a file with rows, or remove it")
     with terminal.Progress(f"measuring {path}", len(rows)) as progress:
         for part in measured(reader, rows, work.config.dataset_processes):
             for file, sha256 in part.files:
                 work.uses(file, sha256)
-            found += part.samples
-            rejects += part.rejects
-            progress.update(progress.done + part.rows, kept=str(len(found)), rejected=str(len(rejects)))
-    return found
+            kept += len(part.samples)
+            rejects.add(part.rejects)
+            progress.update(progress.done + part.rows, kept=str(kept), rejected=str(rejects.number.total()))
+            yield part.samples
 
 
-def stop_at_rejects(work, rejects: list[dict], kept: int) -> None:
+def stop_at_rejects(work, rejects: summary.Rejects, kept: int) -> None:
     """Show what can't be used; stop where the recipe says so or nothing is left. All rows were looked at."""
-    kinds = [[kind["rows"], kind["such_as"], kind["fix"]] for kind in summary.kinds_of(rejects)[:8]]
-    terminal.table(f"{count(len(rejects), 'row')} can't be used", ["rows", "such as", "fix"], kinds)
+    rejects.file.close()
+    if rejects.kinds:
+        terminal.table(f"{count(rejects.number.total(), 'row')} can't be used", ["rows", "such as", "fix"],
+                       [list(kind.values()) for kind in rejects.listed()[:8]])
     stops = {True: work.config.excess_length_strategy == "error", False: work.config.on_bad_row == "error"}
-    bad = [reject for reject in rejects if stops[reject["too_long"]] or not kept]
+    bad = [too_long for too_long in rejects.first if stops[too_long] or not kept]
     if bad:
-        first, others = bad[0], len(bad) - 1
+        first, others = rejects.first[bad[0]], sum(rejects.number[too_long] for too_long in bad) - 1
         more = f" (and {count(others, 'more bad row')})" if others else ""
         listed = f"; all are in {work.path / 'rejects.jsonl'}" if others else ""
         knob = "excess_length_strategy=drop" if first["too_long"] else "on_bad_row=skip"

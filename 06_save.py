@@ -26,7 +26,7 @@ from lib.compare import compare
 from lib.evaluate import exact_match, generate
 from lib.facts import Facts
 from lib.ledger import read_json, write_json
-from lib.media import MediaError
+from lib.locating import MediaError
 from lib.messages import RowError, text_parts
 from lib.plan import quiet
 from lib.predict import evaluate_file, trained_model

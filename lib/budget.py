@@ -9,12 +9,15 @@ import math
 import re
 from collections.abc import Callable
 
+import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from lib import terminal
 from lib.families import Family
 from lib.messages import count, texts_of
 from lib.resolution import TooFew, bounds_of, require_bounds, with_bounds
+from lib.samples import rows_of
 from lib.stage import StageError
 
 CAPS = [2**power for power in range(6, 14)]    # of which 02 says what they would save
@@ -89,25 +92,23 @@ def has_coordinates(messages: list[dict]) -> bool:
     return any(COORDINATES.search(text) for message in messages for text in texts_of(message))
 
 
-def show_tokens(samples, resized: bool) -> None:
+def show_tokens(table: pa.Table, places: np.ndarray, resized: bool) -> None:
     """Print how many tokens pictures are, what a cap would save, and how many rows have coordinates.
 
     resized: whether the recipe changes the size of all pictures. Of a sample with several, the mean counts.
     """
-    found = [(sample["media_tokens"] / sample["pictures"], sample["pictures"]) for sample in samples
-             if sample["pictures"]]
-    if found:
-        every = sum(sample["input_tokens"] for sample in samples)
-        fewest, most = (round(pick(tokens for tokens, _ in found)) for pick in (min, max))
-        mean = sum(tokens * number for tokens, number in found) / sum(number for _, number in found)
+    pictures, media_tokens = (table[name].to_numpy()[places] for name in ("pictures", "media_tokens"))
+    if (shown := pictures > 0).any():
+        pictures, tokens = pictures[shown], media_tokens[shown] / pictures[shown]
+        fewest, most = round(tokens.min()), round(tokens.max())
+        mean = np.average(tokens, weights=pictures)
         terminal.say(f"tokens per picture: {fewest} to {most}, {mean:.0f} on average")
-        saved = [(cap, round(sum(max(0, tokens - cap) * number for tokens, number in found)))
-                 for cap in CAPS if cap < most]
+        every = table["input_tokens"].to_numpy()[places].sum()
+        saved = [(cap, round((np.maximum(0, tokens - cap) * pictures).sum())) for cap in CAPS if cap < most]
         if saved:
             terminal.table("what a cap would save", ["max_image_tokens", "tokens", "of all"],
                            [[cap, tokens, f"{tokens / every:.0%}"] for cap, tokens in saved])
-    off = {(sample["dataset"], sample["row"]) for sample in samples
-           if sample["coordinates"] and (resized or sample["image_bounds"])}
-    if off:
-        terminal.warn(f"{count(len(off), 'row')} with boxes or points, and pictures that are resized: "
+    moved = table["coordinates"].to_numpy() & (resized | table["image_bounds"].is_valid().to_numpy())
+    if off := len(np.unique(rows_of(table)[places][moved[places]])):
+        terminal.warn(f"{count(off, 'row')} with boxes or points, and pictures that are resized: "
                       "coordinates in pixels would be wrong, shares of a side stay right")

@@ -25,10 +25,11 @@ DARK = {"paper": "#111417", "wash": "#1d2126", "rule": "#2e343b", "muted": "#a0a
 
 def histogram(values, label, unit="tokens", marks=()):
     """A histogram with its median and maximum. marks: [(value, name)], more lines, as for sequence_len."""
+    values = np.asarray(values, float)
     start, step, counts = _bins(values)
     end = start + step * len(counts)
     shown = {}
-    for value, name in ((statistics.median(values), "median"), (max(values), "max"), *marks):
+    for value, name in ((float(np.median(values)), "median"), (float(values.max()), "max"), *marks):
         shown[value] = f"{shown[value]}, {name}" if value in shown else name
     near = {value: name for value, name in shown.items() if start <= value <= end + (end - start) / 2}
     far = "".join(f", {name} {number(value, 4)}" for value, name in shown.items() if value not in near)
@@ -49,8 +50,8 @@ def histogram(values, label, unit="tokens", marks=()):
 
 def _bins(values):
     """(start, step, counts) of about 16 bins of a round width; whole numbers a bin each sit in its middle."""
-    values = np.asarray(values, float)
-    low, high, whole = values.min(), values.max(), (values % 1 == 0).all()
+    low, high = float(values.min()), float(values.max())
+    whole = bool((values % 1 == 0).all())
     step = round_step((high - low) / 16 or (not whole and abs(high) / 16) or 1)
     step = max(step, 1) if whole else step
     start = math.floor(low / step) * step - (0.5 if whole and step == 1 else 0)

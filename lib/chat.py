@@ -4,9 +4,7 @@
 workers train with it, 06 asks with it. Labels follow characters: a token is trained if all of it lies in a
 trained span of the text.
 """
-import functools
 import json
-import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import numpy as np
 import torch
 
 from lib import registry
+from lib.ledger import read_json, write_json
 from lib.media import Sampling, kind_of, open_medium
 from lib.messages import NOUNS, RowError
 from lib.processor import (
@@ -56,8 +55,7 @@ class Encoder:
             raise StageError(f"base_model: its {type(processor).__name__} doesn't say which token stands for "
                              "a picture", "choose another base_model: that token could end up in the labels")
         ids = {i for kind in KINDS for i in getattr(processor, f"{kind}_token_ids", [])}
-        tokens = (*family.wrappers, *placeholders(processor).values())
-        ids |= {tokenizer.convert_tokens_to_ids(token) for token in tokens}
+        ids |= {*tokenizer.convert_tokens_to_ids([*family.wrappers, *placeholders(processor).values()])}
         ids -= {None, tokenizer.unk_token_id}
         extractors = [getattr(processor, part, None) for part in KINDS["audio"]]
         rate = {"sampling_rate": extractor.sampling_rate for extractor in extractors if extractor}
@@ -70,13 +68,13 @@ class Encoder:
         self.processor.save_pretrained(folder)
         facts = {fact.name: getattr(self, fact.name) for fact in fields(self) if fact.name != "processor"}
         facts["sampling"] = asdict(self.sampling)
-        (folder / "encoder.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        write_json(folder / "encoder.json", facts)
 
     @classmethod
     def load(cls, folder: Path, trust_remote_code: bool = False) -> "Encoder":
         """The encoder that 02 saved in its processor folder."""
-        facts = json.loads((folder / "encoder.json").read_text(encoding="utf-8"))
-        facts = {name: tuple(fact) if isinstance(fact, list) else fact for name, fact in facts.items()}
+        facts = {name: tuple(fact) if isinstance(fact, list) else fact
+                 for name, fact in read_json(folder / "encoder.json").items()}
         facts["sampling"] = Sampling(**facts["sampling"])
         return cls(load_processor(folder, trust_remote_code=trust_remote_code), **facts)
 
@@ -101,63 +99,52 @@ class Encoder:
 
     def encode(self, text: str, spans: list[tuple[int, int]], media: list) -> dict[str, torch.Tensor]:
         """The tensors of a text with trained character spans and its media, in the order of their places."""
-        batch = self._process(text, media)
-        tokens = spans_of_tokens(batch.pop("offset_mapping")[0].tolist())
-        # The processor writes many tokens for each placeholder: spans move into the text that it tokenized.
-        replaced = batch.pop("text_replacement_offsets", None)
-        replaced = replaced[0] if isinstance(replaced, list) and replaced else []   # or a tensor of none
+        batch, replaced = self.process(text, media)
+        text, made = after_replacing(text, replaced), batch["input_ids"][0].tolist()
         if media:
-            self._refuse_unplaced(after_replacing(text, replaced), batch["input_ids"][0].tolist())
-        spans = [(moved(start, replaced), moved(end, replaced)) for start, end in spans]
-        seams = straddled(tokens, sorted({place for span in spans for place in span}))
-        if seams:
-            tokens = self._tokenize_apart(batch, after_replacing(text, replaced), seams)
-        ids = batch["input_ids"][0].tolist()
-        trained = covered(tokens, spans, without=[tuple(r["new_span"]) for r in replaced])
-        batch["labels"] = torch.tensor([[                                        # [1, T]
-            i if keep and i not in self.never_trained else IGNORE_INDEX for i, keep in zip(ids, trained)]])
-        return batch
+            self._refuse_unplaced(text, made)
+        offsets = batch.pop("offset_mapping")[0].tolist()
+        ids, labels = (torch.from_numpy(each)[None] for each in
+                       self.labelled(text, made, offsets, spans, replaced))      # [1, T]
+        if ids.tolist() != [made]:
+            for key in [key for key in batch if key.endswith("token_type_ids")]:
+                kinds = dict(zip(made, batch[key][0].tolist()))
+                batch[key] = torch.tensor([[kinds.get(i, 0) for i in ids[0].tolist()]])
+            batch |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        return batch | {"labels": labels}
 
-    def counted(self, given: list[tuple[str, list]]) -> list[tuple[int, int, int] | None]:
-        """(tokens, trained ones, tokens of media) of each text without media and its trained characters.
+    def labelled(self, text: str, ids: list[int], offsets: list, spans: list, replaced: list[dict]
+                 ) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, labels) [T] of a tokenized text; spans are those of the render, before what was replaced.
 
-        All are tokenized in one call; None stands where only `encode` can tell, which these are equal to.
+        The ids are others where the tokenizer merged prompt and reply across their seam.
         """
-        found: list[tuple | None] = [None] * len(given)
-        for first in (True, False):
-            places = [n for n, (text, _) in enumerate(given)
-                      if adds_first_token(self.processor, text) == first]
-            texts = [given[n][0] for n in places]
-            if not texts:
-                continue
-            batch = tokenizer_of(self.processor)(texts, add_special_tokens=first, return_offsets_mapping=True)
-            if first not in self._plain:                         # some processors may do more with a text
-                made = self._process(texts[0], [])["input_ids"][0].tolist()
-                self._plain[first] = made == batch["input_ids"][0]
-            if not self._plain[first]:
-                continue
-            for n, ids, offsets in zip(places, batch["input_ids"], batch["offset_mapping"]):
-                found[n] = counts_of(np.array(ids), np.array(offsets), given[n][1], self.never_trained)
-        return found
+        # The processor writes many tokens for each placeholder: spans move into the text that it tokenized.
+        spans, tokens = moved(spans, replaced), spans_of_tokens(offsets)
+        if seams := straddled(tokens, spans):
+            ids, tokens = self._tokenized_apart(text, ids, seams)
+        ids = np.array(ids)
+        trained = covered(tokens, spans, without=[r["new_span"] for r in replaced])
+        return ids, np.where(trained & ~np.isin(ids, self.never_trained), ids, IGNORE_INDEX)
+
+    def counts(self, ids: np.ndarray, labels: np.ndarray) -> tuple[int, int, int]:
+        """(tokens, trained ones, tokens of media) of ids and labels [T]; no token predicts the first."""
+        return (len(ids), int((labels[1:] != IGNORE_INDEX).sum()),
+                int(np.isin(ids, self.never_trained).sum()))
 
     def prompt(self, sample: dict) -> tuple[str, list, str]:
         """(text up to the reply that is asked for, the media before it, its text without special tokens)."""
         start, end = sample["reply"]["start"], sample["reply"]["end"]
         text = sample["text"][:start]
         shown = sum(text.count(token) for token in placeholders(self.processor).values())
-        reply = self._special.sub("", sample["text"][start:end]).strip()
+        reply = special_tokens(self.processor).sub("", sample["text"][start:end]).strip()
         return text, self.open(sample["media"][:shown]), reply
 
-    @functools.cached_property
-    def _plain(self) -> dict[bool, bool]:
-        return {}                                                # whether texts are tokenized as they stand
+    def process(self, text: str, media: list) -> tuple[dict, list[dict]]:
+        """(the processor's tensors, what it wrote for which placeholder, as lib/spans.py reads it).
 
-    @functools.cached_property
-    def _special(self) -> re.Pattern:
-        return special_tokens(self.processor)
-
-    def _process(self, text: str, media: list) -> dict:
-        """The processor's tensors. Floats are float32: some processors round to bfloat16 for any model."""
+        Floats are float32: some processors round to bfloat16 for any model.
+        """
         given = {kind: [medium for medium in media if kind_of(medium) == kind] for kind in KINDS}
         self._refuse(given)
         options = {"return_tensors": "pt", "return_offsets_mapping": True,
@@ -167,8 +154,11 @@ class Encoder:
         else:
             batch = dict(self.processor(text=[text], padding_side="right", **media_arguments(given),
                                         return_text_replacement_offsets=True, **options))
-        return {key: value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-                for key, value in batch.items()}
+        replaced = batch.pop("text_replacement_offsets", None)
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                batch[key] = value.float()
+        return batch, replaced[0] if isinstance(replaced, list) and replaced else []     # or a tensor of none
 
     def _refuse_unplaced(self, text: str, ids: list[int]) -> None:
         """StageError where the processor tokenized another text than it says: labels would shift."""
@@ -192,11 +182,8 @@ class Encoder:
             raise RowError("a picture and a clip in one row, which base_model can't tell apart",
                            "give the picture as a clip of one frame, or make two rows of it")
 
-    def _tokenize_apart(self, batch: dict, text: str, seams: list[int]) -> list[tuple[int, int]]:
-        """Tokenize prompt and reply apart, as inference does, where the tokenizer merged across their seam.
-
-        Replaces the [1, T] tensors of `batch`, returns the tokens' characters. Token types follow their ids.
-        """
+    def _tokenized_apart(self, text: str, merged: list, seams: list) -> tuple[list[int], np.ndarray]:
+        """(ids, tokens) of prompt and reply tokenized apart, as inference does; RowError if not the same."""
         tokenizer, ids, offsets = tokenizer_of(self.processor), [], []
         for start, end in zip([0, *seams], [*seams, len(text)]):
             # Llama's tokenizers put a space before a text, but not before what follows a special token.
@@ -206,33 +193,8 @@ class Encoder:
             ids += piece["input_ids"][bool(lead):]
             shift = start - len(lead)
             offsets += [(a + shift, b + shift) for a, b in piece["offset_mapping"][bool(lead):]]
-        merged = batch["input_ids"][0].tolist()
         plain = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
         if tokenizer.decode(ids, **plain) != tokenizer.decode(merged, **plain):
             raise RowError("the tokenizer can't tell the end of the prompt from the start of the reply",
                            "start the reply with another character (no space or newline)")
-        for key in [key for key in batch if key.endswith("token_type_ids")]:
-            kinds = dict(zip(merged, batch[key][0].tolist()))
-            batch[key] = torch.tensor([[kinds.get(i, 0) for i in ids]])
-        batch["input_ids"] = torch.tensor([ids])
-        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-        return spans_of_tokens(offsets)
-
-
-def counts_of(ids: np.ndarray, offsets: np.ndarray, spans: list, never_trained: tuple) -> tuple | None:
-    """(tokens, trained ones, tokens of media) of a text's ids [T] and offsets [T, 2], by its trained spans.
-
-    It is what lib/spans.py says token by token; None where a token lies across the border of a span.
-    """
-    ends = offsets[:, 1]
-    last = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
-    starts = np.minimum(offsets[:, 0], last)
-    trained = np.zeros(len(ids), bool)
-    for first, end in spans:
-        for place in (first, end):
-            if ((starts < place) & (place < ends)).any():
-                return None
-        trained |= (first <= starts) & (ends <= end)
-    media = np.isin(ids, never_trained)
-    trained &= (starts < ends) & ~media
-    return len(ids), int(trained[1:].sum()), int(media.sum())    # no token predicts the first
+        return ids, spans_of_tokens(offsets)

@@ -2,13 +2,14 @@
 import re
 from datetime import date
 
+from lib.shapes import EXTRAS, ROLES
+
 BNB_ARGUMENTS = {
     "bnb_4bit_quant_type": ("nf4", "fp4"), "bnb_4bit_use_double_quant": (True, False),
     "bnb_4bit_compute_dtype": ("bfloat16", "float16", "float32"),
     "bnb_4bit_quant_storage": ("bfloat16", "uint8", "float16", "float32"), "llm_int8_threshold": float}
 OVERRIDES = {"rope_theta": (int, float), "rope_scaling": (dict,), "max_position_embeddings": (int,)}
-MESSAGE_ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_PROPERTIES = ("role", "content", "tool_calls", "tool_call_id", "name", "reasoning_content")
+MESSAGE_PROPERTIES = ("role", "content", *EXTRAS)
 RENDERING = {"messages", "conversation", "tools", "documents", "chat_template", "add_generation_prompt",
              "tokenize", "continue_final_message", "return_dict", "return_tensors"}
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "additional_special_tokens")
@@ -110,8 +111,8 @@ def side(given: int | list[int]) -> int | list[int]:
 def role_words(given: dict) -> dict:
     """{role: the word or words that mean it}."""
     for role, words in given.items():
-        if role not in MESSAGE_ROLES:
-            raise Wrong(f"holds {role}, which is no role", f"its keys are {', '.join(MESSAGE_ROLES)}")
+        if role not in ROLES:
+            raise Wrong(f"holds {role}, which is no role", f"its keys are {', '.join(ROLES)}")
         if not all(isinstance(word, str) for word in (words if isinstance(words, list) else [words])):
             raise Wrong(f"holds {role}: {words}", f"for example {role}: [human, person]")
     return given

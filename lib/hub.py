@@ -1,13 +1,12 @@
 """hub: the rows of data sets that the `datasets` library keeps: of the hub, of its cache, or saved by it."""
-from collections.abc import Iterator
 from pathlib import Path
 
 from lib.paths import BUILDERS, is_data_id
 from lib.stage import StageError
 
 
-def saved(path: Path, spec: dict) -> Iterator[dict]:
-    """The rows of a folder that datasets' save_to_disk wrote."""
+def saved(path: Path, spec: dict) -> list:
+    """The data sets of a folder that datasets' save_to_disk wrote, of which an entry's split takes parts."""
     import datasets
     try:
         found = datasets.load_from_disk(str(path))
@@ -22,12 +21,11 @@ def saved(path: Path, spec: dict) -> Iterator[dict]:
                          f"write split: {next(iter(splits))}")
     splits = {name: undecoded(rows) for name, rows in splits.items() if name in names_in(split)}
     chosen = places(spec | {"split": split}, {name: len(rows) for name, rows in splits.items()})
-    for name in dict.fromkeys(name for name, _ in chosen):
-        yield from splits[name].select([place for of, place in chosen if of == name])
+    return [splits[name].select(taken) for name, taken in chosen]
 
 
-def loaded(spec: dict) -> Iterator[dict]:
-    """The rows that datasets.load_dataset gives: of the hub, of its cache, or of files here of any kind."""
+def loaded(spec: dict):
+    """What datasets.load_dataset gives: a data set of the hub, of its cache, or of files here of any kind."""
     import datasets
     from datasets.exceptions import DatasetsError
     datasets.disable_progress_bars()
@@ -48,7 +46,7 @@ def loaded(spec: dict) -> Iterator[dict]:
             raise StageError(f"datasets: {path} has the splits {', '.join(found)}", "write which: "
                              f"split: {next(iter(found))}")
         found = next(iter(found.values()))
-    yield from undecoded(found)
+    return undecoded(found)
 
 
 def undecoded(found):
@@ -72,13 +70,13 @@ def names_in(split: str | None) -> list[str]:
     return [piece.partition("[")[0].strip() for piece in split.split("+")] if split else []
 
 
-def places(spec: dict, sizes: dict[str, int]) -> list[tuple[str, int]]:
-    """[(name of a split, number in it)] of the rows that an entry's split takes of splits of these sizes."""
+def places(spec: dict, sizes: dict[str, int]) -> list[tuple[str, range]]:
+    """[(name of a split, numbers in it)] of the rows that an entry's split takes of splits of these sizes."""
     import datasets
     try:
         taken = datasets.ReadInstruction.from_spec(spec["split"]).to_absolute(sizes)
     except (ValueError, AssertionError) as error:
         raise StageError(f"datasets: {spec['path']}: split {spec['split']}: {one_line(error)}",
                          "write train, train[:500], train[90%:] or a sum of these") from None
-    return [(each.splitname, place) for each in taken
-            for place in range(*slice(each.from_, each.to).indices(sizes[each.splitname]))]
+    return [(each.splitname, range(*slice(each.from_, each.to).indices(sizes[each.splitname])))
+            for each in taken]

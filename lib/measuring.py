@@ -2,6 +2,7 @@
 
 A worker gets rows and gives plain data, so nothing of a result depends on how many there are.
 """
+import gc
 import os
 import signal
 from collections import deque
@@ -12,10 +13,12 @@ from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 
+import pyarrow
 import torch
 
+from lib import samples
+from lib.files import Row
 from lib.rows import Rows
-from lib.sources import Row
 from lib.stage import StageError
 
 ROWS = 64                                 # that a process measures at a time; fewer need no other process
@@ -28,7 +31,7 @@ reader: Rows | None = None                # a worker's own
 class Part:
     """What became of some rows: samples, rejects, and the files that were read, with their hashes."""
     rows: int
-    samples: list[dict] = field(default_factory=list)
+    samples: pyarrow.RecordBatch | None = None
     rejects: list[dict] = field(default_factory=list)
     files: list[tuple[Path, str | None]] = field(default_factory=list)
 
@@ -44,6 +47,7 @@ def measured(rows: Rows, given: Iterator[Row], processes: int | None) -> Iterato
         return
     number = processes or cores()
     waiting = deque()
+    gc.freeze()                           # collecting writes into what processes share, which would copy it
     with ProcessPoolExecutor(number, initializer=start_worker, initargs=(replace(rows, uses=None),)) as pool:
         try:
             for each in chain(first, parts):
@@ -55,6 +59,8 @@ def measured(rows: Rows, given: Iterator[Row], processes: int | None) -> Iterato
         except BrokenProcessPool:
             raise StageError("a process that measured rows has died, most often for want of memory",
                              "dataset_processes: 1, or fewer than now") from None
+        finally:
+            gc.unfreeze()
 
 
 def cores() -> int:
@@ -80,5 +86,6 @@ def part(given: list[Row]) -> Part:
     """What becomes of these rows."""
     found = Part(len(given))
     noting = replace(reader, uses=lambda path, sha256=None: found.files.append((path, sha256)))
-    found.samples, found.rejects = noting.measured(given)
+    measured_samples, found.rejects = noting.measured(given)
+    found.samples = samples.batch_of(measured_samples)
     return found

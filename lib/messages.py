@@ -7,13 +7,17 @@ What a template needs beside it stays in a message: tool_calls, reasoning_conten
 
 Fork me to: take media from other columns or parts (`normalise`); lib/shapes.py knows the shapes of rows.
 """
+import re
+
 from lib.shapes import (
-    EXTRAS, ROLES, RowError, Shape, calls_of, conversation_of, name_of, shortened, strings_in, with_parts)
+    EXTRAS, ROLES, RowError, Shape, calls_of, conversation_of, first_of, listed, name_of, shortened,
+    strings_in)
 
 NOUNS = {"image": "picture", "audio": "sound", "video": "clip"}        # what a person calls a kind
 MEDIA_COLUMNS = {"images": "image", "image": "image", "audios": "audio", "audio": "audio",
                  "videos": "video", "video": "video"}
 PLACES = ("path", "url", "bytes")                    # keys under which a part may name its medium
+SURROGATE = re.compile("[\ud800-\udfff]")
 WRITE = 'write {"role": …, "content": …}'
 
 
@@ -26,8 +30,8 @@ def normalise(row, shape: Shape = Shape()) -> tuple[list[dict], list]:
     """
     if not isinstance(row, dict):
         raise RowError(f"a row must be an object, not {name_of(row)}", 'write {"messages": […]}')
-    columns = {kind: [medium for column, of_kind in MEDIA_COLUMNS.items() if of_kind == kind
-                      for medium in as_list(row.get(column))] for kind in NOUNS}
+    columns = {kind: [medium for column, of in MEDIA_COLUMNS.items() if of == kind
+                      if row.get(column) is not None for medium in listed(row[column])] for kind in NOUNS}
     kinds = {kind for kind, media in columns.items() if media}
     found = conversation_of(row, shape)
     messages = [message_of(message, number, shape, kinds) for number, message in enumerate(found)]
@@ -57,11 +61,22 @@ def message_of(message, number: int, shape: Shape, kinds: set[str]) -> dict:
     if not isinstance(content, list):
         raise RowError(f"message {number} ({role}) has no content", "write a text or a list of typed parts")
     found = {"role": role, "content": [part_of(part, number) for part in content], **extras}
-    if any("\ud800" <= character <= "\udfff" for text in [*texts_of(found), *strings_in(extras)]
-           for character in text):
+    if any(map(SURROGATE.search, [*texts_of(found), *strings_in(extras)])):
         raise RowError(f"message {number} ({role}) holds half a surrogate pair, which is no character",
                        "write that character whole, or remove it")
     return found
+
+
+def with_parts(text: str, kinds: set[str]) -> list[dict]:
+    """A text's parts: each tag such as <image>, of one of these kinds, is a part in its place.
+
+    The newline that sets a tag off at a text's begin or end goes with it: templates write their own.
+    """
+    tag = "|".join(f"<{kind}>" for kind in sorted(kinds)) or r"(?!)"
+    text = re.sub(rf"^((?:{tag})+)\n|\n((?:{tag})+)$", r"\1\2", text)
+    pieces = re.split(f"({tag})", text)
+    return [{"type": piece[1:-1]} if place % 2 else {"type": "text", "text": piece}
+            for place, piece in enumerate(pieces) if piece or len(pieces) == 1]
 
 
 def extras_of(message: dict, number: int, role: str, shape: Shape) -> dict:
@@ -89,11 +104,6 @@ def extras_of(message: dict, number: int, role: str, shape: Shape) -> dict:
     return extras if train is None else {**extras, "train": train}
 
 
-def first_of(message: dict, keys: list[str]):
-    """The value under the first of these keys that has one, None where none has."""
-    return next((message[key] for key in keys if message.get(key) is not None), None)
-
-
 def part_of(part, number: int) -> dict:
     """A part of a message's content; a medium's has "source", None where a column is to fill it."""
     kind = part.get("type") if isinstance(part, dict) else name_of(part)
@@ -103,7 +113,7 @@ def part_of(part, number: int) -> dict:
                            'write {"type": "text", "text": …}')
         return {"type": "text", "text": part["text"]}
     if isinstance(kind, str) and kind in NOUNS:
-        source = next((part[key] for key in (kind, *PLACES) if part.get(key) is not None), None)
+        source = first_of(part, (kind, *PLACES))
         if isinstance(part.get("base64"), str):
             source = f"data:;base64,{part['base64']}"
         if part.get("array") is not None:
@@ -111,13 +121,6 @@ def part_of(part, number: int) -> dict:
         return {"type": kind, "source": source}
     raise RowError(f"message {number} has a part of type {shortened(repr(kind))}",
                    f"use text, {', '.join(NOUNS)}")
-
-
-def as_list(value) -> list:
-    """A media column's value as a list: one medium, several, none or null."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def fill(messages: list[dict], kind: str, listed: list) -> None:

@@ -1,7 +1,8 @@
 """preview: what training will see, for a person: on a page, in the terminal, and as JSON."""
-import heapq
 from pathlib import Path
 
+import numpy as np
+import pyarrow.compute as pc
 from PIL import Image
 from rich.text import Text
 
@@ -9,7 +10,7 @@ from lib import charts, page, summary, terminal, tokens
 from lib.chat import Encoder
 from lib.media import poster
 from lib.processor import placeholders, tokenizer_of
-from lib.samples import write_lines
+from lib.samples import inner, write_lines
 from lib.seen import in_words, seen
 
 FIRST, EXTREMES, HELD_OUT = 16, 3, 3      # samples shown of each kind
@@ -21,26 +22,28 @@ def share(sample: dict) -> float:
     return sample["supervised_tokens"] / sample["input_tokens"]
 
 
-def extremes(samples: list[dict]) -> dict[str, list[dict]]:
-    """The samples in which mistakes show first; each once, whatever its data set's weight."""
-    samples = [sample for sample in samples if "~" not in sample["sample_id"]]
-    return {"longest": heapq.nlargest(EXTREMES, samples, key=lambda sample: sample["input_tokens"]),
-            "shortest": heapq.nsmallest(EXTREMES, samples, key=lambda sample: sample["input_tokens"]),
-            "least trained": heapq.nsmallest(EXTREMES, samples, key=share)}
+def extremes(samples) -> dict[str, list[dict]]:
+    """The samples of a data set in which mistakes show first; each once, whatever its data set's weight."""
+    table = samples.with_format("arrow")[:]
+    again = pc.match_substring_regex(table["sample_id"], r"~\d+$").to_numpy()
+    length, _, trained = (table[name].to_numpy() for name in summary.SUMS)
+    orders = {"longest": -length, "shortest": length, "least trained": trained / length}
+    once = np.flatnonzero(~again)
+    return {name: list(samples.select(once[np.argsort(order[once], kind="stable")[:EXTREMES]]))
+            for name, order in orders.items()}
 
 
 # ---- the page --------------------------------------------------------------------------------------------
 
 
-def write_previews(folder: Path, encoder: Encoder, train: list[dict], held_out: list[dict], report: dict,
-                   knobs) -> None:
+def write_previews(folder: Path, encoder: Encoder, train, held_out, report: dict, knobs) -> None:
     """preview.jsonl (the first rows as tensors) and preview.html (what to look at before training)."""
     cards = Cards(encoder, knobs.report_media)
-    firsts = "".join(cards.of(sample) for sample in train[:FIRST])
-    write_lines(folder / "preview.jsonl", [cards.rows[sample["sample_id"]] for sample in train[:FIRST]])
+    firsts = "".join(map(cards.of, train.take(min(FIRST, len(train)))))
+    write_lines(folder / "preview.jsonl", list(cards.rows.values()))
     kinds = "".join(page.heading(f"The {name}") + "".join(map(cards.of, found))
                     for name, found in extremes(train).items())
-    held = "".join(cards.of(sample, held_out=True) for sample in held_out[:HELD_OUT])
+    held = "".join(cards.of(sample, held_out=True) for sample in held_out.take(min(HELD_OUT, len(held_out))))
     words = {"train_samples": "samples to train on", "held_out_samples": "held out",
              "rejected_rows": "rows rejected", "supervised_tokens": "trained tokens",
              "longest_sample_tokens": "tokens in the longest"}
@@ -67,17 +70,18 @@ def datasets(report: dict) -> str:
     return html
 
 
-def histograms(samples: list[dict], sequence_len: int) -> str:
+def histograms(samples, sequence_len: int) -> str:
     """How long samples are, how much of them is media and how much trained, and how large pictures are."""
-    with_media = [sample["media_tokens"] for sample in samples if sample["media"]]
-    sides = [max(medium["width"], medium["height"]) for sample in samples for medium in sample["media"]
-             if medium["kind"] == "image"]
-    html = charts.histogram([sample["input_tokens"] for sample in samples], "tokens per sample",
-                            marks=[(sequence_len, "sequence_len")])
-    html += charts.histogram([100 * share(sample) for sample in samples], "trained share of a sample", "%")
-    if with_media:
-        html += charts.histogram(with_media, "media tokens per sample that has media")
-    if sides:
+    table = samples.with_format("arrow")[:]
+    length, of_media, trained = (table[name].to_numpy() for name in summary.SUMS)
+    media, shown_by = inner(table["media"])
+    width, height = (pc.struct_field(media, name).to_numpy() for name in ("width", "height"))
+    sides = np.maximum(width, height)[pc.equal(pc.struct_field(media, "kind"), "image").to_numpy()]
+    html = charts.histogram(length, "tokens per sample", marks=[(sequence_len, "sequence_len")])
+    html += charts.histogram(100 * (trained / length), "trained share of a sample", "%")
+    if len(media):
+        html += charts.histogram(of_media[np.unique(shown_by)], "media tokens per sample that has media")
+    if len(sides):
         html += charts.histogram(sides, "longer side of a picture, as given", "pixels")
     return html
 
@@ -140,7 +144,7 @@ def preview_row(encoder: Encoder, sample: dict) -> dict:
 # ---- the terminal ----------------------------------------------------------------------------------------
 
 
-def show(samples: list[dict], processor) -> None:
+def show(samples, processor) -> None:
     """Print the texts of samples, what is trained in green, media placeholders dim."""
     for sample in samples:
         text = Text(sample["text"])
@@ -152,7 +156,7 @@ def show(samples: list[dict], processor) -> None:
         terminal.console.print(text)
 
 
-def show_extremes(samples: list[dict]) -> None:
+def show_extremes(samples) -> None:
     """Print which samples are the longest, the shortest and the least trained."""
     terminal.table("where mistakes show first", ["", "sample", "tokens", "media", "trained", "share"],
                    [[name, sample["sample_id"], sample["input_tokens"], sample["media_tokens"],

@@ -30,7 +30,9 @@ def load_processor(path, kind: str | None = None, **options):
         raise StageError(f"base_model: {path}: no processor could be loaded: {first_line(error)}",
                          "name a folder or hub id with whole tokenizer and processor files") from None
     if hasattr(processor, "tokenizer") and type(processor.tokenizer).__name__ == "MistralCommonBackend":
-        processor = TekkenProcessor(processor, chat_template_in(Path(path)))
+        template = Path(path, "chat_template.jinja")                         # which it doesn't read itself
+        text = template.read_text(encoding="utf-8") if template.is_file() else None
+        processor = TekkenProcessor(processor, text)
     tokenizer = tokenizer_of(processor)
     if not getattr(tokenizer, "is_fast", False):
         raise StageError(f"base_model: {path}: its {type(tokenizer).__name__} can't place its tokens",
@@ -42,12 +44,6 @@ def load_processor(path, kind: str | None = None, **options):
     if not processor.chat_template:       # many checkpoints keep it with the tokenizer alone
         processor.chat_template = tokenizer.chat_template
     return processor
-
-
-def chat_template_in(folder: Path) -> str | None:
-    """The template in a folder, for processors that don't read it themselves."""
-    path = folder / "chat_template.jinja"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def complete(processor, family: registry.Family):

@@ -8,10 +8,13 @@ day, so that plain transformers renders as training did.
 """
 import copy
 import functools
+import json
 import re
 from datetime import date, timedelta
 
 from jinja2 import TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lib.messages import RowError, has_media, text_parts, texts_of
 from lib.processor import tokenizer_of
@@ -19,7 +22,9 @@ from lib.stage import StageError
 
 MARK = "⟦mark⟧"                                         # stands in for a text whose place is looked for
 QUOTED_TYPE = re.compile(r"""(['"])type\1: """)         # typed parts that were printed as Python or JSON
+MOST_SHAPES = 256                                       # of rows, whose renders are kept
 CLOCK = "strftime_now"
+PLAIN = {"role", "content"}                             # all that most messages have
 ANOTHER_DAY = timedelta(days=400)                       # another year, month, day of month and day of week
 
 
@@ -33,6 +38,10 @@ class Renderer:
         reads_clock = day is not None and CLOCK in processor.chat_template
         self.processor, self.day = processor, date.fromisoformat(day) if reads_clock else None
         self.options: dict = {}                         # tools and arguments of a row's renders
+        self.skeletons: dict[str, str] = {}             # renders of marks, by the shape of their rows
+        self.tokens = dict(tokenizer_of(processor).special_tokens_map)
+        self.is_usual = isinstance(processor.chat_template, str) and type(processor).apply_chat_template in (
+            ProcessorMixin.apply_chat_template, PreTrainedTokenizerBase.apply_chat_template)
         self.typed: dict[str, bool] = {}                # whether a role's typed parts come out as their text
         for role in ("user", "system", "assistant", "tool"):
             self.typed[role] = self._takes_parts(role)
@@ -47,6 +56,26 @@ class Renderer:
         """The conversation's text; `prompt` adds the header that asks for a reply. RowError if refused."""
         return self._apply([self._shaped(message) for message in messages], prompt, self.day)
 
+    def skeleton(self, messages: list[dict]) -> tuple[str, list[str]]:
+        """(the render with a numbered mark in place of each text that is no blank, these texts).
+
+        Rows of one shape share it: it is rendered once for them.
+        """
+        texts, marked = [], []
+        for message in messages:
+            parts = list(message["content"])
+            for place, part in enumerate(parts):
+                if part["type"] == "text" and part["text"].strip():
+                    parts[place] = {"type": "text", "text": f"{MARK}{len(texts)}."}
+                    texts.append(part["text"])
+            marked.append({**message, "content": parts})
+        shape = repr((marked, self.options))
+        if shape not in self.skeletons:
+            if len(self.skeletons) >= MOST_SHAPES:
+                self.skeletons.clear()
+            self.skeletons[shape] = self.render(marked)
+        return self.skeletons[shape], texts
+
     def tells_day(self, messages: list[dict], text: str) -> bool:
         """Whether the day stands in a conversation's text: on another day it would be another."""
         if self.day is None:
@@ -56,9 +85,15 @@ class Renderer:
 
     def _apply(self, messages: list[dict], prompt: bool = False, day: date | None = None) -> str:
         options = {**self.options, "tokenize": False, "add_generation_prompt": prompt}
+        template = self.processor.chat_template
         if day:
-            options["chat_template"] = stopped_clock(day) + self.processor.chat_template
+            options["chat_template"] = template = stopped_clock(day) + template
         try:
+            if self.is_usual and not self.options and all(each.keys() == PLAIN for each in messages):
+                # What apply_chat_template does, without its copies of messages, which are half of the time.
+                return _compile_jinja_template(template).render(
+                    messages=messages, tools=None, documents=None, add_generation_prompt=prompt,
+                    **self.tokens)
             return self.processor.apply_chat_template(messages, **options)
         except TemplateSyntaxError as error:
             raise StageError(f"chat_template: line {error.lineno - bool(day)}: {error.message}",
@@ -99,3 +134,20 @@ def stop_clock(processor, day: str) -> None:
     """Whoever loads what the processor saves has a template that tells this day (ISO), on any day."""
     text = stopped_clock(date.fromisoformat(day)) + processor.chat_template
     processor.chat_template = tokenizer_of(processor).chat_template = text
+
+
+def stands_in(text: str, render: str) -> bool:
+    """Whether a text stands in a render: as it is, or as JSON writes it."""
+    return text.strip() in render or any(
+        json.dumps(text, ensure_ascii=plain)[1:-1] in render for plain in (True, False))
+
+
+def lost(text: str) -> RowError:
+    """The reject of a row with a text that its render lacks where the model would read it."""
+    return RowError(f"the chat template drops or changes this text: {text[:60]!r}",
+                    "name a chat_template that renders every message as it stands")
+
+
+def unclear(reason: str) -> RowError:
+    """The reject of a row whose replies can't be told from the rest of its render."""
+    return RowError(reason, "name a chat_template whose replies stand as they are given")

@@ -6,14 +6,16 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lib import media, sources
+from lib import files, media, sources
 from lib.budget import has_coordinates, largest_budget
-from lib.chat import IGNORE_INDEX, Encoder
+from lib.chat import Encoder
+from lib.counting import Counter
 from lib.fetch import FetchError, Fetcher
+from lib.locating import MediaError, url_of
 from lib.messages import NOUNS, RowError, count, normalise
 from lib.processor import placeholders, tokenizer_of
 from lib.resolution import bounds_of
-from lib.shapes import Shape, tools_of
+from lib.shapes import ROLES, Shape, shortened, tools_of
 from lib.template import Conversation, Labels, Template
 
 TRIES = 8                          # of cutting a text: its last tokens may be others without what followed
@@ -36,6 +38,7 @@ class Rows:
     config: object
     template: Template
     encoder: Encoder
+    counter: Counter
     uses: object
     shape: Shape
     labels: Labels
@@ -47,18 +50,18 @@ class Rows:
         """The reader of an entry of `datasets`; what it leaves open is as for all data sets."""
         knobs = {key: getattr(work.config, key) if spec[key] is None else spec[key]
                  for key in ("train_on_inputs", "roles_to_train", "train_on_eos")}
-        everyone = ("system", "user", "assistant", "tool")
-        labels = Labels(everyone if knobs["train_on_inputs"] else tuple(knobs["roles_to_train"]),
+        labels = Labels(ROLES if knobs["train_on_inputs"] else tuple(knobs["roles_to_train"]),
                         knobs["train_on_eos"])
         fetcher = Fetcher(work.run / "media", work.config.url_timeout_seconds,
                           int(work.config.url_max_mib * 2**20), work.config.url_retries,
                           tuple(work.config.url_hosts))
-        return cls(spec, name, work.config, template, encoder, work.uses, Shape.of(spec), labels,
-                   sources.root(spec), fetcher)
+        return cls(spec, name, work.config, template, encoder, Counter(encoder), work.uses, Shape.of(spec),
+                   labels, sources.root(spec), fetcher)
 
     def parsed(self, row) -> tuple[list[dict], list, list[dict]] | RowError:
         """(messages, media as the row gives them, tools) of a row, or what is wrong with it."""
         try:
+            row = files.parsed(row)
             if isinstance(row, RowError):
                 return row
             return *normalise(row, self.shape), tools_of(row, self.shape)
@@ -68,15 +71,15 @@ class Rows:
     def fetch(self, rows: list) -> None:
         """Nothing; what the parsed rows name by url is in the run's folder, or known not to be had."""
         given = [source for row in rows if not isinstance(row, RowError) for source in row[1]]
-        self.fetcher.fetch_all([url for url in map(media.url_of, given) if url])
+        self.fetcher.fetch_all([url for url in map(url_of, given) if url])
 
-    def measured(self, given: list[sources.Row]) -> tuple[list[dict], list[dict]]:
+    def measured(self, given: list[files.Row]) -> tuple[list[dict], list[dict]]:
         """(samples, rejects) of some rows. Texts without media are tokenized together, to save time."""
         parsed = [self.parsed(row) for _, _, row in given]
         self.fetch(parsed)
         talks = [self.talk(row) for row in parsed]
         texts = [each for talk in talks if not isinstance(talk, RowError) for each in talk if not each.media]
-        counted = self.encoder.counted([(each.text, each.spans) for each in texts])
+        counted = self.counter.texts([(each.text, each.spans) for each in texts])
         known = {id(each): counts for each, counts in zip(texts, counted)}
         samples, rejects = [], []
         for (number, where, _), row, talk in zip(given, parsed, talks):
@@ -117,14 +120,14 @@ class Rows:
             counts = known.get(id(conversation))
             conversation, sizes = self.fitted(conversation, opened[:conversation.media], counts)
             found.append({"sample_id": f"{self.name}-{number}" + (f".{len(found)}" if found else ""),
-                          "row": number, "dataset": self.spec["path"], "of": self.name,
-                          "weight": self.spec["weight"], "messages": json.dumps(messages, ensure_ascii=False),
+                          "row": number, "dataset": self.spec["path"],
+                          "messages": json.dumps(messages, ensure_ascii=False),
                           "text": conversation.text,
                           "spans": [{"start": start, "end": end} for start, end in conversation.spans],
                           "reply": dict(zip(("start", "end"), conversation.reply)),
                           "media": records[:conversation.media], "ends_added": conversation.ends_added,
                           "put_in": conversation.put_in, "tells_day": conversation.tells_day,
-                          "pictures": pictures if pictures == len(given) else 0,
+                          "pictures": conversation.media if pictures == len(given) else 0,
                           "coordinates": pictures > 0 and has_coordinates(messages), **sizes})
         return found
 
@@ -135,11 +138,11 @@ class Rows:
         records, opened = [], []
         for kind, source in zip(kinds, given, strict=True):
             try:
-                if url := media.url_of(source):
+                if url := url_of(source):
                     record, medium = self.read_fetched(url, kind)
                 else:
                     record, medium = media.read_medium(source, self.root, kind, self.encoder.sampling)
-            except media.MediaError as error:
+            except MediaError as error:
                 if isinstance(error.name, Path) and error.name.is_file():
                     self.uses(error.name)
                 raise RowError(str(error), f"replace that {NOUNS[kind]}, or remove the row") from None
@@ -151,16 +154,16 @@ class Rows:
 
     def read_fetched(self, url: str, kind: str) -> tuple[dict, object]:
         """(media record, decoded medium) of a url, or a MediaError with how it was served."""
-        served, shown = "", media.shown(url)
+        served, shown = "", shortened(url)
         try:
             path, served = self.fetcher.path_of(url)
             return media.read_medium(path, Path(), kind, self.encoder.sampling)
         except FetchError as error:
-            raise media.MediaError(shown, str(error)) from None
-        except media.MediaError as error:
+            raise MediaError(shown, str(error)) from None
+        except MediaError as error:
             why = f"{served}: {str(error).removeprefix(f'{error.name}: ')}"
             self.fetcher.refuse(url, why)
-            raise media.MediaError(shown, why) from None
+            raise MediaError(shown, why) from None
 
     def fitted(self, conversation: Conversation, opened: list, counts: tuple | None):
         """(the conversation, its counts), made to fit as excess_length_strategy says, or a RowError.
@@ -168,6 +171,9 @@ class Rows:
         Only text after the last medium is cut: media are whole, where the template put them. counts: those
         that are known without encoding it alone.
         """
+        pictures = pictures_of(opened)
+        if opened and len(pictures) == len(opened):
+            counts = self.counter.row(conversation.text, conversation.spans, pictures)
         if counts and counts[0] <= self.config.sequence_len and counts[1]:
             return conversation, dict(zip(COUNTS, (*counts, 0, None)))
         encoded, cut, bounds = self.encode(conversation, opened), 0, None
@@ -178,7 +184,7 @@ class Rows:
             conversation = self.without_last(conversation, excess)
             encoded, cut = self.encode(conversation, opened), cut + 1
             excess = encoded["input_ids"].shape[1] - limit
-        if excess > 0 and self.config.excess_length_strategy == "shrink_media" and pictures_of(opened):
+        if excess > 0 and self.config.excess_length_strategy == "shrink_media" and pictures:
             bounds, smallest = self.shrunk(conversation, opened), ", even with the smallest pictures"
             if bounds is not None:
                 encoded, excess = self.encode(conversation, opened, bounds), 0
@@ -228,12 +234,10 @@ class Rows:
 
     def counts(self, encoded: dict) -> dict[str, int]:
         """The sample's token counts; a RowError if it teaches nothing."""
-        ids, labels = encoded["input_ids"][0], encoded["labels"][0]              # [T]
-        supervised_tokens = int((labels[1:] != IGNORE_INDEX).sum())              # no token predicts the first
-        if supervised_tokens == 0:
+        counts = self.encoder.counts(*(encoded[name][0].numpy() for name in ("input_ids", "labels")))
+        if not counts[1]:
             raise RowError("nothing to learn: no token is trained", "write what the assistant should answer")
-        return {"input_tokens": len(ids), "supervised_tokens": supervised_tokens,
-                "media_tokens": sum(int((ids == media_id).sum()) for media_id in self.encoder.never_trained)}
+        return dict(zip(COUNTS, counts))
 
 
 def pictures_of(opened: list) -> list:

@@ -1,22 +1,31 @@
 """samples: the records that 02 hands on, the choice of those held out, and their files.
 
 A sample holds no pixels and no token ids: it has its text, which characters are trained, where its media are,
-and its lengths.
+and its lengths. However many there are, they stay in files: what is counted or chosen here are columns of
+numbers, and a choice is an array of places in the table, ascending, one several times where a weight says so.
 """
 import json
 import random
-from collections import Counter, defaultdict
+from array import array
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from lib.stage import StageError
 
-MEDIUM = {"kind": "string", "path": "string", "bytes": "binary", "sha256": "string",
-          "width": "int32", "height": "int32", "seconds": "float32"}
-SAMPLE = {"sample_id": "string", "row": "int64", "dataset": "string", "messages": "string", "text": "string",
-          "spans": [{"start": "int32", "end": "int32"}], "reply": {"start": "int32", "end": "int32"},
-          "media": [MEDIUM],
-          "image_bounds": "string", "input_tokens": "int32", "media_tokens": "int32",
-          "supervised_tokens": "int32"}
+SPAN = pa.struct({"start": pa.int32(), "end": pa.int32()})
+MEDIUM = pa.struct({"kind": pa.string(), "path": pa.string(), "bytes": pa.binary(), "sha256": pa.string(),
+                    "width": pa.int32(), "height": pa.int32(), "seconds": pa.float32()})
+SAMPLE = {"sample_id": pa.string(), "row": pa.int64(), "dataset": pa.string(), "messages": pa.string(),
+          "text": pa.string(), "spans": pa.list_(SPAN), "reply": SPAN, "media": pa.list_(MEDIUM),
+          "image_bounds": pa.string(), "input_tokens": pa.int32(), "media_tokens": pa.int32(),
+          "supervised_tokens": pa.int32()}
+NOTES = {"pictures": pa.int32(), "coordinates": pa.bool_(), "cut_tokens": pa.int32(),     # for 02 alone
+         "ends_added": pa.int32(), "put_in": pa.list_(pa.string()), "tells_day": pa.bool_()}
+BATCH_BYTES = 2**22                       # of a file's batches, of which few are in memory at once
 
 
 def names_of(specs: list[dict]) -> list[str]:
@@ -32,91 +41,133 @@ def names_of(specs: list[dict]) -> list[str]:
     return names
 
 
-def shard(rows: list, spec: dict, seed: int) -> list:
-    """The part of a data set's rows that its entry asks for: one of `shards`, equal but for a row, seeded."""
-    if spec["shards"] is None:
-        return rows
-    places = list(range(len(rows)))
-    random.Random(seed).shuffle(places)
-    return [rows[place] for place in sorted(places[spec["shards_idx"]::spec["shards"]])]
+# ---- which ones ----
 
 
-def hold_out(samples: list[dict], size: float, seed: int) -> tuple[list[dict], list[dict]]:
-    """(train, held out): a seeded choice of `size` samples, or of that share of them where size is below 1.
+def hold_out(table: pa.Table, size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The places of (train, held out): a seeded choice of `size` samples, or of that share of them below 1.
 
     Samples of one row, or with a picture in common, stay on one side: so it may be fewer than `size`.
     """
-    wanted = max(1, round(size * len(samples))) if size < 1 else size
-    groups = groups_of(samples)
-    random.Random(seed).shuffle(groups)
-    chosen: set[int] = set()
-    for group in groups:
-        if len(chosen) + len(group) <= wanted:
-            chosen.update(group)
-    if not chosen or len(chosen) == len(samples):
-        which = "all" if chosen else "none"
-        raise StageError(f"val_set_size: {size}: {which} of the {len(samples)} samples would be held out "
+    wanted = max(1, round(size * len(table))) if size < 1 else size
+    firsts, group_of, sizes = np.unique(groups_of(table), return_inverse=True, return_counts=True)
+    order = array("q", range(len(firsts)))
+    random.Random(seed).shuffle(order)
+    held, number = np.zeros(len(firsts), bool), 0
+    for group in order:
+        if number + sizes[group] <= wanted:
+            held[group] = True
+            number += sizes[group]
+    if number in (0, len(table)):
+        which = "all" if number else "none"
+        raise StageError(f"val_set_size: {size}: {which} of the {len(table)} samples would be held out "
                          "(those that share a picture stay together)",
                          "change val_set_size, or name a file of its own under test_datasets")
-    return ([sample for place, sample in enumerate(samples) if place not in chosen],
-            [sample for place, sample in enumerate(samples) if place in chosen])
+    return np.flatnonzero(~held[group_of]), np.flatnonzero(held[group_of])
 
 
-def weighted(samples: list[dict], seed: int) -> list[dict]:
-    """The samples of an epoch: of weight 2.5, each twice and a seeded half of the data set a third time."""
-    sizes = Counter(sample["of"] for sample in samples)
-    again: dict[str, set[int]] = {}
-    for sample in samples:
-        name, share = sample["of"], sample["weight"] % 1
-        if name not in again:
-            chosen = random.Random(f"{seed} {name}").sample(range(sizes[name]), round(share * sizes[name]))
-            again[name] = set(chosen)
-    found, seen = [], Counter()
-    for sample in samples:
-        times = int(sample["weight"]) + (seen[sample["of"]] in again[sample["of"]])
-        seen[sample["of"]] += 1
-        names = [sample["sample_id"], *(f"{sample['sample_id']}~{n}" for n in range(2, times + 1))][:times]
-        found += [{**sample, "sample_id": name} for name in names]
-    if not found:
+def groups_of(table: pa.Table) -> np.ndarray:
+    """For each sample the first one of those it must stay with: union-find over rows and pictures."""
+    parent = array("q", range(len(table)))
+
+    def leader(place: int) -> int:
+        while parent[place] != place:
+            parent[place] = place = parent[parent[place]]
+        return place
+
+    media, shown_by = inner(table["media"])
+    hashes = numbered(pc.struct_field(media, "sha256"))
+    for places, keys in ((np.arange(len(table)), rows_of(table)), (shown_by, hashes)):
+        _, firsts, key_of = np.unique(keys, return_index=True, return_inverse=True)
+        first = places[firsts[key_of]]
+        for pair in zip(places[places != first].tolist(), first[places != first].tolist()):
+            low, high = sorted(map(leader, pair))
+            parent[high] = low
+    return np.fromiter(map(leader, range(len(table))), np.int64, len(table))
+
+
+def weighted(parts: list[np.ndarray], names: list[str], specs: list[dict], seed: int) -> np.ndarray:
+    """The places of an epoch: of weight 2.5, each twice and a seeded half of the data set a third time."""
+    found = []
+    for places, name, spec in zip(parts, names, specs):
+        times = np.full(len(places), int(spec["weight"]))
+        again = round(spec["weight"] % 1 * len(places))
+        times[random.Random(f"{seed} {name}").sample(range(len(places)), again)] += 1
+        found.append(np.repeat(places, times))
+    if not sum(map(len, found)):
         raise StageError("datasets: with these weights, no sample is left to train on", "raise a weight")
-    return found
+    return np.concatenate(found)
 
 
-def groups_of(samples: list[dict]) -> list[list[int]]:
-    """The places of samples that must stay together: union-find over their rows and pictures."""
-    parent: dict[str, str] = {}
-
-    def leader(key: str) -> str:
-        while parent.setdefault(key, key) != key:
-            parent[key] = key = parent[parent[key]]
-        return key
-
-    rows = [f"{sample['dataset']}#{sample['row']}" for sample in samples]
-    for row, sample in zip(rows, samples):
-        for medium in sample["media"]:
-            parent[leader(medium["sha256"])] = leader(row)
-    groups = defaultdict(list)
-    for place, row in enumerate(rows):
-        groups[leader(row)].append(place)
-    return list(groups.values())
+# ---- in numbers ----
 
 
-def save(samples: list[dict], folder: Path) -> None:
-    """One Arrow folder for datasets.load_from_disk, byte for byte the same for the same samples."""
+def numbered(column: pa.ChunkedArray) -> np.ndarray:
+    """A number for each text of a column, the same for the same text."""
+    return pc.index_in(column, pc.unique(column)).to_numpy().astype(np.int64)
+
+
+def inner(column: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
+    """(the values of a column of lists, one after the other; the place of the list that each is of)."""
+    return pc.list_flatten(column), np.repeat(np.arange(len(column)), pc.list_value_length(column))
+
+
+def rows_of(table: pa.Table) -> np.ndarray:
+    """A number for each sample's row, which is the same for all samples of a row."""
+    return numbered(table["dataset"]) << 40 | table["row"].to_numpy()
+
+
+# ---- files ----
+
+
+def batch_of(samples: list[dict]) -> pa.RecordBatch:
+    """Measured samples as Arrow has them."""
+    return pa.RecordBatch.from_pylist(samples, schema=pa.schema(SAMPLE | NOTES))
+
+
+def mapped(batches: Iterable[pa.RecordBatch], path: Path) -> pa.Table:
+    """The samples of these batches as a table that stays in its file, which has no name: it goes with it."""
+    with pa.ipc.new_stream(path, pa.schema(SAMPLE | NOTES)) as file:
+        waiting, size = [], 0
+        for batch in batches:
+            waiting.append(batch)
+            size += batch.nbytes
+            if size > BATCH_BYTES:
+                file.write(pa.concat_batches(waiting))
+                waiting, size = [], 0
+        if waiting:
+            file.write(pa.concat_batches(waiting))
+    table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+    path.unlink()
+    return table
+
+
+def save(table: pa.Table, places: np.ndarray, folder: Path):
+    """The chosen samples, as datasets.load_from_disk reads them from the folder that this writes.
+
+    Byte for byte the same for the same samples. One that is there again is called ID~2, ID~3 …
+    """
     import datasets
     datasets.disable_progress_bars()
-    features = datasets.Features({name: feature(kind) for name, kind in SAMPLE.items()})
-    columns = {name: [sample[name] for sample in samples] for name in SAMPLE}
-    table = datasets.Dataset.from_dict(columns, features=features)
-    table.save_to_disk(str(folder), num_shards=None if samples else 1)    # it can't load zero shards
+    datasets.Dataset(pa.schema(SAMPLE).empty_table()).save_to_disk(folder, num_shards=1)
+    (path,) = folder.glob("*.arrow")                             # of no rows: these are written here
+    with pa.ipc.new_stream(path, pa.schema(SAMPLE)) as file:
+        for batch in chosen(table.select(list(SAMPLE)), places):
+            file.write(batch)
+    return datasets.load_from_disk(str(folder))
 
 
-def feature(kind):
-    """The datasets feature of a kind: a type's name, a list of one kind, or a record."""
-    from datasets import List, Value
-    if isinstance(kind, list):
-        return List(feature(kind[0]))
-    return {name: feature(inner) for name, inner in kind.items()} if isinstance(kind, dict) else Value(kind)
+def chosen(table: pa.Table, places: np.ndarray) -> Iterator[pa.RecordBatch]:
+    """The samples at these places, in batches like those of the table."""
+    start = 0
+    for batch in table.to_batches():
+        first, last = np.searchsorted(places, (start, start + len(batch)))
+        own = places[first:last] - start
+        times = np.arange(len(own)) - np.searchsorted(own, own)
+        taken = batch.take(pa.array(own))
+        ids = [f"{name}~{n + 1}" if n else name for name, n in zip(taken["sample_id"].to_pylist(), times)]
+        yield taken.set_column(0, "sample_id", pa.array(ids, pa.string()))
+        start += len(batch)
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:

@@ -4,7 +4,7 @@ Fork me to: take rows of another shape (`conversation_of`).
 """
 import functools
 import json
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -49,11 +49,16 @@ class Shape:
 
     def places(self, name: str) -> list[str]:
         """The keys under which a message may have a property: the one that the recipe names, or the usual."""
+        return self._places[name]
+
+    @functools.cached_property
+    def _places(self) -> dict[str, list[str]]:
         older = {"role": self.message_field_role, "content": self.message_field_content,
                  "reasoning_content": self.field_thinking}
         usual = {"role": ["role", "from"], "content": ["content", "value"]}
-        given = self.message_property_mappings.get(name) or older.get(name)
-        return [given] if given else usual.get(name, [name])
+        given = {name: self.message_property_mappings.get(name) or older.get(name)
+                 for name in ("role", "content", *EXTRAS)}
+        return {name: [key] if key else usual.get(name, [name]) for name, key in given.items()}
 
     def role(self, word) -> str | None:
         """The role that a row's word means, None for none. The recipe's words go before the usual ones."""
@@ -109,21 +114,7 @@ def system_of(row: dict, shape: Shape, messages: list) -> list:
 
 def is_system(message, shape: Shape) -> bool:
     """Whether a message is the system's."""
-    word = next((message[key] for key in shape.places("role") if message.get(key)), None) \
-        if isinstance(message, dict) else None
-    return shape.role(word) == "system"
-
-
-def with_parts(text: str, kinds: set[str]) -> list[dict]:
-    """A text's parts: each tag such as <image>, of one of these kinds, is a part in its place.
-
-    The newline that sets a tag off at a text's begin or end goes with it: templates write their own.
-    """
-    tag = "|".join(f"<{kind}>" for kind in sorted(kinds)) or r"(?!)"
-    text = re.sub(rf"^((?:{tag})+)\n|\n((?:{tag})+)$", r"\1\2", text)
-    pieces = re.split(f"({tag})", text)
-    return [{"type": piece[1:-1]} if place % 2 else {"type": "text", "text": piece}
-            for place, piece in enumerate(pieces) if piece or len(pieces) == 1]
+    return isinstance(message, dict) and shape.role(first_of(message, shape.places("role"))) == "system"
 
 
 def tools_of(row: dict, shape: Shape = Shape()) -> list[dict]:
@@ -154,6 +145,11 @@ def plain_call(call: dict) -> dict:
     return {**call, "arguments": read} if isinstance(read, dict) else call
 
 
+def first_of(message: dict, keys: Iterable[str]):
+    """The value under the first of these keys that has one, None where none has."""
+    return next((message[key] for key in keys if message.get(key) is not None), None)
+
+
 def name_in(call: dict) -> str | None:
     """The name of a tool or call, None where it has none."""
     name = inside(call).get("name")
@@ -163,6 +159,12 @@ def name_in(call: dict) -> str | None:
 def inside(call: dict) -> dict:
     """What a tool or call is, which many rows keep under "function"."""
     return call["function"] if isinstance(call.get("function"), dict) else call
+
+
+def calls_in(messages: list[dict]) -> list[str]:
+    """Every name, key and text of the messages' tool calls."""
+    calls = [inside(call) for message in messages for call in message.get("tool_calls", ())]
+    return [text for call in calls for text in [call["name"], *strings_in(call.get("arguments"), keys=True)]]
 
 
 def strings_in(value, keys: bool = False) -> list[str]:

@@ -1,43 +1,38 @@
 """sources: the rows of any file, folder or data set of the hub that a recipe names, as they stand in it.
 
-Fork me to: read another kind of file (`rows_of_file`).
+Fork me to: take rows from elsewhere (`rows`); lib/files.py reads the kinds of files.
 """
 import csv
-import json
+import random
 import re
-from collections.abc import Iterator
+from itertools import chain, compress, islice
 from pathlib import Path
 
+from lib.files import Source, numbered, parsed, rows_of_file
 from lib.hub import loaded, names_in, places, saved
 from lib.media import KIND_OF
-from lib.messages import RowError, name_of
 from lib.paths import BUILDERS, is_data_id
 from lib.stage import StageError
 
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")         # of a folder of pictures
 FILE_NAME = re.compile(r"(.+)_file_names?")                      # a column of paths, as in image_file_name
-Row = tuple[int, str, object]
 
 
-def rows(spec: dict) -> list[Row]:
-    """[(row number from 0, where it stands, the row or a RowError)] of a data set's entry in the recipe.
-
-    Where a row stands is its file and line, or its file and number where rows have no lines.
-    """
+def rows(spec: dict) -> Source:
+    """The rows of a data set's entry in the recipe."""
     path = Path(spec["path"])
     if not path.exists() and spec["path"] not in BUILDERS and not is_data_id(spec["path"]):
         raise StageError(f"datasets: {path}: no such file or folder",
                          "correct the path (a relative one starts from the current folder)")
     if not path.exists() or spec["data_files"] or spec["name"]:
-        return numbered(path, loaded(spec))
+        return numbered(path, [loaded(spec)])
     if path.is_file():
-        return part(list(rows_of_file(path, spec["ds_type"])), spec)
+        return part(rows_of_file(path, spec["ds_type"]), spec)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         return numbered(path, saved(path, spec))
     if metadata := next((path / name for name in METADATA if (path / name).is_file()), None):
-        return part([(number, where, named_media(row)) for number, where, row in described(metadata)], spec)
-    return numbered(path, loaded(spec))
+        return part(described(metadata), spec)
+    return numbered(path, [loaded(spec)])
 
 
 def root(spec: dict) -> Path:
@@ -54,114 +49,39 @@ def files_of(spec: dict) -> list[Path]:
     return [path for path in [folder, *inside] if path.exists()]
 
 
-def numbered(path: Path, found) -> list[Row]:
-    """Rows that have no lines."""
-    return [(number, f"{path}: row {number}", row) for number, row in enumerate(found)]
-
-
-def part(found: list[Row], spec: dict) -> list[Row]:
+def part(found: Source, spec: dict) -> Source:
     """The rows of a file that a split such as train[:1%] takes. A file has no splits: any name will do."""
     names = names_in(spec["split"])
     if not names or all(name == spec["split"] for name in names):
         return found
-    return [found[place] for _, place in places(spec, {name: len(found) for name in names})]
+    taken = [each for _, each in places(spec, {name: len(found) for name in names})]
+    return Source(sum(map(len, taken)), lambda: chain.from_iterable(
+        islice(found, each.start, each.stop) for each in taken))
 
 
-# ---- files -----------------------------------------------------------------------------------------------
-
-
-def rows_of_file(path: Path, kind: str | None) -> Iterator[Row]:
-    """The rows of a file of this kind (None: its name tells), with where they stand."""
-    kind = kind or SUFFIXES.get(path.suffix.lower())
-    if kind is None:
-        raise StageError(f"datasets: {path}: unknown kind of file {path.suffix!r}",
-                         "use .json, .jsonl, .parquet, .arrow or a folder written by datasets' save_to_disk")
-    if kind == "jsonl":
-        yield from lines(path)
-    elif kind == "json":
-        yield from listed(path)
-    else:
-        yield from numbered(path, columnar(path, kind))
-
-
-def lines(path: Path) -> Iterator[tuple[int, str, object]]:
-    """The rows of a JSONL file; a line that is no JSON is a RowError in its place."""
-    row = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line.decode("utf-8-sig").strip())
-            except (ValueError, RecursionError) as error:
-                value = RowError(f"not JSON: {broken(error)}", "mend or remove that line")
-            yield row, f"{path}:{number}", value
-            row += 1
-
-
-def listed(path: Path) -> list[Row]:
-    """The rows of a JSON file; some are named .json and hold an object a line."""
-    try:
-        content = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        found = list(lines(path))
-        if len(found) > 1 and not any(isinstance(row, RowError) for _, _, row in found):
-            return found
-        line = getattr(error, "lineno", 1)
-        raise StageError(f"{path}:{line}: not JSON: {broken(error)}",
-                         "mend the file; one object per line belongs in a .jsonl file") from None
-    if not isinstance(content, list):
-        raise StageError(f"{path}: holds {name_of(content)}, not a list of rows",
-                         "wrap the rows in [ ], or use one object per line in a .jsonl file")
-    return numbered(path, content)
-
-
-def broken(error: Exception) -> str:
-    """What is wrong with a JSON text, and at which column."""
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg} at column {error.colno}"
-    return "the text is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
-
-
-def columnar(path: Path, kind: str) -> Iterator[dict]:
-    """The rows of a Parquet or Arrow file."""
-    import pyarrow
-    import pyarrow.parquet
-    try:
-        if kind == "parquet":
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256)
-        else:
-            batches = arrow_batches(path)
-        for batch in batches:
-            yield from batch.to_pylist()
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise StageError(f"{path}: not a readable {kind} file ({str(error).splitlines()[0]})",
-                         "write the file again; a cut download looks like this") from None
-
-
-def arrow_batches(path: Path) -> Iterator:
-    """Record batches of an .arrow file in either of the format's two layouts, stream or file."""
-    import pyarrow
-    source = pyarrow.memory_map(str(path))
-    try:
-        reader = pyarrow.ipc.open_stream(source)
-    except pyarrow.ArrowInvalid:
-        reader = pyarrow.ipc.open_file(source)
-        return (reader.get_batch(index) for index in range(reader.num_record_batches))
-    return iter(reader)
+def shard(found: Source, spec: dict, seed: int) -> Source:
+    """The part of a data set's rows that its entry asks for: one of `shards`, equal but for a row, seeded."""
+    if spec["shards"] is None:
+        return found
+    order = list(range(len(found)))
+    random.Random(seed).shuffle(order)
+    taken = bytearray(len(found))
+    for place in order[spec["shards_idx"]::spec["shards"]]:
+        taken[place] = True
+    return Source(sum(taken), lambda: compress(found, taken))
 
 
 # ---- folders of media ------------------------------------------------------------------------------------
 
 
-def described(path: Path) -> list[Row]:
+def described(path: Path) -> Source:
     """The rows of a folder's metadata file."""
-    if path.suffix == ".jsonl":
-        return list(lines(path))
-    if path.suffix == ".parquet":
-        return numbered(path, columnar(path, "parquet"))
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        return numbered(path, list(csv.DictReader(file)))
+    if path.suffix == ".csv":
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            found = numbered(path, [list(csv.DictReader(file))])
+    else:
+        found = rows_of_file(path, None)
+    return Source(len(found), lambda: ((n, where, named_media(parsed(row))) for n, where, row in found))
 
 
 def named_media(row):

@@ -1,14 +1,18 @@
 """spans: from the characters of a rendered text to the tokens that a processor makes of it.
 
-A span is (start, end) in characters. `replaced` is what a processor wrote for media placeholders:
-[{"span": in the render, "new_span": in the text that it tokenized, "replacement": that text}].
+A span is (start, end) in characters, the tokens' spans are an array [T, 2]. `replaced` is what a processor
+wrote for media placeholders: [{"span": in the render, "new_span": in the text that it tokenized,
+"replacement": that text}].
 """
+import numpy as np
 
 
-def moved(place: int, replaced: list[dict]) -> int:
-    """A character's place after the processor wrote its replacements for the media placeholders before it."""
-    return place + sum((r["new_span"][1] - r["new_span"][0]) - (r["span"][1] - r["span"][0])
-                       for r in replaced if r["span"][1] <= place)
+def moved(spans: list, replaced: list[dict]) -> list[tuple[int, int]]:
+    """The spans after the processor wrote its replacements for the media placeholders before them."""
+    def new(place: int) -> int:
+        return place + sum((r["new_span"][1] - r["new_span"][0]) - (r["span"][1] - r["span"][0])
+                           for r in replaced if r["span"][1] <= place)
+    return [(new(start), new(end)) for start, end in spans]
 
 
 def after_replacing(text: str, replaced: list[dict]) -> str:
@@ -20,26 +24,27 @@ def after_replacing(text: str, replaced: list[dict]) -> str:
     return "".join([*pieces, text[last:]])
 
 
-def spans_of_tokens(offsets: list) -> list[tuple[int, int]]:
+def spans_of_tokens(offsets: list) -> np.ndarray:
     """Each token's characters, from the offsets that a tokenizer gives.
 
     Byte-level tokenizers leave a token's leading space out of its offsets; it is the token's all the same.
     """
-    spans, last = [], 0
-    for start, end in offsets:
-        spans.append((min(start, last), end))
-        last = max(last, end)
-    return spans
+    starts, ends = np.array(offsets, int).reshape(-1, 2).T
+    before = np.maximum.accumulate(np.append(0, ends[:-1]))
+    return np.stack([np.minimum(starts, before), ends], axis=1)
 
 
-def straddled(tokens: list[tuple[int, int]], places: list[int]) -> list[int]:
-    """Those of the places that lie within a token, with characters of it on both sides."""
-    return [place for place in places if any(start < place < end for start, end in tokens)]
+def straddled(tokens: np.ndarray, spans: list) -> list[int]:
+    """Those borders of the spans that lie within a token, with characters of it on both sides."""
+    starts, ends = tokens.T
+    return [place for place in sorted({place for span in spans for place in span})
+            if ((starts < place) & (place < ends)).any()]
 
 
-def covered(tokens: list[tuple[int, int]], spans: list, without: list) -> list[bool]:
+def covered(tokens: np.ndarray, spans: list, without: list) -> np.ndarray:
     """For each token, whether it lies in one of the spans and in none of those `without`."""
-    def inside(start, end, ranges):
-        return any(first <= start and end <= last for first, last in ranges)
-    return [start < end and inside(start, end, spans) and not inside(start, end, without)
-            for start, end in tokens]
+    starts, ends = tokens.T
+
+    def inside(ranges: list) -> np.ndarray:
+        return np.any([(first <= starts) & (ends <= last) for first, last in ranges], axis=0)
+    return (starts < ends) & inside(spans) & ~inside(without)

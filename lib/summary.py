@@ -4,56 +4,84 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from lib import terminal
 from lib.messages import shortened
+from lib.samples import inner, numbered, rows_of
 
 MOST_WORDS = 20                           # more kinds than these are no template's, they vary with the rows
 SUMS = ("input_tokens", "media_tokens", "supervised_tokens")
 DATASET_COLUMNS = ["data set", "samples", "held out", "rejected", "tokens", "media", "trained", "longest"]
 
 
-def write_report(path: Path, train: list[dict], held_out: list[dict], rejects: list[dict]) -> dict:
+class Rejects:
+    """What can't be used: a line of rejects.jsonl each, and here only what is said of them all.
+
+    kinds: what is mended in one way is of one kind. first, number: by whether the row is too long.
+    datasets: how many rows of each.
+    """
+
+    def __init__(self, path: Path):
+        self.file = path.open("w", encoding="utf-8")
+        self.kinds: dict[str, dict] = {}
+        self.first: dict[bool, dict] = {}
+        self.number, self.datasets = Counter(), Counter()
+
+    def add(self, rejects: list[dict]) -> None:
+        """Nothing; these are written and counted."""
+        for reject in rejects:
+            self.file.write(json.dumps(reject, ensure_ascii=False) + "\n")
+            kind = {"rows": 0, "such_as": f"{reject['where']}: {reject['reason']}", "fix": reject["fix"]}
+            self.kinds.setdefault(reject["fix"], kind)["rows"] += 1
+            self.first.setdefault(reject["too_long"], reject)
+            self.number[reject["too_long"]] += 1
+            self.datasets[reject["dataset"]] += 1
+
+    def listed(self) -> list[dict]:
+        """[{rows, such_as, fix}], the most frequent kind first."""
+        return sorted(self.kinds.values(), key=lambda kind: -kind["rows"])
+
+
+def write_report(path: Path, table: pa.Table, train: np.ndarray, held_out: np.ndarray,
+                 rejects: Rejects) -> dict:
     """All in numbers, written as report.json: counts, data sets, kinds of rejects, the template's words."""
-    every = train + held_out
-    sums = {name: sum(sample[name] for sample in every) for name in SUMS}
-    counts = {"train_samples": len(train), "held_out_samples": len(held_out), "rejected_rows": len(rejects),
-              "rows_over_sequence_len": sum(reject["too_long"] for reject in rejects),
-              "samples_cut_to_sequence_len": sum(sample["cut_tokens"] > 0 for sample in every),
-              **sums, "tokens_per_picture": tokens_per_picture(every),
-              "longest_sample_tokens": max(sample["input_tokens"] for sample in every),
-              "replies_ended_by_the_kit": sum(sample["ends_added"] for sample in every),
-              "rows_that_tell_the_day": len({row_of(sample) for sample in every if sample["tells_day"]})}
-    content = {"counts": counts, "datasets": by_dataset(train, held_out, rejects),
-               "rejects": kinds_of(rejects),
-               "template_says": [{"words": words, "rows": rows} for words, rows in own_words(every)]}
+    every = np.concatenate([train, held_out])
+    column = {name: table[name].to_numpy()[every] for name in (*SUMS, "pictures", "cut_tokens", "ends_added")}
+    pictures = column["pictures"].sum()
+    on_pictures = column["media_tokens"][column["pictures"] > 0].sum()
+    day = rows_of(table)[every][table["tells_day"].to_numpy()[every]]
+    counts = {"train_samples": len(train), "held_out_samples": len(held_out),
+              "rejected_rows": rejects.number.total(), "rows_over_sequence_len": rejects.number[True],
+              "samples_cut_to_sequence_len": (column["cut_tokens"] > 0).sum(),
+              **{name: column[name].sum() for name in SUMS},
+              "tokens_per_picture": round(on_pictures / pictures) if pictures else 0,
+              "longest_sample_tokens": column["input_tokens"].max(),
+              "replies_ended_by_the_kit": column["ends_added"].sum(),
+              "rows_that_tell_the_day": len(np.unique(day))}
+    content = {"counts": {name: int(count) for name, count in counts.items()},
+               "datasets": by_dataset(table, train, held_out, rejects), "rejects": rejects.listed(),
+               "template_says": [{"words": words, "rows": rows} for words, rows in own_words(table, every)]}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return content
 
 
-def tokens_per_picture(samples: list[dict]) -> int:
-    """The average of those samples that have pictures and no other media, 0 where none has."""
-    seen = [sample for sample in samples if {medium["kind"] for medium in sample["media"]} == {"image"}]
-    pictures = sum(len(sample["media"]) for sample in seen)
-    return round(sum(sample["media_tokens"] for sample in seen) / pictures) if pictures else 0
-
-
-def row_of(sample: dict) -> tuple[str, int]:
-    """The row that a sample was made of: several may be of one."""
-    return sample["dataset"], sample["row"]
-
-
-def by_dataset(train: list[dict], held_out: list[dict], rejects: list[dict]) -> dict[str, dict[str, int]]:
+def by_dataset(table: pa.Table, train: np.ndarray, held_out: np.ndarray,
+               rejects: Rejects) -> dict[str, dict[str, int]]:
     """{path: {samples trained and held out, rejected rows, tokens of all kinds, the longest sample's}}."""
-    paths = dict.fromkeys(each["dataset"] for part in (train, held_out, rejects) for each in part)
-    parts = {name: Counter(each["dataset"] for each in part) for name, part in
-             (("train_samples", train), ("held_out_samples", held_out), ("rejected_rows", rejects))}
+    paths, names = numbered(table["dataset"]), pc.unique(table["dataset"]).to_pylist()
+    present = dict.fromkeys(paths[np.concatenate([train, held_out])].tolist())
     found = {}
-    for path in paths:
-        samples = [sample for sample in train + held_out if sample["dataset"] == path]
-        longest = max((sample["input_tokens"] for sample in samples), default=0)
-        found[path] = {**{name: numbers[path] for name, numbers in parts.items()},
-                       **{name: sum(sample[name] for sample in samples) for name in SUMS},
-                       "longest_sample_tokens": longest}
+    for name in dict.fromkeys([*(names[path] for path in present), *rejects.datasets]):
+        path = names.index(name) if name in names else -1
+        own_train, own_held_out = (part[paths[part] == path] for part in (train, held_out))
+        own = {column: table[column].to_numpy()[np.append(own_train, own_held_out)] for column in SUMS}
+        found[name] = {"train_samples": len(own_train), "held_out_samples": len(own_held_out),
+                       "rejected_rows": rejects.datasets[name],
+                       **{column: int(tokens.sum()) for column, tokens in own.items()},
+                       "longest_sample_tokens": int(own["input_tokens"].max(initial=0))}
     return found
 
 
@@ -66,18 +94,14 @@ def dataset_rows(datasets: Iterable[tuple[str, dict]]) -> list[list]:
     return rows
 
 
-def own_words(samples: list[dict]) -> list[tuple[str, int]]:
+def own_words(table: pa.Table, every: np.ndarray) -> list[tuple[str, int]]:
     """[(what the chat template says by itself, in how many rows)], the most frequent first."""
-    said = {(row_of(sample), words) for sample in samples for words in sample["put_in"]}
-    numbers = Counter(words for _, words in said)
-    return sorted(numbers.items(), key=lambda item: (-item[1], item[0]))[:MOST_WORDS]
-
-
-def kinds_of(rejects: list[dict]) -> list[dict]:
-    """[{rows, such_as, fix}], the most frequent kind first: what is mended in one way is of one kind."""
-    first = {reject["fix"]: f"{reject['where']}: {reject['reason']}" for reject in reversed(rejects)}
-    numbers = Counter(reject["fix"] for reject in rejects)
-    return [{"rows": number, "such_as": first[fix], "fix": fix} for fix, number in numbers.most_common()]
+    words, said_by = inner(table["put_in"])
+    said = np.isin(said_by, every)
+    rows = np.unique(rows_of(table), return_inverse=True)[1]
+    pairs = np.unique(numbered(words)[said] << 40 | rows[said_by[said]])
+    numbers = zip(pc.unique(words).to_pylist(), np.bincount(pairs >> 40).tolist())
+    return sorted((item for item in numbers if item[1]), key=lambda item: (-item[1], item[0]))[:MOST_WORDS]
 
 
 def say(report: dict) -> None:

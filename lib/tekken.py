@@ -5,7 +5,6 @@ Here its tekken.json becomes a tokenizer with offsets, and a sound's placeholder
 library's encoder, so that the ids are the ones that it would give itself.
 """
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -46,8 +45,8 @@ class TekkenProcessor:
             ids, padded = self._encode(samples)
             spelled.append("".join(self.tokenizer.convert_ids_to_tokens(ids)))
             arrays.append(padded)
-        expanded, replaced = expand(text[0], self.audio_token, spelled)
-        batch = dict(self.tokenizer([expanded], **options), text_replacement_offsets=[replaced])
+        expanded, replaced = self.published.get_text_with_replacements([*text], audio_replacements=spelled)
+        batch = dict(self.tokenizer(expanded, **options), text_replacement_offsets=replaced)
         if arrays:
             features = self.published._retrieve_input_features(arrays, **self.published.audio_kwargs)
             batch["input_features"] = features             # [chunks of 30 s, mel, frames]
@@ -59,17 +58,3 @@ class TekkenProcessor:
         sound = Audio(samples, self.feature_extractor.sampling_rate, "wav")
         found = self.published.tokenizer.tokenizer.instruct_tokenizer.audio_encoder.encode_audio(sound)
         return found.tokens, found.audio.audio_array
-
-
-def expand(text: str, placeholder: str, spelled: list[str]) -> tuple[str, list[dict]]:
-    """(the text with what is spelled for each placeholder, where, as lib/spans.py reads it)."""
-    places = [match.span() for match in re.finditer(re.escape(placeholder), text)]
-    if len(places) != len(spelled):
-        raise ValueError(f"{len(places)} {placeholder} in the text, but {len(spelled)} sounds")
-    pieces, replaced, last, shift = [], [], 0, 0
-    for (start, end), new in zip(places, spelled):
-        pieces += [text[last:start], new]
-        replaced.append({"span": (start, end), "new_span": (start + shift, start + shift + len(new)),
-                         "replacement": new})
-        last, shift = end, shift + len(new) - (end - start)
-    return "".join([*pieces, text[last:]]), replaced

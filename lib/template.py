@@ -1,11 +1,9 @@
 """template: conversations as text, by the checkpoint's own chat template, and what the model writes of it.
 
-A reply is what a render gains by it: the render up to the reply, without the one before it that asks for it.
-Where its turn ends is seen by rendering a mark in place of its text. Real templates drop, trim and rewrite;
-so the renders are checked against one another, and what doesn't fit is a RowError: labels are exact or there
-are none.
+Real templates drop, trim and rewrite; so the renders are checked against one another (lib/turns.py), and what
+doesn't fit is a RowError: labels are exact or there are none.
 
-Fork me to: train on other words (`conversations` says what a sample is, `_reply` what is trained in it).
+Fork me to: train on other words (`conversations` says what a sample is).
 """
 import contextlib
 import functools
@@ -13,9 +11,9 @@ import re
 from dataclasses import dataclass, replace
 
 from lib.messages import NOUNS, RowError, count, texts_of
-from lib.render import MARK
-from lib.shapes import name_in, strings_in
-from lib.turns import Turn, Turns, calls_in, lost, stands_in
+from lib.render import MARK, lost, stands_in
+from lib.shapes import calls_in, name_in, strings_in
+from lib.turns import Turn, Turns
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,9 @@ class Template(Turns):
                 learnt["end_trained"] = labels.end_of(message, last=True)
                 apart.append(self._sample(messages[:place + 1], upto, [replace(turn, **learnt)]))
             if learnt["text_trained"]:
-                self._refuse_lost_thought(message, upto[turn.spans[0][0]:turn.end] if turn else "")
+                thought = message.get("reasoning_content", "")
+                if not stands_in(thought, upto[turn.spans[0][0]:turn.end] if turn else ""):
+                    raise lost(thought)
         whole = [self._sample(messages, full, shared)] if any(turn.text_trained for turn in shared) else []
         return [replace(conversation, put_in=put_in, tells_day=tells_day) for conversation in whole + apart]
 
@@ -116,7 +116,7 @@ class Template(Turns):
 
         RowError where a text other than a reply's doesn't stand in the render; `_reply` sees to those.
         """
-        render, texts = self._skeleton(messages)
+        render, texts = self.skeleton(messages)
         roles = [message["role"] for message in messages for text in texts_of(message) if text.strip()]
         for number, (role, text) in enumerate(zip(roles, map(str.strip, texts), strict=True)):
             if role != "assistant" and (text not in full or f"{MARK}{number}." not in render):
@@ -128,11 +128,6 @@ class Template(Turns):
         thoughts = [message["reasoning_content"] for message in messages if "reasoning_content" in message]
         return tuple(piece for piece in pieces_of(render, self.not_words)
                      if not any(stands_in(text, piece) for text in calls + thoughts))
-
-    def _refuse_lost_thought(self, message: dict, turn: str) -> None:
-        """RowError where a reply that is learnt lacks the thought that its message has."""
-        if not stands_in(message.get("reasoning_content", ""), turn):
-            raise lost(message["reasoning_content"])
 
     # ---- turns to a sample ----
 

@@ -7,17 +7,15 @@ alone: with them, the render has to be the same but for that text.
 Fork me to: find turns in another way (`_reply`, `_asked`).
 """
 import functools
-import json
 import re
 from dataclasses import dataclass
 
-from lib.messages import RowError, has_media, text_parts, texts_of
+from lib.messages import has_media, text_parts, texts_of
 from lib.processor import placeholders, special_tokens, tokenizer_of
-from lib.render import MARK, Renderer
-from lib.shapes import inside, strings_in
+from lib.render import MARK, Renderer, lost, stands_in, unclear
+from lib.shapes import calls_in
 from lib.stage import StageError
 
-MOST_SHAPES = 256                                       # of rows, whose renders are kept
 NUMBERED = re.compile(rf"{MARK}(\d+)\.")
 
 
@@ -51,27 +49,6 @@ class Turns(Renderer):
         super().__init__(processor, day)
         self.stops = {*stops, tokenizer_of(processor).eos_token}
         self.special, self.placeholders = special_tokens(processor), placeholders(processor)
-        self.skeletons: dict[str, str] = {}             # renders of marks, by the shape of their rows
-
-    def _skeleton(self, messages: list[dict]) -> tuple[str, list[str]]:
-        """(the render with a numbered mark in place of each text that is no blank, these texts).
-
-        Rows of one shape share it: it is rendered once for them.
-        """
-        texts, marked = [], []
-        for message in messages:
-            parts = list(message["content"])
-            for place, part in enumerate(parts):
-                if part["type"] == "text" and part["text"].strip():
-                    parts[place] = {"type": "text", "text": f"{MARK}{len(texts)}."}
-                    texts.append(part["text"])
-            marked.append({**message, "content": parts})
-        shape = repr((marked, self.options))
-        if shape not in self.skeletons:
-            if len(self.skeletons) >= MOST_SHAPES:
-                self.skeletons.clear()
-            self.skeletons[shape] = self.render(marked)
-        return self.skeletons[shape], texts
 
     def _around(self, messages: list[dict], marks: list[dict], upto: str) -> list[str]:
         """What stands before, between and behind the texts of the last message in a render, `upto`.
@@ -79,9 +56,8 @@ class Turns(Renderer):
         Where the render is its shape's with plain texts in place of the marks, that says it. Else, it is
         rendered once more with a mark in each place.
         """
-        skeleton, texts = self._skeleton(messages)
-        own = len(marks)
-        if own == 1 and texts and messages[-1]["content"][-1:] == text_parts(texts[-1]) \
+        skeleton, texts = self.skeleton(messages)
+        if len(marks) == 1 and texts and messages[-1]["content"][-1:] == text_parts(texts[-1]) \
                 and all(text == text.strip() for text in texts):
             filled = NUMBERED.sub(lambda mark: texts[int(mark[1])], skeleton)
             behind = skeleton.partition(f"{MARK}{len(texts) - 1}.")[2]
@@ -97,8 +73,7 @@ class Turns(Renderer):
         parts, texts = reply["content"], texts_of(reply)
         if not parts or parts[-1]["type"] != "text":    # a mark behind the last medium shows the turn's end
             parts, texts = [*parts, *text_parts("")], [*texts, ""]
-        marks = [{"type": "text", "text": MARK} if part["type"] == "text" else part for part in parts]
-        head, *gaps = self._around(messages, marks, upto)
+        head, *gaps = self._around(messages, marked(parts), upto)
         prompt = self.render(before, prompt=True) if before else head
         start = next((len(known) for known in (prompt, head) if upto.startswith(known)), None)
         stop = len(upto) - len(gaps[-1]) if len(gaps) == len(texts) and upto.endswith(gaps[-1]) else 0
@@ -106,8 +81,13 @@ class Turns(Renderer):
         if start is None or stop < start or first is None or first < start and not upto.startswith(prompt):
             raise unclear("the chat template's finished turn isn't its prompt, the reply's text and an end")
         self._refuse_unread(before, upto[:min(first, start)])
-        cuts = self._media_in(upto, start, texts, [head, *gaps]) if has_media(reply) else []
-        edges = [start, *(edge for cut in cuts for edge in cut), stop]
+        edges = [start, stop]
+        if has_media(reply):                            # what the template wrote for them isn't trained
+            shown = spans_of(texts, head, gaps, upto)
+            if shown is None:
+                raise unclear("the media in an assistant's turn can't be told from its text")
+            gaps = zip([start, *(b for _, b in shown[:-1])], [a for a, _ in shown])
+            edges[1:1] = [edge for gap in gaps if self.special.search(upto, *gap) for edge in gap]
         spans = list(zip(edges[::2], edges[1::2]))
         return Turn([(a, b) for a, b in spans[:-1] if a < b] + spans[-1:],
                     self._end_of_turn(upto, stop), True)
@@ -138,21 +118,11 @@ class Turns(Renderer):
         texts = texts_of(messages[place])
         if not any(text.strip() for text in texts):
             return None
-        marks = [{"type": "text", "text": MARK} if part["type"] == "text" else part
-                 for part in messages[place]["content"]]
-        marked = [*messages[:place], {**messages[place], "content": marks}, *messages[place + 1:]]
-        head, *gaps = self.render(marked).split(MARK)
-        who = f"message {place} ({messages[place]['role']})"
-        hidden = unclear(f"{who} can't be told from the rest of its render")
-        spans, stop = [], len(head)
-        for text, gap in zip(texts, gaps):
-            shown = next((t for t in (text, text.strip()) if full.startswith(t + gap, stop)), None)
-            if shown is None or len(gaps) != len(texts) or not full.startswith(head):
-                raise hidden
-            spans.append((stop, stop + len(shown)))
-            stop += len(shown) + len(gap)
-        if stop != len(full):
-            raise hidden
+        asked = {**messages[place], "content": marked(messages[place]["content"])}
+        head, *gaps = self.render([*messages[:place], asked, *messages[place + 1:]]).split(MARK)
+        spans = spans_of(texts, head, gaps, full)
+        if spans is None:
+            raise unclear(f"message {place} ({asked['role']}) can't be told from the rest of its render")
         spans = [(start, end) for start, end in spans if start < end]
         start, stop = spans[0][0], spans[-1][1]
         lead = len(full[:start]) - len(full[:start].rstrip(" "))     # a space belongs to the token behind it
@@ -171,21 +141,6 @@ class Turns(Renderer):
                 return found.end()
             found = self.special.match(upto, found.end())
         return first
-
-    def _media_in(self, upto: str, start: int, texts: list[str], gaps: list[str]) -> list[tuple[int, int]]:
-        """The characters that the template wrote for the media among a reply's texts, wrappers and all."""
-        place, cuts = len(gaps[0]), []
-        known = upto.startswith(gaps[0])
-        if self.special.search(upto, start, place):
-            cuts.append((start, place))
-        for text, gap in zip(texts, gaps[1:]):
-            shown = next((t for t in (text, text.strip()) if upto.startswith(t + gap, place)), None)
-            if not known or shown is None:
-                raise unclear("the media in an assistant's turn can't be told from its text")
-            place += len(shown)
-            cuts.append((place, place + len(gap)))
-            place += len(gap)
-        return [(a, b) for a, b in cuts[:-1] if self.special.search(upto, a, b)]    # the last ends the turn
 
     @functools.cached_property
     def _behind_reply(self) -> str | None:
@@ -211,6 +166,25 @@ class Turns(Renderer):
         return tokenizer_of(self.processor).eos_token
 
 
+def marked(parts: list[dict]) -> list[dict]:
+    """A message's parts with a mark in place of each text."""
+    return [{"type": "text", "text": MARK} if part["type"] == "text" else part for part in parts]
+
+
+def spans_of(texts: list[str], head: str, gaps: list[str], render: str) -> list[tuple[int, int]] | None:
+    """The characters of the texts in a render that is head, text, gap, text, gap …; None where it isn't."""
+    if len(texts) != len(gaps) or not render.startswith(head):
+        return None
+    spans, place = [], len(head)
+    for text, gap in zip(texts, gaps):
+        shown = next((t for t in (text, text.strip()) if render.startswith(t + gap, place)), None)
+        if shown is None:
+            return None
+        spans.append((place, place + len(shown)))
+        place += len(shown) + len(gap)
+    return spans if place == len(render) else None
+
+
 def begin_of(texts: list[str], render: str) -> int | None:
     """Where the texts begin that a render ends with, in their order; None where it doesn't."""
     place = len(render.rstrip() if texts[-1].strip() else render)
@@ -221,26 +195,3 @@ def begin_of(texts: list[str], render: str) -> int | None:
         if place < 0:
             return None
     return place
-
-
-def calls_in(messages: list[dict]) -> list[str]:
-    """Every name, key and text of the messages' tool calls."""
-    calls = [inside(call) for message in messages for call in message.get("tool_calls", ())]
-    return [text for call in calls for text in [call["name"], *strings_in(call.get("arguments"), keys=True)]]
-
-
-def stands_in(text: str, render: str) -> bool:
-    """Whether a text stands in a render: as it is, or as JSON writes it."""
-    forms = (text.strip(), *(json.dumps(text, ensure_ascii=plain)[1:-1] for plain in (True, False)))
-    return any(form in render for form in forms)
-
-
-def lost(text: str) -> RowError:
-    """The reject of a row with a text that its render lacks where the model would read it."""
-    return RowError(f"the chat template drops or changes this text: {text[:60]!r}",
-                    "name a chat_template that renders every message as it stands")
-
-
-def unclear(reason: str) -> RowError:
-    """The reject of a row whose replies can't be told from the rest of its render."""
-    return RowError(reason, "name a chat_template whose replies stand as they are given")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
 import torch
@@ -264,25 +265,36 @@ def sample_of(row: int, *pictures: str) -> dict:
     return {"dataset": "d", "row": row, "media": [{"sha256": picture} for picture in pictures]}
 
 
+def table_of(every: list[dict]) -> pyarrow.Table:
+    return pyarrow.Table.from_batches([samples.batch_of(every[:4]), samples.batch_of(every[4:])])
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_samples_that_share_a_picture_or_a_row_stay_on_one_side(seed):
     rows = [(0, "a"), (0,), (1, "a", "b"), (2, "b"), (3, "c"), (4,), (5,), (6, "c"), (7, "d"), (8, "d", "e")]
     every = [sample_of(*row) for row in rows]
     together = [{0, 1, 2, 3}, {4, 7}, {5}, {6}, {8, 9}]
     for size in (1, 3, 5, 0.3, 0.9):
-        train, held_out = samples.hold_out(every, size, seed)
-        places = {place for place, sample in enumerate(every) if any(sample is other for other in held_out)}
-        assert len(train) + len(held_out) == len(every)
+        train, places = map(set, samples.hold_out(table_of(every), size, seed))
+        assert train | places == set(range(len(every))) and not train & places
         assert places == set().union(*(group for group in together if group & places))
-        assert 1 <= len(held_out) <= (size if size >= 1 else round(size * len(every)))
+        assert 1 <= len(places) <= (size if size >= 1 else round(size * len(every)))
 
 
 def test_a_chain_of_ten_thousand_shared_pictures_is_one_group_at_once():
     chain = [sample_of(number, f"{number}", f"{number + 1}") for number in range(10_000)]
-    assert len(samples.groups_of(chain)) == 1
+    assert not samples.groups_of(table_of(chain)).any()
 
 
 # ---- what it writes ----
+
+
+def test_chosen_samples_are_saved_once_for_each_time_whatever_batches_they_lie_in(tmp_path):
+    every = [sample_of(number, "a" * number) | {"sample_id": f"d-{number}"} for number in range(9)]
+    found = samples.save(table_of(every), np.array([0, 2, 2, 2, 3, 4, 4, 8]), tmp_path / "train")
+    assert found["sample_id"][:] == ["d-0", "d-2", "d-2~2", "d-2~3", "d-3", "d-4", "d-4~2", "d-8"]
+    assert [len(media[0]["sha256"]) for media in found["media"]] == found["row"][:] == [0, 2, 2, 2, 3, 4, 4, 8]
+    assert len(samples.save(table_of(every), np.array([], int), tmp_path / "eval")) == 0
 
 
 def test_the_preview_holds_the_first_sixteen_kept_rows_as_training_sees_them(kit):
@@ -496,13 +508,14 @@ def test_boxes_and_points_are_found_in_a_rows_texts(text, found):
 
 
 def test_rows_with_boxes_whose_pictures_are_resized_are_counted_in_a_warning(capsys):
-    sample = {"dataset": "a", "pictures": 2, "media_tokens": 600, "input_tokens": 1000, "image_bounds": None}
-    given = [sample | {"row": row, "coordinates": row != 3, "image_bounds": "{}" * (row == 1)} for row in (0, 1, 2, 2, 3)]
-    budget.show_tokens(given, resized=True)
+    sample = {"dataset": "a", "pictures": 2, "media_tokens": 600, "input_tokens": 1000}
+    given = table_of([sample | {"row": row, "coordinates": row != 3, "image_bounds": "{}" if row == 1 else None}
+                      for row in (0, 1, 2, 2, 3)])
+    budget.show_tokens(given, np.arange(5), resized=True)
     said = capsys.readouterr().out
     assert "tokens per picture: 300 to 300, 300 on average" in said and "warning: 3 rows with boxes or points" in said
     assert [line.split() for line in said.splitlines() if line.split()[:1] == ["256"]] == [["256", "440", "9%"]]
-    budget.show_tokens(given, resized=False)
+    budget.show_tokens(given, np.arange(5), resized=False)
     assert "warning: 1 row with boxes" in capsys.readouterr().out
 
 
@@ -519,6 +532,19 @@ def test_data_sets_have_keys_knobs_and_weights_of_their_own(kit):
     assert found[0]["text"] == "USER: <image>\nWhat? ASSISTANT: red</s>"
     trained = [found[2]["text"][span["start"]:span["end"]] for span in found[2]["spans"]]
     assert trained == ["Be brief.", " What?", " red"]
+
+
+def test_a_data_set_may_have_a_chat_template_of_its_own(kit):
+    plain = FLAT.replace("assistant:", "A:").replace("{{ m.role }}", "{{ 'A' if m.role == 'assistant' else 'Q' }}")
+    Path("plain.jinja").write_text(plain, encoding="utf-8")
+    sets = [{"path": "data.jsonl"}, {"path": "data.jsonl", "chat_template": "plain.jinja"},
+            {"path": "data.jsonl", "chat_template": "llava"}]
+    kit.run("chat_template=" + FLAT, rows=[CHAT], datasets=sets)
+    assert [sample["text"] for sample in kit.samples()] == [
+        "user:What is it?</s>assistant:red</s>", "Q:What is it?</s>A:red</s>", "USER: What is it? ASSISTANT: red</s>"]
+    kit.configure(rows=[CHAT], datasets=[{"path": "data.jsonl", "chat_template": "gemma3"}])
+    with pytest.raises(StageError, match="chat_template: gemma3 is the template of Gemma-3"):
+        kit.script("02_data").main(["run"])
 
 
 def test_tools_and_arguments_of_the_template_come_from_rows_and_recipe(kit):

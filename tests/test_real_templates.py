@@ -6,6 +6,7 @@ be trained once, behind what models write before one (OPENING) and before what e
 (ENDS), and nothing else may be.
 """
 
+import copy
 import functools
 import importlib
 import itertools
@@ -170,6 +171,23 @@ def test_every_template_trains_exactly_the_replies_or_rejects_the_row_by_name(ch
     assert not wrong
     assert len(exact) >= ALL - sum(rejects.values())
     assert rejected <= Counter(rejects)
+
+
+def test_every_template_renders_plain_messages_as_transformers_own_method_does():
+    def rendered(template: Template, messages: list[dict], prompt: bool) -> str:
+        try:
+            return template.render(messages, prompt)
+        except RowError as reject:
+            return reject.reason
+    for name in templates():
+        ours = template_of(name)
+        theirs = copy.copy(ours)
+        theirs.is_usual = False
+        assert ours.is_usual
+        for (system, *texts), _ in CHATS.values():
+            messages = messages_of(system, *texts)
+            for prompt in (False, True):
+                assert rendered(ours, messages, prompt) == rendered(theirs, messages, prompt)
 
 
 def test_every_template_rejects_a_row_whose_user_spells_what_ends_a_turn():

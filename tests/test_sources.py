@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 from PIL import Image
 
-from lib import samples, sources
+from lib import files, samples, sources
 from lib.stage import StageError
 
 NOWHERE = {"path": "", "name": None, "revision": None, "data_files": None, "ds_type": None, "split": None,
@@ -30,8 +31,11 @@ def jsonl(path: Path, rows: list) -> None:
 
 
 def found(**spec) -> list[str]:
-    """The prompts of an entry's rows."""
-    return [row["prompt"] for _, _, row in sources.rows(NOWHERE | spec)]
+    """The prompts of an entry's rows, which are as many as they are said to be."""
+    source = sources.rows(NOWHERE | spec)
+    rows = [files.parsed(row) for _, _, row in source]
+    assert len(rows) == len(source) == len(list(source))
+    return [row["prompt"] for row in rows]
 
 
 def picked(*numbers: int) -> list[str]:
@@ -82,7 +86,7 @@ def test_an_image_folder_gives_its_metadata_with_the_pictures(metadata, folder):
         datasets.Dataset.from_list(rows).to_parquet(f"seen/{metadata}")
     spec = NOWHERE | {"path": "seen"}
     ((_, where, row),) = sources.rows(spec)
-    assert row == {"image": "a.png", "question": "What?", "answer": "red"}
+    assert files.parsed(row) == {"image": "a.png", "question": "What?", "answer": "red"}
     assert where.startswith(f"seen/{metadata}") and sources.root(spec) == Path("seen")
 
 
@@ -144,25 +148,27 @@ def test_a_source_that_cannot_be_read_is_an_error_of_two_lines(name):
 # ---- weights ----
 
 
+WEIGHTS = [{"weight": weight} for weight in (1, 0.5, 2.25)]
+
+
 def test_a_weight_is_a_seeded_share_of_an_epoch():
-    every = [{"sample_id": f"{of}-{n}", "of": of, "weight": weight}
-             for of, weight in (("a", 1.0), ("b", 0.5), ("c", 2.25)) for n in range(20)]
-    first, again, other = (samples.weighted(every, seed) for seed in (1, 1, 2))
-    counts = {of: sum(sample["of"] == of for sample in first) for of in "abc"}
-    assert counts == {"a": 20, "b": 10, "c": 45}
-    assert first == again and first != other
-    ids = [sample["sample_id"] for sample in first]
-    assert len(set(ids)) == len(ids) and {"c-0", "c-0~2"} <= set(ids)
+    parts = np.split(np.arange(60), 3)
+    first, again, other = (samples.weighted(parts, ["a", "b", "c"], WEIGHTS, seed).tolist() for seed in (1, 1, 2))
+    assert [sum(place // 20 == of for place in first) for of in range(3)] == [20, 10, 45]
+    assert first == again == sorted(first) and first != other
+    assert {first.count(place) for place in range(40, 60)} == {2, 3}
 
 
 def test_shards_are_seeded_parts_that_hold_every_row_once_in_its_order():
     rows = list(range(11))
-    parts = [samples.shard(rows, {"shards": 3, "shards_idx": n}, 1) for n in range(3)]
-    assert sorted(sum(parts, [])) == rows and [len(part) for part in parts] == [4, 4, 3]
+    source = files.Source(len(rows), lambda: iter(rows))
+    taken = [sources.shard(source, {"shards": 3, "shards_idx": n}, 1) for n in range(3)]
+    parts = [list(part) for part in taken]
+    assert sorted(sum(parts, [])) == rows and [*map(len, parts)] == [*map(len, taken)] == [4, 4, 3]
     assert all(part == sorted(part) for part in parts) and parts[0] != rows[::3]
-    assert samples.shard(rows, {"shards": None}, 1) == rows
+    assert sources.shard(source, {"shards": None}, 1) is source
 
 
 def test_weights_that_leave_nothing_are_an_error():
     with pytest.raises(StageError, match="no sample is left to train on"):
-        samples.weighted([{"sample_id": "a-0", "of": "a", "weight": 0.1}], 1)
+        samples.weighted([np.arange(1)], ["a"], [{"weight": 0.1}], 1)

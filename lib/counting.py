@@ -1,0 +1,153 @@
+"""counting: how many tokens a conversation has, and how many are trained, without making its tensors.
+
+What a processor writes for a picture follows from the picture's size. So it is seen once for each size; and
+not even that where transformers tells the number of tokens, and told it right for pictures of like sizes. The
+counts are those of `Encoder.encode`; where they might not be, there are none.
+
+Fork me to: count other media (`Counter.row`).
+"""
+import contextlib
+import operator
+from bisect import bisect_right
+from collections import Counter as Numbers
+
+from PIL import Image
+
+from lib.chat import Encoder
+from lib.messages import RowError
+from lib.processor import adds_first_token, placeholders, tokenizer_of
+
+ENOUGH = 3                                # pictures of like sizes for which the number was told right
+MOST_ROWS = 256                           # of whose pictures it is kept what the processor wrote
+UNTOLD = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)     # raised where no number is told
+
+
+class Counter:
+    """Counts the tokens that an encoder would make: (all, trained ones, those of media)."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder, self.processor, self.pictures = encoder, encoder.processor, Pictures(encoder.processor)
+        self.never_trained = frozenset(encoder.never_trained)
+        self.plain: dict[bool, bool] = {}                # whether texts are tokenized as they stand
+
+    def texts(self, given: list[tuple[str, list]]) -> list[tuple[int, int, int] | None]:
+        """The counts of texts without media, by their trained characters; None where only `encode` can tell.
+
+        All are tokenized in one call.
+        """
+        found: list[tuple | None] = [None] * len(given)
+        for first in (True, False):
+            asked = {n: text for n, (text, _) in enumerate(given)
+                     if adds_first_token(self.processor, text) == first}
+            if not asked:
+                continue
+            tokens = self._tokens(list(asked.values()), first)
+            if first not in self.plain:                  # some processors may do more with a text
+                made, _ = self.encoder.process(next(iter(asked.values())), [])
+                self.plain[first] = made["input_ids"][0].tolist() == tokens[0][0]
+            for n, each in zip(asked, tokens):
+                found[n] = self._counts(*given[n], *each, []) if self.plain[first] else None
+        return found
+
+    def row(self, text: str, spans: list, pictures: list[Image.Image]) -> tuple[int, int, int] | None:
+        """The same of a text with pictures and no other media."""
+        sizes, made = tuple(picture.size for picture in pictures), None
+        with contextlib.suppress(ValueError, RuntimeError):      # what the processor refuses, encode reports
+            written = self.pictures.written(sizes)
+            if written is None:
+                batch, replaced = self.encoder.process(text, pictures)
+                written = [each["replacement"] for each in replaced] or [self.pictures.token] * len(sizes)
+                made = batch["input_ids"][0].tolist()
+            (expanded,), (replaced,) = self.processor.get_text_with_replacements([text], written)
+            ((ids, offsets),) = self._tokens([expanded], adds_first_token(self.processor, text))
+            if made == ids:
+                self.pictures.learn(sizes, written)
+            if made in (None, ids):
+                return self._counts(expanded, spans, ids, offsets, replaced)
+        return None
+
+    def _tokens(self, texts: list[str], first: bool) -> list[tuple[list, list]]:
+        """[(ids, offsets)] of texts, as their processor's tokenizer has them."""
+        found = tokenizer_of(self.processor).backend_tokenizer.encode_batch(texts, add_special_tokens=first)
+        return [(each.ids, each.offsets) for each in found]
+
+    def _counts(self, text: str, spans: list, ids: list, offsets: list, replaced: list) -> tuple | None:
+        if ids and not replaced and (counts := quick_counts(ids, offsets, spans, self.never_trained)):
+            return counts
+        with contextlib.suppress(RowError):
+            return self.encoder.counts(*self.encoder.labelled(text, ids, offsets, spans, replaced))
+        return None
+
+
+def quick_counts(ids: list[int], offsets: list, spans: list, never_trained: frozenset) -> tuple | None:
+    """(tokens, trained ones, those of media): what lib/spans.py says, from the borders of spans alone.
+
+    So tokens have to stand in the order of their characters. None where they don't, where one lies across a
+    border, and where one in a span has no characters.
+    """
+    starts, ends = zip(*offsets)
+    if any(map(operator.gt, starts, starts[1:])) or any(map(operator.gt, ends, ends[1:])):
+        return None
+    media = 0 if never_trained.isdisjoint(ids) else sum(i in never_trained for i in ids)
+    trained, done = 0, 1                                         # no token predicts the first
+    for span in spans:
+        first, last = (bisect_right(ends, border) for border in span)    # the first that end behind
+        for n, border in zip((first, last), span):
+            if n < len(ends) and min(starts[n], ends[n - 1] if n else 0) < border:
+                return None
+        if any(map(operator.eq, starts[first:last], ends[first:last])):
+            return None
+        own = ids[max(first, done):last]
+        trained += len(own) - (media and sum(i in never_trained for i in own))
+        done = max(done, last)
+    return len(ids), trained, media
+
+
+class Pictures:
+    """What a processor writes into a text for a row's pictures, by their sizes."""
+
+    def __init__(self, processor):
+        self.processor, self.token = processor, placeholders(processor).get("image")
+        self.known: dict[tuple, list[str]] = {}          # by the sizes of a row's pictures
+        self.tells = True                                # that transformers tells the number of placeholders
+        self.around: tuple[str, int, str] | None = None  # what is before these, how many more, what behind
+        self.right: Numbers = Numbers()                  # {octaves of width and height: times it told right}
+
+    def written(self, sizes: tuple) -> list[str] | None:
+        """The text for each (width, height), None where the processor has to say it."""
+        if self.tells and all(self.right[octaves(size)] >= ENOUGH for size in sizes):
+            return [self._told(size) for size in sizes]
+        return self.known.get(sizes)
+
+    def learn(self, sizes: tuple, written: list[str]) -> None:
+        """Nothing; that is what the processor wrote for these sizes."""
+        if len(self.known) >= MOST_ROWS:
+            self.known.clear()
+        self.known[sizes] = written
+        self.tells = self.tells and self._is_right(sizes, written)
+        self.right.update(map(octaves, sizes))
+
+    def _told(self, size: tuple[int, int]) -> str:
+        """That text by the number which transformers tells; a ValueError where it refuses the size."""
+        before, more, behind = self.around
+        return before + self.token * (self._number(size) + more) + behind
+
+    def _number(self, size: tuple[int, int]) -> int:
+        (number,) = self.processor._get_num_multimodal_tokens(image_sizes=[size[::-1]]).num_image_tokens
+        return int(number)
+
+    def _is_right(self, sizes: tuple, written: list[str]) -> bool:
+        """Whether transformers tells what the processor wrote."""
+        with contextlib.suppress(*UNTOLD):
+            if self.around is None:
+                more = written[0].count(self.token)
+                before, _, behind = written[0].partition(self.token * more)
+                self.around = before, more - self._number(sizes[0]), behind
+            return [self._told(size) for size in sizes] == written
+        return False
+
+
+def octaves(size: tuple[int, int]) -> tuple[int, int]:
+    """Which powers of two width and height are below: pictures of like sizes have the same."""
+    width, height = size
+    return width.bit_length(), height.bit_length()
