@@ -110,7 +110,7 @@ def measure(case: Case, args) -> dict[str, list[dict]]:
     folder = FOLDER / case.name
     data = case.data | ({"sizes": "tiny", "rows": 24} if args.tiny else {})
     runs = {machine.slug(side): knobs for side, knobs in case.ours.items()}
-    process("bench.prepare", folder, json.dumps(data), json.dumps(runs), str(case.epochs))
+    process(stage.ROOT, "bench.prepare", folder, json.dumps(data), json.dumps(runs), case.epochs)
     steps = [str(args.steps)] if case.compare == "step" else []
     results: dict[str, list[dict]] = {side: [] for side in (*case.ours, *case.trl)}
     for number in range(args.rounds):
@@ -118,21 +118,22 @@ def measure(case: Case, args) -> dict[str, list[dict]]:
             terminal.say(f"{case.name}: {side}, round {number + 1} of {args.rounds}")
             out = folder / f"{machine.slug(side)}-{number}.json"
             if side in case.ours:
-                process("bench.ours", folder / machine.slug(side), out, *steps)
+                process(folder, "bench.ours", machine.slug(side), out, *steps)
             else:
-                process("bench.trl_side", folder / "padded", folder / "batches", out,
-                        json.dumps(case.trl[side]), *steps)
+                process(folder, "bench.trl_side", "padded", "batches", out, json.dumps(case.trl[side]), *steps)
             found.append(json.loads(out.read_text(encoding="utf-8")))
     out = folder / "machine.json"
-    process("bench.machine", folder / machine.slug(next(iter(case.ours))), out)
+    process(folder, "bench.machine", machine.slug(next(iter(case.ours))), out)
     return results | {"machine": [json.loads(out.read_text(encoding="utf-8"))]}
 
 
-def process(module: str, folder: Path, *words) -> None:
-    """Nothing; runs a module of the bench in a process of its own, and stops where that fails."""
-    command = [sys.executable, "-m", module, str(folder), *map(str, words)]
+def process(inside: Path, module: str, *words) -> None:
+    """Nothing; runs a module of the bench in a process of its own, and stops where that fails.
+
+    inside: where it runs, since the paths of a run's recipe start there.
+    """
+    command = [sys.executable, "-m", module, *map(str, words)]
     environment = os.environ | {"PYTHONPATH": str(stage.ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    inside = stage.ROOT if module == "bench.prepare" else folder.parent  # paths of the recipe start there
     done = subprocess.run(command, env=environment, cwd=inside, text=True, capture_output=True)
     if done.returncode:
         said = (done.stderr or done.stdout).strip()[-2000:]

@@ -38,12 +38,18 @@ def prepare(folder: Path, data: dict, runs: dict[str, dict], epochs: int = 1) ->
 
 
 def run_stages(name: str, knobs: dict) -> None:
-    """Nothing; writes NAME.yaml here and runs the first four scripts on the run folder NAME."""
+    """Nothing; writes NAME.yaml here, KNOBS and these, and runs it on the run folder NAME."""
     given = KNOBS | {"base_model": "checkpoint", "datasets": [{"path": "rows/rows.jsonl"}]} | knobs
     lines = (f"{knob}: {json.dumps(value)}\n" for knob, value in given.items())
     recipe = Path(f"{name}.yaml")
     recipe.write_text("".join(lines), encoding="utf-8")
-    importlib.import_module("01_config").main([str(recipe), name])
+    run_recipe(recipe, name, {})
+
+
+def run_recipe(recipe: Path, name: str, overrides: dict) -> None:
+    """Nothing; runs the first four scripts on the run folder NAME."""
+    words = [f"{knob}={value}" for knob, value in overrides.items()]
+    importlib.import_module("01_config").main([str(recipe), name, *words])
     for stem in ("02_data", "03_load_model", "04_lora"):
         importlib.import_module(stem).main([name])
 
