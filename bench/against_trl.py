@@ -67,7 +67,7 @@ CASES = (
     Case("features_kept", "3 epochs, ours packed, vision features kept", MIXED | {"rows": 48},
          {"ours": PACKED | {"cache_vision_features": True}}, CHECKPOINTING, "epoch", epochs=3, agree=5e-3,
          target={"seconds": 0.14}),
-    Case("wide_vocabulary", "a vocabulary of 262k", QWEN | {"sizes": "262k"}, {"ours": {}}, CHECKPOINTING,
+    Case("wide_vocabulary", "a vocabulary of 262k", QWEN | {"sizes": "262k"}, OURS, CHECKPOINTING,
          target={"peak": 0.25}),
     Case("llava", "padded batches, 2 x 2, LLaVA-1.5 of 70M: 576 tokens a picture", LLAVA, OURS,
          CHECKPOINTING),
@@ -120,7 +120,8 @@ def measure(case: Case, args) -> dict[str, list[dict]]:
             if side in case.ours:
                 process(folder, "bench.ours", machine.slug(side), out, *steps)
             else:
-                process(folder, "bench.trl_side", "padded", "batches", out, json.dumps(case.trl[side]), *steps)
+                options = json.dumps(case.trl[side])
+                process(folder, "bench.trl_side", "padded", "batches", out, options, *steps)
             found.append(json.loads(out.read_text(encoding="utf-8")))
     out = folder / "machine.json"
     process(folder, "bench.machine", machine.slug(next(iter(case.ours))), out)
@@ -210,12 +211,15 @@ def report(case: Case, results: dict[str, list[dict]], args) -> None:
     for key, ratio in ratios.items():
         terminal.say(f"{key}: {ratio:.2f} of TRL's at its best (target {case.target[key]:.2f})")
     if not args.tiny:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{case.name}-{machine.slug(machine.name())}.json"
-        content = machine.described() | {"case": case.name, "what": case.what, "rounds": args.rounds,
-                                         "summary": found, "ratios": ratios, "target": case.target,
-                                         "runs": results}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_result(case.name, {"case": case.name, "what": case.what, "rounds": args.rounds,
+                                 "summary": found, "ratios": ratios, "target": case.target, "runs": results})
+
+
+def write_result(name: str, content: dict) -> None:
+    """Nothing; writes bench/results/NAME-MACHINE.json."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{machine.slug(machine.name())}.json"
+    path.write_text(json.dumps(machine.described() | content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

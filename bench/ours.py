@@ -15,29 +15,39 @@ from pathlib import Path
 
 from bench.machine import Meter, now
 from bench.prepare import loaded
-from lib import fast, features, optim
+from lib import fast, features, optim, parallel
+
+
+def nothing(run, step: int) -> None:
+    """Nothing is done between steps."""
 
 
 def main(run_path: str, out: str, steps: str | None = None) -> None:
-    """Train so many steps, all by default, and write what they took."""
-    result = trained(Path(run_path), int(steps) if steps else None)
-    Path(out).write_text(json.dumps(result) + "\n", encoding="utf-8")
+    """Train so many steps, all by default, and write what they took on the first rank."""
+    with parallel.world() as world:
+        result = trained(Path(run_path), int(steps) if steps else None, world=world)
+    if world.is_leader:
+        Path(out).write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
-def trained(run_path: Path, steps: int | None = None, after: Callable = lambda run, step: None) -> dict:
-    """What training took; `after` is called with the run and the number of steps so far, outside of all times."""
+def trained(run_path: Path, steps: int | None = None, after: Callable = nothing, world=None) -> dict:
+    """What training took.
+
+    after: called after each step, outside of all times, with the run and the number of steps so far.
+    """
     shutil.rmtree(run_path / "features", ignore_errors=True)           # what an earlier round kept
-    train, run = loaded(run_path)
+    train, run = loaded(run_path, world)
     began, cpu = now(run.world.device), time.process_time()
     if run.work.config.cache_vision_features:
         train.keep_features(run)
-    before = {"before_seconds": now(run.world.device) - began, "before_cpu_seconds": time.process_time() - cpu}
+    seconds, cpu_seconds = now(run.world.device) - began, time.process_time() - cpu
+    steps = min(steps or run.total_steps, run.total_steps)
     with fast.paths(run.model, run.roles), features.replayed(run.model):
-        meter = take(train, run, min(steps or run.total_steps, run.total_steps), train.micro_batches(run), after)
-    return meter.result() | before
+        meter = take(train, run, steps, train.micro_batches(run), after)
+    return meter.result() | {"before_seconds": seconds, "before_cpu_seconds": cpu_seconds}
 
 
-def take(train, run, steps: int, batches, after: Callable = lambda run, step: None) -> Meter:
+def take(train, run, steps: int, batches, after: Callable = nothing) -> Meter:
     """What so many steps took."""
     meter, config = Meter(run.world.device), run.work.config
     for step in range(steps):

@@ -54,12 +54,12 @@ def run_recipe(recipe: Path, name: str, overrides: dict) -> None:
         importlib.import_module(stem).main([name])
 
 
-def loaded(run: Path):
-    """05_train, as a module, and the run that its own `load` makes of a run folder."""
+def loaded(run: Path, world=None):
+    """05_train, as a module, and the run that its own `load` makes of a run folder, by default on one rank."""
     from lib import stage
     from lib.parallel import World, pick_device
     train = importlib.import_module("05_train")
-    return train, train.load(stage.view("05_train", run), World(0, 1, pick_device()))
+    return train, train.load(stage.view("05_train", run), world or World(0, 1, pick_device()))
 
 
 def write_batches(run_path: Path, folder: Path) -> None:

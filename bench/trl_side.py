@@ -64,8 +64,9 @@ def settings(knobs, steps: int, accumulate: int, options: dict, folder: Path) ->
         gradient_accumulation_steps=accumulate, learning_rate=knobs.learning_rate,
         lr_scheduler_type=knobs.lr_scheduler, warmup_steps=optim.warmup_steps(knobs, steps),
         optim="adamw_torch_fused", adam_beta1=knobs.adam_beta1, adam_beta2=knobs.adam_beta2,
-        adam_epsilon=knobs.adam_epsilon, weight_decay=knobs.weight_decay, max_grad_norm=knobs.max_grad_norm, bf16=True, use_cpu=not torch.cuda.is_available(), max_length=None,
-        train_sampling_strategy="sequential", remove_unused_columns=False, completion_only_loss=False,
+        adam_epsilon=knobs.adam_epsilon, weight_decay=knobs.weight_decay, max_grad_norm=knobs.max_grad_norm,
+        bf16=True, use_cpu=not torch.cuda.is_available(), max_length=None, completion_only_loss=False,
+        train_sampling_strategy="sequential", remove_unused_columns=False,
         logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(), seed=knobs.seed,
         dataset_kwargs={"skip_prepare_dataset": True}, **options)
@@ -97,7 +98,8 @@ def train(net, processor, read_batch, tokens: list[int], config: trl.SFTConfig, 
 
 def main(run_path: str, batches_path: str, out: str, options: str, steps: str | None = None) -> None:
     """Train with TRL on the run folder's model, adapter and batches, and write what the steps took."""
-    net, result = trained(Path(run_path), Path(batches_path), json.loads(options), int(steps) if steps else None)
+    wanted = int(steps) if steps else None
+    _, result = trained(Path(run_path), Path(batches_path), json.loads(options), wanted)
     Path(out).write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
