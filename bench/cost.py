@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python -m bench.cost
     python -m bench.cost --sizes tiny --sweeps batch ranks
 
-The model is the Qwen2-VL of 70M of the bench against TRL, its activations kept. Each point is 05_train's own step in
-fresh processes, which torchrun starts. Of each sweep all but one number stay. Growth is the exponent between a
-point and the one before: at 1 the cost doubles where the number does. Prints a table for each sweep, and writes
-bench/results/cost-MACHINE.json.
+The model is the Qwen2-VL of 70M of the bench against TRL, its activations kept. Each point is 05_train's own
+step in fresh processes, which torchrun starts. In a sweep all numbers but one stay. Growth is the exponent
+between a point and the one before: at 1 the cost doubles where the number does. Prints a table for each sweep,
+and writes bench/results/cost-MACHINE.json.
 """
 import argparse
 import contextlib
@@ -15,7 +15,8 @@ import math
 import random
 import shutil
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from bench import prepare, shapes
 from bench.against_trl import FOLDER, WARM_UP_STEPS, process, write_result
@@ -42,7 +43,8 @@ SWEEPS = {"batch": [Point(batch=batch) for batch in (1, 2, 4, 8)],
 
 def main(argv=None) -> None:
     """Measure every point of the sweeps once, print them, and write the result file."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--sizes", choices=shapes.SIZES, default="70m")
     parser.add_argument("--sweeps", nargs="+", choices=SWEEPS, default=list(SWEEPS))
     args = parser.parse_args(argv)
@@ -53,40 +55,41 @@ def main(argv=None) -> None:
     for sweep in args.sweeps:
         for point in SWEEPS[sweep]:
             found[point] = found.get(point) or measure(point, folder, shapes.SIZES[args.sizes].pixels)
-        points = [asdict(point) | found[point] for point in SWEEPS[sweep]]
-        show(sweep, points)
-    write_result("cost", {"sizes": args.sizes, "points": [asdict(point) | each for point, each in found.items()]})
+        show(sweep, [found[point] for point in SWEEPS[sweep]])
+    write_result("cost", {"sizes": args.sizes, "points": list(found.values())})
 
 
-def measure(point: Point, folder, pixels: int) -> dict[str, float]:
-    """{tokens of a row, CPU seconds and seconds of a step, peak bytes above the model}, on the first rank."""
+def measure(point: Point, folder: Path, pixels: int) -> dict[str, float]:
+    """A point, with tokens of a row, and of a step on the first rank its seconds and peak above the model."""
     name = "-".join(map(str, asdict(point).values()))
     terminal.say(", ".join(f"{value} {key}" for key, value in asdict(point).items()))
-    rows = [(point.text - ANSWER, ANSWER, [(pixels, pixels)] * point.images)] * (STEPS * point.batch * point.ranks)
+    row = point.text - ANSWER, ANSWER, [(pixels, pixels)] * point.images
+    rows = [row] * (STEPS * point.batch * point.ranks)
     knobs = {"datasets": [{"path": f"rows-{name}/rows.jsonl"}], "micro_batch_size": point.batch,
              "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "sequence_len": 4096}
     with contextlib.chdir(folder):                          # so that the user's runs/latest stays as it is
         shapes.write(folder / f"rows-{name}", rows, random.Random(0))
         prepare.run_stages(name, knobs)
-    process(folder, "torch.distributed.run", "--standalone", "--nproc-per-node", point.ranks, "-m", "bench.ours",
-            name, f"{name}.json")
+    process(folder, "torch.distributed.run", "--standalone", "--nproc-per-node", point.ranks,
+            "-m", "bench.ours", name, f"{name}.json")
     result = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
     report = json.loads((folder / name / "02_data" / "report.json").read_text(encoding="utf-8"))
     steps = result["steps"][WARM_UP_STEPS:]
-    return {"tokens": report["counts"]["input_tokens"] / len(rows), "peak_bytes": result["peak_bytes"],
-            **{clock: statistics.median(step[clock] for step in steps) for clock in ("cpu_seconds", "seconds")}}
+    spent = {clock: statistics.median(step[clock] for step in steps) for clock in ("cpu_seconds", "seconds")}
+    return {**asdict(point), "tokens": report["counts"]["input_tokens"] / len(rows),
+            "peak_bytes": result["peak_bytes"], **spent}
 
 
 def show(sweep: str, points: list[dict]) -> None:
     """Nothing; prints a sweep's table."""
     axis = "tokens" if sweep == "text" else sweep           # 02 has counted them
+    columns = [axis, "tokens a row", "s CPU", "s wall", "growth", "peak MiB", "growth"]
     rows = []
     for before, point in zip([None, *points], points):
         growth = [exponent(before, point, axis, cost) for cost in ("cpu_seconds", "peak_bytes")]
         rows.append([f"{point[axis]:.0f}", f"{point['tokens']:.0f}", f"{point['cpu_seconds']:.2f}",
                      f"{point['seconds']:.2f}", growth[0], f"{point['peak_bytes'] / 2**20:.0f}", growth[1]])
-    terminal.table(f"cost of a step by {axis}", [axis, "tokens a row", "s CPU", "s wall", "growth", "peak MiB",
-                                                 "growth"], rows)
+    terminal.table(f"cost of a step by {axis}", columns, rows)
 
 
 def exponent(before: dict | None, point: dict, axis: str, cost: str) -> str:

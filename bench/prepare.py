@@ -55,7 +55,7 @@ def run_recipe(recipe: Path, name: str, overrides: dict) -> None:
 
 
 def loaded(run: Path, world=None):
-    """05_train, as a module, and the run that its own `load` makes of a run folder, by default on one rank."""
+    """05_train, as a module, and the run that its own `load` makes of a run folder; world: one rank."""
     from lib import stage
     from lib.parallel import World, pick_device
     train = importlib.import_module("05_train")
