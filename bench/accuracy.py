@@ -3,10 +3,10 @@
     OMP_NUM_THREADS=1 python -m bench.accuracy              # three seeds
     python -m bench.accuracy --seeds 0 eval_answer_rows=36 num_epochs=1
 
-By the demo's recipe with half of its epochs (and what is given here), TRL and this kit in three ways train the
-digits, each in a fresh process, TRL on the batches of our plain way. Accuracy is the demo's own: greedy answers
-to held-out pictures that equal the reference. Ours answers after each epoch of the second half; TRL's adapter
-in our model, in the end. Answering is no part of any time. Prints a table, and writes
+By the demo's recipe with half of its epochs, TRL and this kit in three ways train the digits, each in a fresh
+process, TRL on the batches of our plain way. Accuracy is the demo's own: greedy answers to held-out pictures
+that equal the reference. Ours answers after each epoch of the second half; TRL's adapter in our model, in the
+end. Answering is no part of any time. Prints a table, and, with no other knobs, writes
 bench/results/accuracy-MACHINE.json.
 """
 import argparse
@@ -21,7 +21,7 @@ from statistics import mean
 import torch
 
 from bench import machine, ours, prepare
-from bench.against_trl import FOLDER, process, write_result
+from bench.apart import FOLDER, process, write_result
 from lib import stage, terminal
 from lib.evaluate import exact_match, held_out_answers
 
@@ -82,7 +82,7 @@ def kit(run_path: Path) -> list[dict]:
 
 
 def trl(run_path: Path) -> list[dict]:
-    """TRL's: one evaluation, in the end, of its adapter in our model; activations are kept, its fastest way."""
+    """TRL's: one evaluation of its adapter, in our model. It keeps activations, its fastest way here."""
     from bench import trl_side
     net, result = trl_side.trained(run_path, Path("batches"), {"gradient_checkpointing": False})
     _, run = prepare.loaded(run_path)
@@ -120,7 +120,8 @@ def report(found: dict[str, list[list[dict]]], args) -> None:
                *(f"{name} time to TRL's accuracy / TRL's" for name in CLOCKS.values())]
     seeds = ", ".join(args.seeds)
     terminal.table(f"held-out accuracy in the end, and how soon it is TRL's; seeds {seeds}", columns, rows)
-    write_result("accuracy", {"seeds": args.seeds, "knobs": args.knobs, "evaluations": found})
+    if not args.knobs:
+        write_result("accuracy", {"seeds": args.seeds, "evaluations": found})
 
 
 def first(run: list[dict], trl: dict) -> dict | None:

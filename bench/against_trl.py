@@ -11,21 +11,15 @@ import argparse
 import importlib
 import importlib.util
 import json
-import os
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from bench import machine
+from bench.apart import FOLDER, process, write_result
 from lib import stage, terminal
 from lib.stage import StageError
 
-FOLDER = stage.ROOT / "runs" / "bench"
-RESULTS = stage.ROOT / "bench" / "results"
 WARM_UP_STEPS = 3
 NORMS_AGREE = 0.01                         # as a part of TRL's, where steps are compared
 
@@ -128,19 +122,6 @@ def measure(case: Case, args) -> dict[str, list[dict]]:
     return results | {"machine": [json.loads(out.read_text(encoding="utf-8"))]}
 
 
-def process(inside: Path, module: str, *words) -> None:
-    """Nothing; runs a module of the bench in a process of its own, and stops where that fails.
-
-    inside: where it runs, since the paths of a run's recipe start there.
-    """
-    command = [sys.executable, "-m", module, *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": str(stage.ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, env=environment, cwd=inside, text=True, capture_output=True)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip()[-2000:]
-        raise StageError(f"{module} failed: {said}", f"in {inside}: {shlex.join(command)}")
-
-
 # ---- comparing ----
 
 def refuse(case: Case, results: dict[str, list[dict]]) -> None:
@@ -213,13 +194,6 @@ def report(case: Case, results: dict[str, list[dict]], args) -> None:
     if not args.tiny:
         write_result(case.name, {"case": case.name, "what": case.what, "rounds": args.rounds,
                                  "summary": found, "ratios": ratios, "target": case.target, "runs": results})
-
-
-def write_result(name: str, content: dict) -> None:
-    """Nothing; writes bench/results/NAME-MACHINE.json."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{machine.slug(machine.name())}.json"
-    path.write_text(json.dumps(machine.described() | content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 The model is the Qwen2-VL of 70M of the bench against TRL, its activations kept. Each point is 05_train's own
 step in fresh processes, which torchrun starts. In a sweep all numbers but one stay. Growth is the exponent
-between a point and the one before: at 1 the cost doubles where the number does. Prints a table for each sweep,
-and writes bench/results/cost-MACHINE.json.
+between a point and the one before: at 1 the cost doubles where the number does. Prints a table for each
+sweep, and of this size writes bench/results/cost-MACHINE.json.
 """
 import argparse
 import contextlib
@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bench import prepare, shapes
-from bench.against_trl import FOLDER, WARM_UP_STEPS, process, write_result
+from bench.against_trl import WARM_UP_STEPS
+from bench.apart import FOLDER, process, write_result
 from lib import stage, terminal
 
 STEPS = WARM_UP_STEPS + 5
@@ -56,7 +57,8 @@ def main(argv=None) -> None:
         for point in SWEEPS[sweep]:
             found[point] = found.get(point) or measure(point, folder, shapes.SIZES[args.sizes].pixels)
         show(sweep, [found[point] for point in SWEEPS[sweep]])
-    write_result("cost", {"sizes": args.sizes, "points": list(found.values())})
+    if args.sizes == "70m":
+        write_result("cost", {"points": list(found.values())})
 
 
 def measure(point: Point, folder: Path, pixels: int) -> dict[str, float]:
