@@ -23,14 +23,14 @@ from bench.against_trl import WARM_UP_STEPS
 from bench.apart import FOLDER, process, write_result
 from lib import stage, terminal
 
-STEPS = WARM_UP_STEPS + 5
+STEPS = WARM_UP_STEPS + 3
 ANSWER = 48                                                 # characters, about as many tokens
 
 
 @dataclass(frozen=True)
 class Point:
     """batch: rows of a micro-batch on each rank. text: tokens of a row that are no picture's, roughly."""
-    batch: int = 2
+    batch: int = 1
     text: int = 128
     images: int = 1
     ranks: int = 1
