@@ -7,7 +7,8 @@ By the demo's recipe with half of its epochs, TRL and this kit in three ways tra
 process, TRL on the batches of our plain way. Accuracy is the demo's own: greedy answers to held-out pictures
 that equal the reference. Ours answers after each epoch of the second half; TRL's adapter in our model, in the
 end. Answering is no part of any time. Prints a table, and, with no other knobs, writes
-bench/results/accuracy-MACHINE.json.
+bench/results/accuracy-MACHINE.json. Started again, it goes on: no result that runs/bench/accuracy holds is
+measured again.
 """
 import argparse
 import contextlib
@@ -44,27 +45,33 @@ def main(argv=None) -> None:
     args = parser.parse_intermixed_args(argv)
     if args.one:
         return one(*args.one)
-    folder = FOLDER / "accuracy"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = FOLDER / machine.slug(" ".join(["accuracy", *args.knobs]))
     subprocess.run([sys.executable, DEMO / "data.py", "digits", folder / "data" / "demo"], check=True)
     found = {side: [] for side in SIDES}
-    for seed in args.seeds:
-        with contextlib.chdir(folder):                      # so that the user's runs/latest stays as it is
-            for side, knobs in SIDES.items():
-                knobs = KNOBS | {"seed": seed} | knobs | dict(word.split("=") for word in args.knobs)
-                prepare.run_recipe(DEMO.with_suffix(".yaml"), f"{machine.slug(side)}-{seed}", knobs)
-            shutil.rmtree("batches", ignore_errors=True)
-            prepare.write_batches(Path(f"plain-{seed}"), Path("batches"))
-        for side in SIDES:
-            terminal.say(f"seed {seed}: {side}")
-            run = f"{machine.slug(side)}-{seed}"
-            process(folder, "bench.accuracy", "--one", side, run, f"{run}.json")
-            found[side].append(json.loads((folder / f"{run}.json").read_text(encoding="utf-8")))
+    with contextlib.chdir(folder):                          # so that the user's runs/latest stays as it is
+        for seed in args.seeds:
+            for side, runs in found.items():
+                runs.append(evaluations(side, seed, args.knobs))
     report(found, args)
 
 
+def evaluations(side: str, seed: str, knobs: list[str]) -> list[dict]:
+    """{step, accuracy, seconds so far} of a training in a process of its own, or of an earlier one."""
+    run = Path(f"{machine.slug(side)}-{seed}")
+    out = run.with_suffix(".json")
+    if not out.exists():
+        terminal.say(f"seed {seed}: {side}")
+        knobs = KNOBS | SIDES[side] | {"seed": seed} | dict(word.split("=") for word in knobs)
+        prepare.run_recipe(DEMO.with_suffix(".yaml"), run.name, knobs)
+        if side == "TRL":
+            shutil.rmtree("batches", ignore_errors=True)
+            prepare.write_batches(run, Path("batches"))
+        process(Path.cwd(), "bench.accuracy", "--one", side, run, out)
+    return json.loads(out.read_text(encoding="utf-8"))
+
+
 def one(side: str, run_path: str, out: str) -> None:
-    """Nothing; trains one side, and writes {step, accuracy, seconds so far} of its evaluations."""
+    """Nothing; trains one side, and writes its evaluations."""
     found = trl(Path(run_path)) if side == "TRL" else kit(Path(run_path))
     Path(out).write_text(json.dumps(found) + "\n", encoding="utf-8")
 
