@@ -29,7 +29,7 @@ ANSWER = 48                                                 # characters, about 
 
 @dataclass(frozen=True)
 class Point:
-    """batch: rows of a micro-batch on each rank. text: tokens of a row that are no picture's, roughly."""
+    """batch: rows of a micro-batch on each rank. text: characters of a row, each about a token."""
     batch: int = 1
     text: int = 128
     images: int = 1
