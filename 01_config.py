@@ -327,8 +327,8 @@ def show(k: Recipe, given: dict[str, Entry], notes: list) -> None:
                 later = " ".join(other[:2] for other in meta["stages"][1:])
                 rows.append([star, name, written(values[name]), by, later])
         terminal.table(stem, ["", "knob", "value", "given by", "also read by"], rows)
-    for name, words in notes:
-        terminal.say(f"{name}: {words}")
+    for name, why in notes:
+        terminal.say(f"{name}: {why}")
     idle = [name for name in given if name.startswith(("lora_", "peft_")) and not k.adapter]
     if idle:
         terminal.warn(f"{', '.join(idle)}: without effect, since adapter is empty (full fine-tuning)")

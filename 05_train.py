@@ -15,6 +15,7 @@ Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the sche
         of samples (lib/sampler.py).
 """
 import contextlib
+import gc
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator

@@ -11,21 +11,15 @@ import argparse
 import importlib
 import importlib.util
 import json
-import os
-import shlex
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from bench import machine
+from bench.apart import FOLDER, process, write_result
 from lib import stage, terminal
 from lib.stage import StageError
 
-FOLDER = stage.ROOT / "runs" / "bench"
-RESULTS = stage.ROOT / "bench" / "results"
 WARM_UP_STEPS = 3
 NORMS_AGREE = 0.01                         # as a part of TRL's, where steps are compared
 
@@ -67,7 +61,7 @@ CASES = (
     Case("features_kept", "3 epochs, ours packed, vision features kept", MIXED | {"rows": 48},
          {"ours": PACKED | {"cache_vision_features": True}}, CHECKPOINTING, "epoch", epochs=3, agree=5e-3,
          target={"seconds": 0.14}),
-    Case("wide_vocabulary", "a vocabulary of 262k", QWEN | {"sizes": "262k"}, {"ours": {}}, CHECKPOINTING,
+    Case("wide_vocabulary", "a vocabulary of 262k", QWEN | {"sizes": "262k"}, OURS, CHECKPOINTING,
          target={"peak": 0.25}),
     Case("llava", "padded batches, 2 x 2, LLaVA-1.5 of 70M: 576 tokens a picture", LLAVA, OURS,
          CHECKPOINTING),
@@ -110,7 +104,7 @@ def measure(case: Case, args) -> dict[str, list[dict]]:
     folder = FOLDER / case.name
     data = case.data | ({"sizes": "tiny", "rows": 24} if args.tiny else {})
     runs = {machine.slug(side): knobs for side, knobs in case.ours.items()}
-    process("bench.prepare", folder, json.dumps(data), json.dumps(runs), str(case.epochs))
+    process(stage.ROOT, "bench.prepare", folder, json.dumps(data), json.dumps(runs), case.epochs)
     steps = [str(args.steps)] if case.compare == "step" else []
     results: dict[str, list[dict]] = {side: [] for side in (*case.ours, *case.trl)}
     for number in range(args.rounds):
@@ -118,25 +112,14 @@ def measure(case: Case, args) -> dict[str, list[dict]]:
             terminal.say(f"{case.name}: {side}, round {number + 1} of {args.rounds}")
             out = folder / f"{machine.slug(side)}-{number}.json"
             if side in case.ours:
-                process("bench.ours", folder / machine.slug(side), out, *steps)
+                process(folder, "bench.ours", machine.slug(side), out, *steps)
             else:
-                process("bench.trl_side", folder / "padded", folder / "batches", out,
-                        json.dumps(case.trl[side]), *steps)
+                options = json.dumps(case.trl[side])
+                process(folder, "bench.trl_side", "padded", "batches", out, options, *steps)
             found.append(json.loads(out.read_text(encoding="utf-8")))
     out = folder / "machine.json"
-    process("bench.machine", folder / machine.slug(next(iter(case.ours))), out)
+    process(folder, "bench.machine", machine.slug(next(iter(case.ours))), out)
     return results | {"machine": [json.loads(out.read_text(encoding="utf-8"))]}
-
-
-def process(module: str, folder: Path, *words) -> None:
-    """Nothing; runs a module of the bench in a process of its own, and stops where that fails."""
-    command = [sys.executable, "-m", module, str(folder), *map(str, words)]
-    environment = os.environ | {"PYTHONPATH": str(stage.ROOT), "TOKENIZERS_PARALLELISM": "false"}
-    inside = stage.ROOT if module == "bench.prepare" else folder.parent  # paths of the recipe start there
-    done = subprocess.run(command, env=environment, cwd=inside, text=True, capture_output=True)
-    if done.returncode:
-        said = (done.stderr or done.stdout).strip()[-2000:]
-        raise StageError(f"{module} failed: {said}", f"in {inside}: {shlex.join(command)}")
 
 
 # ---- comparing ----
@@ -209,12 +192,8 @@ def report(case: Case, results: dict[str, list[dict]], args) -> None:
     for key, ratio in ratios.items():
         terminal.say(f"{key}: {ratio:.2f} of TRL's at its best (target {case.target[key]:.2f})")
     if not args.tiny:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{case.name}-{machine.slug(machine.name())}.json"
-        content = machine.described() | {"case": case.name, "what": case.what, "rounds": args.rounds,
-                                         "summary": found, "ratios": ratios, "target": case.target,
-                                         "runs": results}
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_result(case.name, {"case": case.name, "what": case.what, "rounds": args.rounds,
+                                 "summary": found, "ratios": ratios, "target": case.target, "runs": results})
 
 
 if __name__ == "__main__":

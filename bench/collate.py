@@ -9,7 +9,6 @@ same steps. The model is the Qwen2-VL of 70M of the bench against TRL, with a pi
 import argparse
 import contextlib
 import json
-import shutil
 import time
 from pathlib import Path
 from statistics import median
@@ -29,13 +28,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--sizes", default="70m", choices=shapes.SIZES)
     args = parser.parse_args(argv)
-    shutil.rmtree(args.folder, ignore_errors=True)
-    sizes = shapes.SIZES[args.sizes]
-    shapes.build("qwen2_vl", sizes, args.folder / "checkpoint")
-    shapes.write_rows(args.folder / "rows", 4 * (args.steps + WARM_UP), sizes.pixels, False)
-    with contextlib.chdir(args.folder):   # so that the user's runs/latest stays as it is
-        prepare.run_stages("run", {})
-        train, run = prepare.loaded(Path("run"))
+    rows = 4 * (args.steps + WARM_UP)
+    data = {"family": "qwen2_vl", "sizes": args.sizes, "rows": rows, "mixed": False}
+    prepare.prepare(args.folder.resolve(), data, {})
+    with contextlib.chdir(args.folder):   # where the paths of the run's recipe start
+        train, run = prepare.loaded(Path("padded"))
         encoding, collating = zip(*(prepared(run, step) for step in range(args.steps + WARM_UP)))
         with fast.paths(run.model, run.roles):
             meter = take(train, run, args.steps + WARM_UP, train.micro_batches(run))

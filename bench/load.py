@@ -8,16 +8,16 @@ read are the system's cache, which it takes back when it needs room: they don't 
 """
 import argparse
 import json
-import re
-import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from bench.merge import LORA, MODEL, ROOT, prepare
+from bench.apart import last_line, process
+from bench.machine import status_bytes
+from bench.merge import LORA, MODEL, prepare
+from lib import stage
 
 CASES = {  # name: the recipe's knobs for loading
     "bf16": {},
@@ -32,7 +32,7 @@ class Memory:
     """Private bytes: those when it began, and above them those kept and the most there were."""
 
     def __enter__(self):
-        self.first = self.peak = private_bytes()
+        self.first = self.peak = status_bytes("RssAnon")
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.watch)
         self.thread.start()
@@ -40,19 +40,13 @@ class Memory:
 
     def watch(self):
         while not self.ended.wait(0.005):
-            self.peak = max(self.peak, private_bytes())
+            self.peak = max(self.peak, status_bytes("RssAnon"))
 
     def __exit__(self, *_):
         self.ended.set()
         self.thread.join()
-        self.kept = private_bytes() - self.first
+        self.kept = status_bytes("RssAnon") - self.first
         self.most = max(self.peak - self.first, self.kept)
-
-
-def private_bytes() -> int:
-    """This process's memory that no file stands behind, by Linux's own count."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return 1024 * int(re.search(r"^RssAnon:\s+(\d+) kB", status, re.M)[1])
 
 
 def measure(case: str, folder: Path) -> dict:
@@ -70,7 +64,7 @@ def measure(case: str, folder: Path) -> dict:
     with torch.no_grad():
         model(torch.zeros(1, 8, dtype=torch.long))
     return {"seconds": seconds, "peak_bytes": memory.most, "kept_bytes": memory.kept,
-            "forward_bytes": private_bytes() - memory.first}
+            "forward_bytes": status_bytes("RssAnon") - memory.first}
 
 
 def warm_up(plan: dict) -> None:
@@ -118,12 +112,8 @@ def main() -> None:
         shard = max(path.stat().st_size for path in (folder / "base").glob("*.safetensors"))
         print(f"checkpoint {total / 2**30:.2f} GiB in bfloat16, largest file {shard / 2**30:.2f} GiB")
         for case in (*CASES, "wide"):
-            command = [sys.executable, "-m", "bench.load", "--case", case, made]
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{case:5}: failed: {done.stderr.strip().splitlines()[-1]}")
-                continue
-            print(in_words(case, json.loads(done.stdout.splitlines()[-1]), total, shard))
+            found = last_line(process(stage.ROOT, "bench.load", "--case", case, made))
+            print(in_words(case, found, total, shard))
 
 
 def in_words(case: str, found: dict, total: int, shard: int) -> str:
@@ -139,4 +129,4 @@ def in_words(case: str, found: dict, total: int, shard: int) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    stage.run_script(main)

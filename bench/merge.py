@@ -8,16 +8,16 @@ processes of their own, on files that the system holds in its cache, and end whe
 import argparse
 import json
 import os
-import re
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.apart import last_line, process
+from bench.machine import status_bytes
+from lib import stage
+
 HIDDEN = 1536
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None, "seed": 0,
         "lora_target_roles": ["language"], "lora_target_parameters": None, "lora_model_dir": None, "peft_use_dora": False,
@@ -64,7 +64,7 @@ def measure(what: str, folder: Path) -> dict:
     from lib import merge, model
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     model.attach(merge.hollow(plan), folder / "adapter")            # imports what a first adapter needs
-    before, began, out = peak_bytes(), time.monotonic(), folder / what
+    before, began, out = status_bytes("VmHWM"), time.monotonic(), folder / what
     if what == "copy":
         out.mkdir()
         for path in (folder / "base").iterdir():
@@ -74,21 +74,13 @@ def measure(what: str, folder: Path) -> dict:
     for path in out.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    return {"seconds": time.monotonic() - began, "peak_bytes": peak_bytes() - before}
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has had so far."""
-    status = Path("/proc/self/status").read_text(encoding="utf-8")      # getrusage has the parent's, too
-    return 1024 * int(re.search(r"^VmHWM:\s+(\d+) kB", status, re.M)[1])
+    return {"seconds": time.monotonic() - began, "peak_bytes": status_bytes("VmHWM") - before}
 
 
 def in_a_process(what: str, folder: Path) -> dict:
     """What `measure` returns, in a process of its own."""
     shutil.rmtree(folder / what, ignore_errors=True)
-    command = [sys.executable, "-m", "bench.merge", "--measure", what, folder]
-    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-    return json.loads(done.stdout.splitlines()[-1])
+    return last_line(process(stage.ROOT, "bench.merge", "--measure", what, folder))
 
 
 def main() -> None:
@@ -118,4 +110,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    stage.run_script(main)

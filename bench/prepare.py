@@ -38,22 +38,28 @@ def prepare(folder: Path, data: dict, runs: dict[str, dict], epochs: int = 1) ->
 
 
 def run_stages(name: str, knobs: dict) -> None:
-    """Nothing; writes NAME.yaml here and runs the first four scripts on the run folder NAME."""
+    """Nothing; writes NAME.yaml here, KNOBS and these, and runs it on the run folder NAME."""
     given = KNOBS | {"base_model": "checkpoint", "datasets": [{"path": "rows/rows.jsonl"}]} | knobs
     lines = (f"{knob}: {json.dumps(value)}\n" for knob, value in given.items())
     recipe = Path(f"{name}.yaml")
     recipe.write_text("".join(lines), encoding="utf-8")
-    importlib.import_module("01_config").main([str(recipe), name])
+    run_recipe(recipe, name, {})
+
+
+def run_recipe(recipe: Path, name: str, overrides: dict) -> None:
+    """Nothing; runs the first four scripts on the run folder NAME."""
+    words = [f"{knob}={value}" for knob, value in overrides.items()]
+    importlib.import_module("01_config").main([str(recipe), name, *words])
     for stem in ("02_data", "03_load_model", "04_lora"):
         importlib.import_module(stem).main([name])
 
 
-def loaded(run: Path):
-    """05_train, as a module, and the run that its own `load` makes of a run folder."""
+def loaded(run: Path, world=None):
+    """05_train, as a module, and the run that its own `load` makes of a run folder; world: one rank."""
     from lib import stage
     from lib.parallel import World, pick_device
     train = importlib.import_module("05_train")
-    return train, train.load(stage.view("05_train", run), World(0, 1, pick_device()))
+    return train, train.load(stage.view("05_train", run), world or World(0, 1, pick_device()))
 
 
 def write_batches(run_path: Path, folder: Path) -> None:

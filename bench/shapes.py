@@ -100,22 +100,28 @@ def write_rows(folder: Path, rows: int, pixels: int, mixed: bool, seed: int = 0)
     Alike: one picture of pixels x pixels, 16 characters asked, 48 answered. Mixed: pictures of a third of
     that edge up to all of it, none in one row of five, and answers of 10 to 400 characters, mostly short.
     """
+    chance, made = random.Random(seed), []
+    for _ in range(rows):
+        edges = tuple(chance.randint(pixels // 3, pixels) if mixed else pixels for _ in range(2))
+        letters = int(10 * 40 ** chance.random()) if mixed else 48
+        made.append((16, letters, [] if mixed and chance.random() < 0.2 else [edges]))
+    return write(folder, made, chance)
+
+
+def write(folder: Path, rows: list[tuple[int, int, list[tuple[int, int]]]], chance: random.Random) -> Path:
+    """The path of rows.jsonl: of each row, characters asked and answered, and the edges of its pictures."""
     from PIL import Image
     folder.mkdir(parents=True, exist_ok=True)
-    chance, lines = random.Random(seed), []
-    for number in range(rows):
-        edges = [chance.randint(pixels // 3, pixels) if mixed else pixels for _ in range(2)]
-        letters = int(10 * 40 ** chance.random()) if mixed else 48
-        pictures = [] if mixed and chance.random() < 0.2 else [f"{number:04}.png"]
-        if pictures:
-            noise = chance.randbytes(3 * edges[0] * edges[1])
-            Image.frombytes("RGB", tuple(edges), noise).save(folder / pictures[0])
-        turns = [{"role": "user", "content": words(chance, 16)},
-                 {"role": "assistant", "content": words(chance, letters)}]
-        lines.append(json.dumps({"messages": turns, "images": pictures}))
-    path = folder / "rows.jsonl"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+    with (folder / "rows.jsonl").open("w", encoding="utf-8") as file:
+        for number, (asked, answered, pictures) in enumerate(rows):
+            names = [f"{number:04}-{place}.png" for place in range(len(pictures))]
+            for name, (width, height) in zip(names, pictures):
+                noise = chance.randbytes(3 * width * height)
+                Image.frombytes("RGB", (width, height), noise).save(folder / name)
+            turns = [{"role": "user", "content": words(chance, asked)},
+                     {"role": "assistant", "content": words(chance, answered)}]
+            file.write(json.dumps({"messages": turns, "images": names}) + "\n")
+    return folder / "rows.jsonl"
 
 
 def words(chance: random.Random, letters: int) -> str:

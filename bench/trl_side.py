@@ -17,6 +17,7 @@ import trl
 
 from bench.machine import Meter, now
 from bench.prepare import batch_files, read
+from lib import optim
 
 NOT_FOR_TRL = ("positions", "targets")    # made for this kit's loss; TRL has labels
 
@@ -39,19 +40,21 @@ class Clock(transformers.TrainerCallback):
     """Tells the meter when a step is over; the time in which the collator read files is left out."""
 
     def __init__(self, meter: Meter, tokens: list[int]):
-        self.meter, self.tokens, self.reading, self.trainer, self.began = meter, tokens, 0.0, None, 0.0
+        self.meter, self.tokens, self.trainer = meter, tokens, None
 
     def on_train_begin(self, args, state, control, **_):
         """The first step begins with the first read."""
-        self.began = now(self.meter.device)
+        self.trainer.losses, self.reading, self.reading_cpu = [], 0.0, 0.0
+        self.began, self.began_cpu = now(self.meter.device), time.process_time()
 
     def on_step_end(self, args, state, control, **_):
         """A step is over; the next one begins."""
         seconds = now(self.meter.device) - self.began - self.reading
+        cpu_seconds = time.process_time() - self.began_cpu - self.reading_cpu
         loss = float(sum(self.trainer.losses))
-        self.meter.step(seconds=seconds, waited=self.reading, loss=loss,
+        self.meter.step(seconds=seconds, cpu_seconds=cpu_seconds, waited=self.reading, loss=loss,
                         grad_norm=float(self.trainer.norm), tokens=self.tokens[state.global_step - 1])
-        self.trainer.losses, self.reading, self.began = [], 0.0, now(self.meter.device)
+        self.on_train_begin(args, state, control)
 
 
 def settings(knobs, steps: int, accumulate: int, options: dict, folder: Path) -> trl.SFTConfig:
@@ -59,10 +62,11 @@ def settings(knobs, steps: int, accumulate: int, options: dict, folder: Path) ->
     return trl.SFTConfig(
         output_dir=str(folder), max_steps=steps, per_device_train_batch_size=1,  # one item is a whole batch
         gradient_accumulation_steps=accumulate, learning_rate=knobs.learning_rate,
-        lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch_fused", adam_beta1=knobs.adam_beta1,
-        adam_beta2=knobs.adam_beta2, adam_epsilon=knobs.adam_epsilon, weight_decay=knobs.weight_decay,
-        max_grad_norm=knobs.max_grad_norm, bf16=True, use_cpu=not torch.cuda.is_available(), max_length=None,
-        train_sampling_strategy="sequential", remove_unused_columns=False, completion_only_loss=False,
+        lr_scheduler_type=knobs.lr_scheduler, warmup_steps=optim.warmup_steps(knobs, steps),
+        optim="adamw_torch_fused", adam_beta1=knobs.adam_beta1, adam_beta2=knobs.adam_beta2,
+        adam_epsilon=knobs.adam_epsilon, weight_decay=knobs.weight_decay, max_grad_norm=knobs.max_grad_norm,
+        bf16=True, use_cpu=not torch.cuda.is_available(), max_length=None, completion_only_loss=False,
+        train_sampling_strategy="sequential", remove_unused_columns=False,
         logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
         dataloader_pin_memory=torch.cuda.is_available(), seed=knobs.seed,
         dataset_kwargs={"skip_prepare_dataset": True}, **options)
@@ -76,39 +80,45 @@ def train(net, processor, read_batch, tokens: list[int], config: trl.SFTConfig, 
     clock = Clock(Meter(device), tokens)
 
     def collate(items: list[dict]) -> dict:
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         batch = read_batch(items[0]["number"])
         batch = {key: tensor for key, tensor in batch.items() if key not in NOT_FOR_TRL}
         clock.reading += time.perf_counter() - began
+        clock.reading_cpu += time.process_time() - cpu
         return batch
 
     numbers = range(config.max_steps * config.gradient_accumulation_steps)
     rows = datasets.Dataset.from_dict({"number": list(numbers)})
     trainer = Timed(model=net, args=config, train_dataset=rows, data_collator=collate,
                     processing_class=processor, callbacks=[clock])
-    trainer.losses, clock.trainer = [], trainer
+    clock.trainer = trainer
     trainer.train()
     return clock.meter.result() | {"trl": trl.__version__, "transformers": transformers.__version__}
 
 
 def main(run_path: str, batches_path: str, out: str, options: str, steps: str | None = None) -> None:
     """Train with TRL on the run folder's model, adapter and batches, and write what the steps took."""
+    wanted = int(steps) if steps else None
+    _, result = trained(Path(run_path), Path(batches_path), json.loads(options), wanted)
+    Path(out).write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def trained(run_path: Path, batches_path: Path, options: dict, steps: int | None = None) -> tuple:
+    """(the trained model, what its steps took)."""
     from lib import model, stage
     from lib.chat import Encoder
     from lib.parallel import pick_device
-    work = stage.view("05_train", Path(run_path))
+    work = stage.view("05_train", run_path)
     device = pick_device()
     plan = json.loads((work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))
     net = model.attach(model.load(plan, device), work.input("04_lora") / "adapter")
     processor = Encoder.load(work.input("02_data") / "processor").processor
-    by_step = batch_files(Path(batches_path))
-    by_step = by_step[:min(int(steps or len(by_step)), len(by_step))]
+    by_step = batch_files(batches_path)[:steps]
     files = [path for step in by_step for path in step]
     tokens = [sum(len(read(path)["targets"]) for path in step) for step in by_step]
-    config = settings(work.config, len(by_step), work.config.gradient_accumulation_steps, json.loads(options),
-                      Path(out).parent / "trl")
-    result = train(net, processor, lambda number: read(files[number]), tokens, config, device)
-    Path(out).write_text(json.dumps(result) + "\n", encoding="utf-8")
+    config = settings(work.config, len(by_step), work.config.gradient_accumulation_steps, options,
+                      batches_path.parent / "trl")
+    return net, train(net, processor, lambda number: read(files[number]), tokens, config, device)
 
 
 if __name__ == "__main__":

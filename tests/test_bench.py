@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import against_trl, collate, gpu, load, machine, ours, prepare, real, shapes
+from bench import accuracy, against_trl, collate, cost, gpu, load, machine, ours, prepare, real, shapes
 from lib.roles import Roles
 from lib.stage import StageError
 
@@ -140,6 +140,29 @@ def test_packed_epochs_are_compared_by_their_loss_per_token():
     assert against_trl.epochs(steps_of([2.0, 1.0]), 1) == [1.25]       # 10 tokens and 30
     assert refused(given, ([1.25, 1.25],), ([2.0, 1.0],)) is None
     assert "epoch 1" in refused(given, ([1.5, 1.5],), ([2.0, 1.0],))
+
+
+def test_an_evaluation_comes_after_all_that_was_trained_and_kept_before_it():
+    step = {"seconds": 1.0, "cpu_seconds": 0.5}
+    result = {"steps": [step] * 3, "before_seconds": 4.0, "before_cpu_seconds": 3.0}
+    assert accuracy.evaluation(result, 2, 0.9) == {"step": 2, "accuracy": 0.9, "seconds": 6.0,
+                                                   "cpu_seconds": 4.0}
+
+
+def test_time_to_accuracy_ends_with_the_first_evaluation_that_is_as_good_as_trls_last():
+    found = (0.5, 1.0), (0.9, 2.0), (0.95, 3.0)
+    run = [{"accuracy": right, "seconds": seconds} for right, seconds in found]
+    for reached, said in ((0.9, "0.50"), (0.91, "0.75"), (0.96, "never")):
+        trl = {"accuracy": reached, "seconds": 4.0}
+        assert accuracy.part(accuracy.first(run, trl), trl, "seconds") == said
+
+
+def test_a_cost_that_doubles_with_its_number_grows_by_an_exponent_of_one():
+    measured = (0, 1.0), (2, 3.0), (4, 6.0), (8, 24.0)
+    points = [{"batch": batch, "seconds": seconds} for batch, seconds in measured]
+    pairs = zip([None, *points], points)
+    assert [cost.exponent(before, point, "batch", "seconds") for before, point in pairs] == [
+        "", "", "1.00", "2.00"]
 
 
 def test_only_one_file_imports_trl():

@@ -4,9 +4,7 @@ import re
 import signal
 
 import pytest
-import torch
 from datasets import load_from_disk
-from safetensors.torch import load_file
 
 from lib import model
 from lib.chat import Encoder

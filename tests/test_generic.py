@@ -1,6 +1,5 @@
 """The generic record: what tests/classified.json says of every model type that transformers' table lists."""
 import json
-import re
 from collections import Counter
 from types import SimpleNamespace
 

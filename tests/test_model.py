@@ -1,7 +1,6 @@
 """03: what a model is, by role, is known before it is loaded; and what is loaded is that."""
 
 import dataclasses
-import importlib
 import json
 import os
 import shutil
@@ -305,7 +304,7 @@ DAMAGE = {
 def test_a_damaged_checkpoint_ends_in_two_lines_that_name_it(damage, tmp_path, monkeypatch, zoo):
     ruin, what, fix = DAMAGE[damage]
     shutil.copytree(zoo("llava"), tmp_path / "base")
-    run = Run(tmp_path, monkeypatch, "base").upto("02_data")
+    Run(tmp_path, monkeypatch, "base").upto("02_data")
     ruin(tmp_path / "base")
     monkeypatch.setattr("lib.stage._check_upstream", lambda run, stem: [])  # 02 would notice the config first
     harness.check(Bad(damage, ["run"], what, fix), "03_load_model", tmp_path,

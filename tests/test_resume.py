@@ -288,7 +288,7 @@ def test_a_stop_comes_after_the_step_with_a_checkpoint_and_its_exit_code(sign, c
 
 
 def test_a_second_ctrl_c_stops_at_once_but_not_under_torchrun(make):
-    run = make()
+    make()
 
     def twice():
         os.kill(os.getpid(), signal.SIGINT), os.kill(os.getpid(), signal.SIGINT)

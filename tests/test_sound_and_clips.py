@@ -26,7 +26,7 @@ from lib.clips import Clip
 from lib.messages import RowError
 from lib.sampler import Batcher, SHARING, media_kinds
 from lib.template import Template
-from tests import fetched, zoo
+from tests import fetched
 
 HEARING = ("voxtral", "gemma3n", "gemma4_e2b")
 WATCHING = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm46v", "glm4v_moe",
