@@ -332,9 +332,9 @@ def show(k: Recipe, given: dict[str, Entry], notes: list) -> None:
     idle = [name for name in given if name.startswith(("lora_", "peft_")) and not k.adapter]
     if idle:
         terminal.warn(f"{', '.join(idle)}: without effect, since adapter is empty (full fine-tuning)")
-    for seldom_works, words in WARNINGS:
+    for seldom_works, why in WARNINGS:
         if seldom_works(k):
-            terminal.warn(words.format(**values))
+            terminal.warn(why.format(**values))
 
 
 def show_knobs() -> None:

@@ -306,7 +306,7 @@ def test_a_damaged_checkpoint_ends_in_two_lines_that_name_it(damage, tmp_path, m
     shutil.copytree(zoo("llava"), tmp_path / "base")
     Run(tmp_path, monkeypatch, "base").upto("02_data")
     ruin(tmp_path / "base")
-    monkeypatch.setattr("lib.stage._check_upstream", lambda run, stem: [])  # 02 would notice the config first
+    monkeypatch.setattr("lib.decision.check_upstream", lambda run, stem: [])  # 02 would notice the config first
     harness.check(Bad(damage, ["run"], what, fix), "03_load_model", tmp_path,
                   may_write=["run/03_load_model.partial/*"])
 
