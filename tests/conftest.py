@@ -9,6 +9,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import contextlib
 import functools
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -57,6 +58,12 @@ def make_run(prepared, tmp_path, monkeypatch):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         return prepared(name, rows, dtype).twin(folder, monkeypatch, **knobs)
     return make_run
+
+
+@pytest.fixture(scope="session")
+def script():
+    """A function: a numbered script's stem -> its module; `script("02_data").main(argv)` runs the stage."""
+    return importlib.import_module
 
 
 @pytest.fixture(autouse=True)
