@@ -128,8 +128,9 @@ class AdaptedLinear(torch.autograd.Function):
             u = rows @ down.T                                                    # [N, r]
             out = base(rows.view(x.shape))                                       # [..., out]
             out.view(-1, out.shape[-1]).addmm_(u, up.T)
-        ctx.save_for_backward(rows, u, down, up, None if few_bits else base.weight)
-        ctx.base, ctx.scaling, ctx.types = base, cast.scaling, (x.dtype, a.dtype, b.dtype)
+        ctx.save_for_backward(rows, u, down, up, base.weight)
+        ctx.packing = (getattr(base.weight, "quant_state", None) or base.quant_state) if few_bits else None
+        ctx.scaling, ctx.types = cast.scaling, (x.dtype, a.dtype, b.dtype)
         return out
 
     @staticmethod
@@ -141,7 +142,7 @@ class AdaptedLinear(torch.autograd.Function):
             grad_a, grad_b = gu.T @ rows, (u.T @ g).T * ctx.scaling
             dx = None
             if ctx.needs_input_grad[0]:
-                weight = dequantised(ctx.base).to(g.dtype) if weight is None else weight
+                weight = dequantised(weight, ctx.packing).to(g.dtype) if ctx.packing else weight
                 dx = (g @ weight).addmm_(gu, down).view(*grad.shape[:-1], -1).to(ctx.types[0])
         return dx, grad_a.to(ctx.types[1]), grad_b.to(ctx.types[2]), None, None
 
@@ -153,10 +154,10 @@ def no_cast(device_type: str, dtype: torch.dtype):
     return torch.autocast(device_type, enabled=False)
 
 
-def dequantised(layer) -> torch.Tensor:
-    """The weight [out, in] of bitsandbytes' layer in 4 bits."""
+def dequantised(weight: torch.Tensor, packing) -> torch.Tensor:
+    """The matrix [out, in] of bitsandbytes' weight in 4 bits."""
     from bitsandbytes.functional import dequantize_4bit
-    return dequantize_4bit(layer.weight, layer.weight.quant_state)
+    return dequantize_4bit(weight, packing)
 
 
 # ---- rows of new tokens ----

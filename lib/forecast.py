@@ -18,7 +18,7 @@ from lib import adapter, attention, fast, hollow, loss, model, parallel, plan, q
 from lib.roles import Roles
 
 FLOAT32 = 4                               # bytes
-WORKSPACES = 2 * 2**25                    # bytes: cuBLAS's on a Hopper, one for forwards and one for backwards
+WORKSPACES = 2 * 2**25                    # bytes: cuBLAS's on a Hopper, a forward's and a backward's
 TOWERS = ("vision", "audio")
 
 
@@ -38,15 +38,10 @@ class Peak:
     layers: int
     layer: int
 
-    @property
-    def state(self) -> int:
-        """What grows with the model and not with the batch."""
-        return sum(self.weights.values()) + self.trained + self.gradients + self.optimizer
-
     def of(self, ranks: int) -> int:
         """The peak where each of several ranks holds everything; gradients are summed some at a time."""
         bucket = min(self.gradients, parallel.BUCKET * FLOAT32) if ranks > 1 else 0
-        return max(*self.phases.values(), self.state + bucket)
+        return max(*self.phases.values(), self.phases["update"] + bucket)
 
     def sharded(self, ranks: int) -> int:
         """The peak where frozen layers are spread over ranks (lib/sharding.py): one in use, one to come."""
@@ -139,8 +134,8 @@ class Step:
 
     @contextlib.contextmanager
     def _kernels(self):
-        """Packed weights' way, and CUDA's, if the forecast is for one: its kernels', what lib/attention.py and
-        lib/loss.py choose there, and peft's, which asks for CUDA's autocast by its flag alone.
+        """Packed weights' way, and CUDA's, if the forecast is for one: its kernels', what lib/attention.py
+        and lib/loss.py choose there, and peft's, which asks for CUDA's autocast by its flag alone.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(mock.patch.object(fast, "dequantised", unpacked))
@@ -198,7 +193,7 @@ def pack(layers: list[torch.nn.Module]) -> None:
         else:
             size = elements + FLOAT32 * shape[0]
         layer.weight = torch.nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), False)
-        layer.packed_shape = shape
+        layer.quant_state = shape, getattr(layer, "compute_dtype", None)
         layer.forward = functools.partial(packed_forward, layer, shape)
 
 
@@ -210,6 +205,7 @@ def packed_forward(layer, shape: tuple[int, int], x: torch.Tensor) -> torch.Tens
     return (out if layer.bias is None else out + layer.bias.to(wide)).to(x.dtype)
 
 
-def unpacked(layer) -> torch.Tensor:
-    """The weight [out, in] of a packed layer, while it is used."""
-    return layer.weight.new_empty(layer.packed_shape, dtype=layer.compute_dtype)
+def unpacked(weight: torch.Tensor, packing: tuple) -> torch.Tensor:
+    """The matrix [out, in] of a packed weight, while it is used."""
+    shape, dtype = packing
+    return weight.new_empty(shape, dtype=dtype)
