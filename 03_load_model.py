@@ -17,7 +17,7 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import fit, model, origin, parallel, plan, quant, registry, stage, terminal
+from lib import devices, fit, model, origin, plan, quant, registry, stage, terminal
 from lib.chat import Encoder
 from lib.ledger import write_json
 from lib.loss import forward_loss
@@ -51,20 +51,20 @@ def main(argv=None):
     write_json(work.path / "model.json", planned)
     print_plan(planned)
     # 3. Forecast what training will take on this kind of device.
-    device = parallel.pick_device()
+    device = devices.pick_device()
     if forecast := fit.of_run(run, planned, device.type):
         write_json(work.path / "forecast.json", forecast)
         fit.print_facts(forecast)
     # 4. Load it for real, by the plan.
     if planned["dtype"] == "bfloat16":
-        parallel.ask_for_bf16(work.config.bf16, device)
+        devices.ask_for_bf16(work.config.bf16, device)
     began = time.monotonic()
-    loaded = model.load(planned, device, "reference", spread=parallel.spread(work.config, device))
+    loaded = model.load(planned, device, "reference", spread=devices.spread(work.config, device))
     seconds = time.monotonic() - began
     # 5. Run one sample through it: the first loss tells a broken model or template at once.
     loss, sample_id = first_forward(loaded, work, device)
     random_loss = math.log(loaded.get_output_embeddings().weight.shape[0])
-    peak_gib = parallel.peak_memory_gib(device)
+    peak_gib = devices.peak_memory_gib(device)
     write_json(work.path / "load.json", {
         "device": str(device), "load_seconds": round(seconds, 2), "peak_memory_gib": round(peak_gib, 3),
         "sample_id": sample_id, "first_loss": loss, "random_loss": random_loss})

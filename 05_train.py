@@ -27,7 +27,7 @@ import datasets
 import torch
 
 from lib import checkpoint, fast, faults, features, fit, folder, hooks, metrics, model, optim, packing
-from lib import parallel, rehearsal, sharding, stage, terminal
+from lib import devices, parallel, rehearsal, sharding, stage, terminal
 from lib.chat import Encoder
 from lib.evaluate import held_out_answers, held_out_loss, metrics_of
 from lib.golden import golden_answers, write_golden
@@ -68,7 +68,7 @@ def main(argv=None):
                 keep_features(run)
             gc.collect()
             gc.freeze()                   # Python's search for garbage leaves out what stays, in every step
-            with fast.paths(run.model, run.roles), features.replayed(run.model), parallel.tf32(
+            with fast.paths(run.model, run.roles), features.replayed(run.model), devices.tf32(
                     work.config.tf32 and work.config.bf16 is False):
                 log = train(run)
             log.say_peak(run.forecast_gib)
@@ -111,14 +111,14 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     planned = read_json(work.input("04_lora") / "adapter.json")
     # The model, and what of it trains.
     if plan["dtype"] == "bfloat16":
-        parallel.ask_for_bf16(config.bf16, world.device)
+        devices.ask_for_bf16(config.bf16, world.device)
     shards = config.fsdp_version is not None and world.world_size > 1
     kept_share, forecast_gib = kept_layers(work, world, plan, shards)
     at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
     adapter_path = work.input("04_lora") / "adapter" if config.adapter else None
-    net = model.load(plan, at, "train", adapter_path, parallel.spread(config, at))
+    net = model.load(plan, at, "train", adapter_path, devices.spread(config, at))
     if world.device.type == "cpu":
-        parallel.keep_freed_memory()
+        devices.keep_freed_memory()
     roles = Roles.of_plan(plan)
     if config.adapter is None:
         model.train_roles(net, roles, config.train_roles, config.unfrozen_parameters)
@@ -165,7 +165,7 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
     By the forecast of memory, and the same on every rank: checkpointed layers of a sharded model are gathered
     once more. No forecast knows of a model that is shared out, nor of activations in host memory.
     """
-    wanted, shared_out = work.config.gradient_checkpointing, parallel.spread(work.config, world.device)
+    wanted, shared_out = work.config.gradient_checkpointing, devices.spread(work.config, world.device)
     if wanted == "auto" and shared_out:
         terminal.say("gradient_checkpointing: auto: no layer keeps its activations, since no forecast knows "
                      "what room there is on GPUs that share a model (device_map)")
@@ -173,7 +173,7 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
         return 0.0, None
 
     def decide() -> tuple[float, float | None]:
-        free = parallel.free_memory_gib(world.device) * fit.CAUTION
+        free = devices.free_memory_gib(world.device) * fit.CAUTION
         if (forecast := fit.of_run(work.run, plan, world.device.type)) is None:
             return 0.0, None
         room = {True: 0.0, False: math.inf}.get(wanted, free)

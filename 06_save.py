@@ -19,7 +19,7 @@ from pathlib import Path
 
 import datasets
 
-from lib import fresh, media, merge, model, page, parallel, report, stage, terminal
+from lib import devices, fresh, media, merge, model, page, report, stage, terminal
 from lib.card import model_card
 from lib.chat import Encoder
 from lib.compare import compare
@@ -169,8 +169,8 @@ def ask(work, files: list[str], question: str) -> None:
     prompt = data.datasets[0]["system_prompt"]
     before = [{"role": "system", "content": text_parts(prompt)}] if prompt else []
     text, opened = prompt_about(files, question, encoder, template, before)
-    device, answers = parallel.pick_device(), []
-    base = model.load(plan, device, "reference", spread=parallel.spread(work.config, device))
+    device, answers = devices.pick_device(), []
+    base = model.load(plan, device, "reference", spread=devices.spread(work.config, device))
     with quiet():
         answers.append(["before", generate(base, encoder, text, opened, work.config.max_new_tokens)])
         tuned = trained_model(work, plan) if work.config.adapter is None else \

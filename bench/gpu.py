@@ -205,7 +205,8 @@ def stand_in_for_datasets() -> None:
 def measure(name: str, adapter: str, side: str, tiny: bool) -> dict:
     """What the steps of one side took, in this process."""
     stand_in_for_datasets()
-    from lib.parallel import World, pick_device
+    from lib.devices import pick_device
+    from lib.parallel import World
     world = World(0, 1, pick_device())
     with planned(name, adapter, side, tiny) as (plan, knobs):
         net, roles = build(plan, knobs, world.device)

@@ -57,7 +57,8 @@ def run_recipe(recipe: Path, name: str, overrides: dict) -> None:
 def loaded(run: Path, world=None):
     """05_train, as a module, and the run that its own `load` makes of a run folder; world: one rank."""
     from lib import stage
-    from lib.parallel import World, pick_device
+    from lib.devices import pick_device
+    from lib.parallel import World
     train = importlib.import_module("05_train")
     return train, train.load(stage.view("05_train", run), world or World(0, 1, pick_device()))
 

@@ -107,7 +107,7 @@ def trained(run_path: Path, batches_path: Path, options: dict, steps: int | None
     """(the trained model, what its steps took)."""
     from lib import model, stage
     from lib.chat import Encoder
-    from lib.parallel import pick_device
+    from lib.devices import pick_device
     work = stage.view("05_train", run_path)
     device = pick_device()
     plan = json.loads((work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))

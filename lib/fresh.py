@@ -12,7 +12,7 @@ import datasets
 import numpy as np
 import torch
 
-from lib import kernels, media, model, parallel, proof, quant, registry, sounds, terminal
+from lib import devices, kernels, media, model, proof, quant, registry, sounds, terminal
 from lib.chat import Encoder
 from lib.evaluate import exact_match
 from lib.golden import read_header
@@ -44,8 +44,8 @@ def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dic
         base = scratch / "base"
         model.save_full(model.load(quant.whole(plan), torch.device("cpu"), "reference"), base)
     merged = str(exports[1].absolute()) if len(exports) > 1 else None
-    facts, device = ("revision", "trust_remote_code", "class", "dtype", "text_config"), parallel.pick_device()
-    spread = parallel.spread(work.config, device)
+    facts, device = ("revision", "trust_remote_code", "class", "dtype", "text_config"), devices.pick_device()
+    spread = devices.spread(work.config, device)
     return {**{fact: plan[fact] for fact in facts}, "adapter": work.config.adapter is not None,
             "export": str(exports[0].absolute()), "merged": merged, "golden": str(golden.absolute()),
             "base_model": str(base.absolute() if base.exists() else base),

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from lib import charts, ledger, parallel, terminal
+from lib import charts, devices, ledger, parallel, terminal
 from lib.trackers import Tracker, numbers
 
 EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens",
@@ -62,7 +62,7 @@ class Log:
         timing = {"step": step, "seconds": round(seconds, 4), **rates,
                   "data_wait": round(figures["waited"] / seconds, 4),
                   "padding": round(1 - figures["tokens"] / figures["room"], 4),
-                  "peak_memory_gib": round(parallel.peak_memory_gib(self.world.device), 3)}
+                  "peak_memory_gib": round(devices.peak_memory_gib(self.world.device), 3)}
         self._append("timings.jsonl", timing)
         self.last, self.steps = figures | timing, step
 
@@ -115,7 +115,7 @@ class Log:
 
     def say_peak(self, forecast_gib: float | None) -> None:
         """Nothing; says what memory was really used, and what was forecast of it."""
-        used = f"peak memory {parallel.peak_memory_gib(self.world.device):.2f} GiB"
+        used = f"peak memory {devices.peak_memory_gib(self.world.device):.2f} GiB"
         forecast = "" if forecast_gib is None else f"; forecast {forecast_gib:.2f} GiB"
         if self.world.device.type != "cuda":
             used += " of this process, with its libraries"

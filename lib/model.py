@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 
-from lib import adapter, gptq, kernels, origin, parallel, quant, registry, shards, terminal, vocabulary
+from lib import adapter, devices, gptq, kernels, origin, quant, registry, shards, terminal, vocabulary
 from lib.adapter import base_name
 from lib.plan import check_weight_files, load_config, make_plan, on_meta, planned_config, quiet
 from lib.processor import first_line
@@ -32,7 +32,7 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
     """The plan's model on `device`, frozen, with the adapter in a folder on it, if one is named.
 
     "train": in train mode, and the adapter trains. "inference": in eval mode. "reference": so, and without
-    the adapter. spread: transformers' arguments that share it out over the GPUs instead (`parallel.spread`).
+    the adapter. spread: transformers' arguments that share it out over the GPUs instead (`devices.spread`).
     StageError for missing, misshapen or unexpected tensors, or layers quantised otherwise than planned.
     """
     family = registry.family_of(plan["model_type"])
@@ -53,7 +53,7 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
         path = plan["base_model"]
         if quant.stored_as(config) == "gptq":
             path, options = None, options | gptq.in_place_of_files(plan, config)
-        with quiet(), parallel.freed_at_once() if quantisation else contextlib.nullcontext():
+        with quiet(), devices.freed_at_once() if quantisation else contextlib.nullcontext():
             model, info = cls.from_pretrained(path, **options | (spread or {}))
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         fix = ("install that package" if isinstance(error, ImportError) else
@@ -65,7 +65,7 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
     if plan["quantisation"]:
         quant.check(model, plan)
     if spread:
-        parallel.refuse_offload(model.hf_device_map)
+        devices.refuse_offload(model.hf_device_map)
     elif not plan["quantisation"]:
         model.to(device)
     model.requires_grad_(False)

@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from lib import ledger, model, parallel, sources, stage, terminal
+from lib import devices, ledger, model, sources, stage, terminal
 from lib.chat import Encoder
 from lib.evaluate import generate, metrics_of
 from lib.plan import quiet
@@ -59,8 +59,8 @@ def read(path: str, data, encoder: Encoder) -> list[dict]:
 
 def trained_model(work, plan: dict):
     """The model with what was trained, for answering."""
-    trained, device = work.input("05_train"), parallel.pick_device()
-    spread = parallel.spread(work.config, device)
+    trained, device = work.input("05_train"), devices.pick_device()
+    spread = devices.spread(work.config, device)
     if work.config.adapter is None:
         plan = plan | {"base_model": str(trained / "model"), "revision": None}
         return model.load(plan, device, "inference", spread=spread)

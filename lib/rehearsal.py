@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from lib import optim, packing, parallel, terminal
+from lib import devices, optim, packing, terminal
 from lib.collator import PER_TOKEN, collate
 from lib.sampler import Row, in_turn, loader, to_device
 
@@ -28,7 +28,7 @@ def check(run, optimizer_step: Callable[..., dict]) -> None:
     rate = optim.learning_rate(config, 0, run.total_steps)
     figures = optimizer_step(run, 0, longest, batches(run, longest), rate)
     tokens, seconds = sum(tokens_of[row] for row in longest), figures["seconds"]
-    peak_gib, at_most = parallel.peak_memory_gib(world.device), terminal.duration(seconds * run.total_steps)
+    peak_gib, at_most = devices.peak_memory_gib(world.device), terminal.duration(seconds * run.total_steps)
     terminal.say(f"the longest step: {tokens:,} tokens in {terminal.duration(seconds)}, peak memory "
                  f"{peak_gib:.2f} GiB; the run's {run.total_steps:,} steps take at most {at_most}")
     few = run.order.of_step(0)[:config.micro_batch_size * world.world_size]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib import fast, kernels, model, packing, parallel, plan, registry
+from lib import devices, fast, kernels, model, packing, parallel, plan, registry
 from lib.stage import StageError
 from tests.test_families import find
 from tests.test_fast import assert_same
@@ -69,9 +69,9 @@ def test_a_model_with_accelerates_hooks_has_the_same_loss_and_gradients_under_th
 
 
 def test_a_shared_out_model_with_a_part_on_no_gpu_is_refused():
-    parallel.refuse_offload({"model.layers.0": 0, "model.layers.1": 1})
+    devices.refuse_offload({"model.layers.0": 0, "model.layers.1": 1})
     with pytest.raises(StageError, match="1 parts don't fit into the GPUs, such as model.layers.1"):
-        parallel.refuse_offload({"model.layers.0": 0, "model.layers.1": "cpu"})
+        devices.refuse_offload({"model.layers.0": 0, "model.layers.1": "cpu"})
 
 
 def test_one_process_for_all_gpus_and_one_for_each_exclude_each_other(tmp_path):
@@ -91,7 +91,7 @@ def test_a_shared_out_model_keeps_no_activations_as_long_as_none_says_otherwise(
 
 
 def test_one_device_has_all_of_a_model_whatever_device_map_says():
-    assert parallel.spread(SimpleNamespace(device_map="auto", max_memory={"0": "1GiB"}), CPU) is None
+    assert devices.spread(SimpleNamespace(device_map="auto", max_memory={"0": "1GiB"}), CPU) is None
 
 
 # ---- types ----
@@ -99,9 +99,9 @@ def test_one_device_has_all_of_a_model_whatever_device_map_says():
 def test_bf16_auto_asks_for_real_support_and_true_does_not():
     cuda, no = torch.device("cuda"), lambda: False
     with pytest.raises(StageError, match="no bfloat16 of its own"):
-        parallel.ask_for_bf16("auto", cuda, no)
+        devices.ask_for_bf16("auto", cuda, no)
     for given in (("auto", cuda, lambda: True), (True, cuda, no), (False, cuda, no), ("auto", CPU, no)):
-        parallel.ask_for_bf16(*given)
+        devices.ask_for_bf16(*given)
 
 
 def test_tf32_holds_inside_only():
@@ -109,6 +109,6 @@ def test_tf32_holds_inside_only():
         return torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision
     before = now()
     for wanted, precision in ((True, "tf32"), (False, "ieee")):
-        with parallel.tf32(wanted):
+        with devices.tf32(wanted):
             assert now() == (precision, precision)
         assert now() == before
