@@ -62,14 +62,14 @@ def main(argv=None):
         run = load(work, world)
         # 3. Train.
         with faults.told(run):
-            if work.config.sample_packing:
-                rehearsal.prove_packing(run)
             if work.config.cache_vision_features:
                 keep_features(run)
             gc.collect()
             gc.freeze()                   # Python's search for garbage leaves out what stays, in every step
             with fast.paths(run.model, run.roles), features.replayed(run.model), devices.tf32(
                     work.config.tf32 and work.config.bf16 is False):
+                if work.config.sample_packing:
+                    rehearsal.prove_packing(run)
                 log = train(run)
             log.say_peak(run.forecast_gib)
             # 4. Save what was trained, and what a fresh process has to reproduce.

@@ -10,6 +10,7 @@ one call for each of them, thousands in a step, where one for each length is eno
 Both hold inside `paths` only. Fork me to: try another kernel (`squares`, `flash`).
 """
 import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -100,8 +101,9 @@ def is_plainly_causal(module, rows: list[list[int]]) -> bool:
     """Whether within a sample a token sees just those before it: no picture sees itself both ways, and no
     window hides any.
     """
-    window = getattr(module, "sliding_window", None)
-    return not own_masks and (window is None or window >= max(map(max, rows)))
+    windows = (getattr(module, "sliding_window", None),
+               getattr(getattr(module, "config", None), "attention_chunk_size", None))
+    return not own_masks and max(map(max, rows)) <= min(filter(None, windows), default=math.inf)
 
 
 def squares(query, key, value, mask, scaling: float) -> torch.Tensor:

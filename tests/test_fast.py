@@ -1,4 +1,6 @@
 """The fast paths compute what the libraries compute: losses and gradients of every family, packed and not."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,3 +147,13 @@ def test_an_odd_layer_filled_up_is_the_same_layer():
     found = gpu.odd_forward(*filled, 13, x)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, wanted)))
+
+
+def test_a_window_or_a_chunk_that_hides_part_of_a_sample_is_not_plainly_causal(monkeypatch):
+    chunked = SimpleNamespace(sliding_window=None, config=SimpleNamespace(attention_chunk_size=8))
+    for module in (SimpleNamespace(sliding_window=8), chunked):
+        assert attention.is_plainly_causal(module, [[3, 8], [1]])
+        assert not attention.is_plainly_causal(module, [[3, 9], [1]])
+    assert attention.is_plainly_causal(SimpleNamespace(), [[9000]])
+    monkeypatch.setattr(attention, "own_masks", True)
+    assert not attention.is_plainly_causal(SimpleNamespace(), [[3]])
