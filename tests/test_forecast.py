@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from bench.forecast import measure
-from lib import fit, parallel, plan, stage
+from lib import devices, fit, parallel, plan, stage
 from lib.forecast import Step
 from lib.sampler import Batcher
 from tests.runner import Run
@@ -140,7 +140,7 @@ def test_05_checkpoints_as_many_layers_as_03s_forecast_says_it_must(tmp_path, mo
     train, plan = importlib.import_module("05_train"), run.json("03_load_model/model.json")
     for setting, share in (("kept", 1.0), ("checkpointed", 0.0)):
         peak = forecast[setting]["peak_gib"]
-        monkeypatch.setattr(parallel, "free_memory_gib", lambda device: peak / fit.CAUTION)
+        monkeypatch.setattr(devices, "free_memory_gib", lambda device: peak / fit.CAUTION)
         assert train.kept_layers(work, world, plan, shards=False) == pytest.approx((share, peak))
         assert f"auto: {share:.0%} of the layers" in capsys.readouterr().out
     run("01_config", "gradient_checkpointing=true")
