@@ -10,7 +10,6 @@ import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 
@@ -138,12 +137,11 @@ class Step:
         and lib/loss.py choose there, and peft's, which asks for CUDA's autocast by its flag alone.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(fast, "dequantised", unpacked))
+            stack.enter_context(hollow.replaced(fast, dequantised=unpacked))
             if self.cuda:
                 stack.enter_context(hollow.cuda_kernels())
-                stack.enter_context(mock.patch.object(attention, "flash_is_on", lambda device: True))
-                stack.enter_context(mock.patch.object(attention, "SHORT", 0))
-                stack.enter_context(mock.patch.object(loss, "CHUNK_LOGITS", {}))
+                stack.enter_context(hollow.replaced(attention, flash_is_on=lambda device: True, SHORT=0))
+                stack.enter_context(hollow.replaced(loss, CHUNK_LOGITS={}))
                 stack.callback(torch.set_autocast_enabled, "cuda", False)
                 torch.set_autocast_enabled("cuda", self.half is not None)
             yield

@@ -167,20 +167,24 @@ def at_most(tensors: list[torch.Tensor]) -> int:
 
 # ---- kernels ----
 
-@contextmanager
-def cuda_kernels() -> Iterator[None]:
-    """Inside, attention holds what CUDA's memory-efficient kernel holds, and autocast's norms are float32.
+def cuda_kernels():
+    """A context in which attention holds what CUDA's memory-efficient kernel holds, and norms are CUDA's.
 
     They replace torch.nn.functional's, as no mode of torch's holds in layers that the backward runs again.
     """
     new = {name: partial(in_float32, getattr(F, name)) for name in ("layer_norm", "group_norm", "softmax")}
-    new |= {"scaled_dot_product_attention": attention, "rms_norm": Norm.apply}
-    own = {name: getattr(F, name) for name in new}
+    return replaced(F, scaled_dot_product_attention=attention, rms_norm=Norm.apply, **new)
+
+
+@contextmanager
+def replaced(module, **new) -> Iterator[None]:
+    """Inside, names of a module mean something else."""
+    own = {name: vars(module)[name] for name in new}
+    vars(module).update(new)
     try:
-        vars(F).update(new)
         yield
     finally:
-        vars(F).update(own)
+        vars(module).update(own)
 
 
 def in_float32(function, tensor: torch.Tensor, *words, **options) -> torch.Tensor:
