@@ -6,6 +6,7 @@ bytes of the tensors without gaps. The library's own writer wants all tensors of
 Source: https://github.com/huggingface/safetensors#format
 """
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def write(path: Path, tensors: dict[str, Place], content: Callable[[str, Place],
         for name, place in tensors.items():
             for piece in content(name, place):
                 file.write(as_bytes(piece.contiguous()))
+        file.flush()
+        os.fsync(file.fileno())                             # while the next file is added up
 
 
 def rows(place: Place, most_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
