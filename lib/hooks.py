@@ -61,7 +61,7 @@ def told(knob: str, path: str, called: Callable) -> Callable:
     def call(*given):
         try:
             return called(*given)
-        except Exception as error:
+        except Exception as error:  # a user's function raises what it likes: one of the three boundaries
             if isinstance(error, StageError) or faults.is_no_memory(error):
                 raise
             lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def read_json(path: Path):
         stem = path.parent.name.partition(".")[0]
         word = "is gone" if isinstance(error, FileNotFoundError) else f"is not whole JSON: {error}"
         raise StageError(f"{path} {word}", f"start {stem}.py again with --force") from None
+
+
+def in_lines(rows: Iterable[dict]) -> str:
+    """JSONL: a line for each row."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_json(path: Path, content) -> None:

@@ -81,9 +81,8 @@ class Log:
         """Write what an evaluation found, what it cost, and the answers, which no tracker gets; say it."""
         self.write({"step": step, **found})
         if answers and self.world.is_leader:
-            lines = [json.dumps({"step": step, **row}, ensure_ascii=False) + "\n" for row in answers]
             with (self.folder / "answers.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+                file.write(ledger.in_lines({"step": step, **row} for row in answers))
             ledger.sync(self.folder / "answers.jsonl")             # a checkpoint must not outlive its lines
         figures = ", ".join(f"{name} {figure:.4f}" for name, figure in found.items())
         took = ", ".join(f"{terminal.duration(value)} for {what}" for what, value in seconds.items())

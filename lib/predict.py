@@ -1,5 +1,4 @@
 """predict: what the trained model answers to the rows of a file, beside their references, and its scores."""
-import json
 from pathlib import Path
 
 from lib import devices, ledger, model, sources, stage, terminal
@@ -36,7 +35,7 @@ def evaluate_file(run: Path, path: str, out: Path) -> None:
                           "reference": reference, **scores})
             progress.update(place)
     half = out.with_name(f".{out.name}.half")
-    half.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    half.write_text(ledger.in_lines(lines), encoding="utf-8")
     half.replace(out)
     answers, references = [[line[side] for line in lines] for side in ("answer", "reference")]
     means = [[name.replace("_", " "), f"{metric(answers, references):.1%}"]

@@ -8,9 +8,10 @@ from rich.text import Text
 
 from lib import charts, page, summary, terminal, tokens
 from lib.chat import Encoder
+from lib.ledger import in_lines
 from lib.media import poster
 from lib.processor import placeholders, tokenizer_of
-from lib.samples import inner, write_lines
+from lib.samples import inner
 from lib.seen import in_words, seen
 
 FIRST, EXTREMES, HELD_OUT = 16, 3, 3      # samples shown of each kind
@@ -40,7 +41,7 @@ def write_previews(folder: Path, encoder: Encoder, train, held_out, report: dict
     """preview.jsonl (the first rows as tensors) and preview.html (what to look at before training)."""
     cards = Cards(encoder, knobs.report_media)
     firsts = "".join(map(cards.of, train.take(min(FIRST, len(train)))))
-    write_lines(folder / "preview.jsonl", list(cards.rows.values()))
+    (folder / "preview.jsonl").write_text(in_lines(cards.rows.values()), encoding="utf-8")
     kinds = "".join(page.heading(f"The {name}") + "".join(map(cards.of, found))
                     for name, found in extremes(train).items())
     held = "".join(cards.of(sample, held_out=True) for sample in held_out.take(min(HELD_OUT, len(held_out))))

@@ -4,7 +4,6 @@ A sample holds no pixels and no token ids: it has its text, which characters are
 and its lengths. However many there are, they stay in files: what is counted or chosen here are columns of
 numbers, and a choice is an array of places in the table, ascending, one several times where a weight says so.
 """
-import json
 import random
 from array import array
 from collections.abc import Iterable, Iterator
@@ -168,8 +167,3 @@ def chosen(table: pa.Table, places: np.ndarray) -> Iterator[pa.RecordBatch]:
         ids = [f"{name}~{n + 1}" if n else name for name, n in zip(taken["sample_id"].to_pylist(), times)]
         yield taken.set_column(0, "sample_id", pa.array(ids, pa.string()))
         start += len(batch)
-
-
-def write_lines(path: Path, rows: list[dict]) -> None:
-    """A JSONL file."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")

@@ -1,5 +1,4 @@
 """summary: what the rows came to, in numbers: report.json, and tables of the terminal and of pages."""
-import json
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib import terminal
+from lib.ledger import in_lines, write_json
 from lib.messages import shortened
 from lib.samples import inner, numbered, rows_of
 
@@ -33,7 +33,7 @@ class Rejects:
     def add(self, rejects: list[dict]) -> None:
         """Nothing; these are written and counted."""
         for reject in rejects:
-            self.file.write(json.dumps(reject, ensure_ascii=False) + "\n")
+            self.file.write(in_lines([reject]))
             kind = {"rows": 0, "such_as": f"{reject['where']}: {reject['reason']}", "fix": reject["fix"]}
             self.kinds.setdefault(reject["fix"], kind)["rows"] += 1
             self.first.setdefault(reject["too_long"], reject)
@@ -64,7 +64,7 @@ def write_report(path: Path, table: pa.Table, train: np.ndarray, held_out: np.nd
     content = {"counts": {name: int(count) for name, count in counts.items()},
                "datasets": by_dataset(table, train, held_out, rejects), "rejects": rejects.listed(),
                "template_says": [{"words": words, "rows": rows} for words, rows in own_words(table, every)]}
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(path, content)
     return content
 
 
