@@ -151,6 +151,7 @@ def test_an_odd_layer_filled_up_is_the_same_layer():
 
 def test_a_window_or_a_chunk_that_hides_part_of_a_sample_is_not_plainly_causal(monkeypatch):
     chunked = SimpleNamespace(sliding_window=None, config=SimpleNamespace(attention_chunk_size=8))
+    monkeypatch.setattr(attention, "own_masks", False)
     for module in (SimpleNamespace(sliding_window=8), chunked):
         assert attention.is_plainly_causal(module, [[3, 8], [1]])
         assert not attention.is_plainly_causal(module, [[3, 9], [1]])
