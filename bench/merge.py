@@ -1,9 +1,10 @@
 """merge: how fast an adapter is merged into a base on disk, beside a plain copy of the same files.
 
-    python -m bench.merge [--gib 1] [--shards 4]      # prints GiB/s of both, their ratio, and the peak memory
+    python -m bench.merge [--gib 3] [--shards 4]      # prints GiB/s of both, their ratio, and the peak memory
 
 The base is a random Llama in bfloat16, the adapter LoRA on every linear layer of it. Copy and merge run in
-processes of their own, on files that the system holds in its cache, and end when all is synced to the disk.
+processes of their own, in turn, on files that the system holds in its cache, and end when all is synced to the disk:
+a disk's rate drifts within a minute, so each merge is compared with the copy before it.
 """
 import argparse
 import json
@@ -12,13 +13,17 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from types import SimpleNamespace
 
+import torch
+
 from bench.apart import last_line, process
-from bench.machine import status_bytes
+from bench.machine import peak_bytes, settle_memory
 from lib import stage
 
-HIDDEN = 1536
+HIDDEN = 2560
+CPU = torch.device("cpu")
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None, "seed": 0,
         "lora_target_roles": ["language"], "lora_target_parameters": None, "lora_model_dir": None, "peft_use_dora": False,
         "peft_use_rslora": False, "peft_init_lora_weights": False}
@@ -30,7 +35,6 @@ MODEL = {"revision": None, "trust_remote_code": False, "model_type": None, "bf16
 
 def prepare(folder: Path, gib: float, shards: int) -> int:
     """The bytes of the weights of a random base in `folder`/base, beside plan.json and an adapter for it."""
-    import torch
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -38,7 +42,7 @@ def prepare(folder: Path, gib: float, shards: int) -> int:
     from lib.plan import make_plan
     from lib.shards import INDEX, Place, cut, write_index
     layer_bytes = 2 * HIDDEN * HIDDEN * (4 + 3 * 4)
-    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_attention_heads=12,
+    config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_attention_heads=20,
                          num_hidden_layers=round(gib * 2**30 / layer_bytes), vocab_size=4096,
                          architectures=["LlamaForCausalLM"])
     base = folder / "base"
@@ -61,10 +65,11 @@ def prepare(folder: Path, gib: float, shards: int) -> int:
 
 def measure(what: str, folder: Path) -> dict:
     """{seconds, peak_bytes} of a copy or a merge of the prepared base; imports don't count."""
-    from lib import merge, model
+    from lib import merge, shards
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
-    model.attach(merge.hollow(plan), folder / "adapter")            # imports what a first adapter needs
-    before, began, out = status_bytes("VmHWM"), time.monotonic(), folder / what
+    tensors = {name: place for path in shards.weight_files(plan) for name, place in shards.places(path).items()}
+    merge.Sums(plan | {"dtype": "float32"}, folder / "adapter", tensors)           # imports what a first one needs
+    before, began, out = settle_memory(CPU), time.monotonic(), folder / what
     if what == "copy":
         out.mkdir()
         for path in (folder / "base").iterdir():
@@ -74,7 +79,7 @@ def measure(what: str, folder: Path) -> dict:
     for path in out.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    return {"seconds": time.monotonic() - began, "peak_bytes": status_bytes("VmHWM") - before}
+    return {"seconds": time.monotonic() - began, "peak_bytes": peak_bytes(CPU) - before}
 
 
 def in_a_process(what: str, folder: Path) -> dict:
@@ -87,9 +92,9 @@ def main() -> None:
     """Print the bench, or, in a process of its own, one measurement as JSON."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
-    parser.add_argument("--gib", type=float, default=1)
+    parser.add_argument("--gib", type=float, default=3)
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--times", type=int, default=5)
     parser.add_argument("--measure", nargs=2, metavar=("WHAT", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -99,14 +104,14 @@ def main() -> None:
         total = prepare(Path(folder), args.gib, args.shards)
         largest = max(path.stat().st_size for path in Path(folder, "base").iterdir())
         print(f"{total / 2**30:.2f} GiB, the largest of {args.shards} files {largest / 2**30:.2f} GiB")
-        found = {what: [in_a_process(what, Path(folder)) for _ in range(args.times)]
-                 for what in ("copy", "merge")}
-    best = {what: min(each["seconds"] for each in runs) for what, runs in found.items()}
-    for what, seconds in best.items():
-        peak = max(each["peak_bytes"] for each in found[what])
-        print(f"{what}: {total / 2**30 / seconds:.2f} GiB/s, best of {args.times}; "
-              f"peak memory {peak / 2**20:.0f} MiB")
-    print(f"merge / copy: {best['copy'] / best['merge']:.2f}")
+        pairs = [{what: in_a_process(what, Path(folder)) for what in ("copy", "merge")} for _ in range(args.times)]
+    for what in ("copy", "merge"):
+        seconds = [pair[what]["seconds"] for pair in pairs]
+        peak = max(pair[what]["peak_bytes"] for pair in pairs)
+        print(f"{what}: {total / 2**30 / median(seconds):.2f} GiB/s, median of {args.times} "
+              f"(in {min(seconds):.2f} to {max(seconds):.2f} s); peak memory {peak / 2**20:.0f} MiB")
+    ratios = [pair["copy"]["seconds"] / pair["merge"]["seconds"] for pair in pairs]
+    print(f"merge / copy, each pair: {', '.join(f'{each:.2f}' for each in ratios)}; median {median(ratios):.2f}")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ class Step:
             for parameter in model.trained_parameters(net).values():
                 parameter.data = parameter.data.float()
         pack(few_bits)
-        self.net, self.count = net.train(), hollow.Hollow()
+        self.net, self.count = net.train(), hollow.Hollow(hollow.taken_on_cuda if cuda else int)
         self.count.fill(net)
         self.trained = model.trained_parameters(net)
         moments = sum(moments_bytes(p.numel(), knobs.optimizer) for p in self.trained.values())
@@ -85,7 +85,7 @@ class Step:
     def _gradient_made(self, parameter: torch.nn.Parameter) -> None:
         if parameter not in self.learnt:
             self.learnt.add(parameter)
-            self.count.aside_bytes += parameter.nbytes
+            self.count.aside_bytes += self.count.taken(parameter.nbytes)
 
     def peak(self, batch: dict[str, torch.Tensor], checkpointing: bool) -> Peak:
         """The peak of a step with this batch: the second step, when the optimizer has its state."""
@@ -108,7 +108,7 @@ class Step:
                 count.enter("backward")
                 total.backward()
         del total, _
-        gradients = sum(p.nbytes for p in self.trained.values())
+        gradients = sum(count.taken(p.nbytes) for p in self.trained.values())
         phases = dict(count.phases_bytes)
         copies = gradients if self.knobs.optimizer == "adamw_torch" else 0
         phases["update"] = count.live_bytes + copies
@@ -118,13 +118,14 @@ class Step:
 
     def _as_peak(self, phases: dict[str, int], gradients: int) -> Peak:
         """The Peak of what was counted."""
-        weights, trained = Counter(), sum(p.nbytes for p in self.trained.values())
+        taken, weights = self.count.taken, Counter()
+        trained = sum(taken(p.nbytes) for p in self.trained.values())
         for name, p in self.net.named_parameters():
             if not p.requires_grad:
                 kind = "quantised" if p.dtype == torch.uint8 else str(p.dtype).removeprefix("torch.")
-                weights[f"{self.roles.of(model.base_name(name))} {kind}"] += p.nbytes
-        moments, held = self.moments.nbytes, sum(weights.values()) + trained
-        sizes = [sum(p.nbytes for p in layer.parameters() if not p.requires_grad)
+                weights[f"{self.roles.of(model.base_name(name))} {kind}"] += taken(p.nbytes)
+        moments, held = taken(self.moments.nbytes), sum(weights.values()) + trained
+        sizes = [sum(taken(p.nbytes) for p in layer.parameters() if not p.requires_grad)
                  for role, layer in self.roles.layers(self.net) if role == "language"]
         phases = {phase: size for phase, size in phases.items() if phase}
         activations = self.count.most_besides_bytes - held - moments

@@ -9,7 +9,7 @@ Fork me to: count another device's kernels (`cuda_kernels`).
 import math
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -29,10 +29,12 @@ class Count(TorchDispatchMode):
     """Bytes of the storages that are alive, of the most that ever were, and of the most in each phase.
 
     aside_bytes: what of them is counted elsewhere; `most_besides_bytes` is the most that was but for it.
+    taken: storage bytes -> bytes that an allocator takes for them.
     """
 
-    def __init__(self):
+    def __init__(self, taken: Callable[[int], int] = int):
         super().__init__()
+        self.taken = taken
         self.phase, self.live_bytes, self.aside_bytes = "", 0, 0
         self._storages: set[int] = set()
         self.start_again()
@@ -61,7 +63,7 @@ class Count(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
+                key, size = storage._cdata, self.taken(storage.nbytes())
                 if key not in self._storages:
                     self._storages.add(key)
                     self.live_bytes += size
@@ -96,8 +98,8 @@ class Count(TorchDispatchMode):
 class Hollow(Count):
     """A Count inside of which operations cost no memory, but for those on whole numbers."""
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, taken: Callable[[int], int] = int):
+        super().__init__(taken)
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def run(self, op, args, kwargs):
@@ -165,7 +167,21 @@ def at_most(tensors: list[torch.Tensor]) -> int:
         return max(tensor.numel() for tensor in tensors)
 
 
-# ---- kernels ----
+# ---- CUDA ----
+
+def taken_on_cuda(size: int) -> int:
+    """The bytes that CUDA's allocator takes for a tensor of so many.
+
+    It hands out multiples of 512 bytes. Above 10 MiB it asks the device for whole multiples of 2 MiB, and cuts
+    off what is left over only where that is more than 1 MiB.
+
+    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/c10/cuda/CUDACachingAllocator.cpp
+    """
+    size = -(-size // 512) * 512
+    whole = -(-size // 2**21) * 2**21
+    return whole if size >= 10 * 2**20 and whole - size <= 2**20 else size
+
+
 
 def cuda_kernels():
     """A context in which attention holds what CUDA's memory-efficient kernel holds, and norms are CUDA's.

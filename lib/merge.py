@@ -20,7 +20,7 @@ from lib.checks import bytes_of
 from lib.plan import check_weight_files, on_meta, planned_config, quiet
 from lib.roles import base_name
 
-FILES_AT_A_TIME = 2                                  # one is added up while another is written
+FILES_AT_A_TIME = 2                                  # some are added up while others go to the disk
 BESIDE = ("config.json", "generation_config.json", shards.INDEX)
 
 
@@ -174,13 +174,17 @@ def with_rows(layer, weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def added_by_rows(layer, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The rows of a weight [out, in], each piece with what a plain LoRA layer adds to it, in its own type."""
+    """The rows of a weight [out, in], each piece with what a plain LoRA layer adds to it, in its own type.
+
+    All sums take the same place in memory: pages made anew for each would cost as much as the sums.
+    """
     (name,) = layer.active_adapters
-    low, high, row = layer.lora_A[name].weight, layer.lora_B[name].weight, 0
+    low, high, row, memory = layer.lora_A[name].weight, layer.lora_B[name].weight, 0, None
     for piece in pieces:
         row += len(piece)
-        total = piece.float().addmm_(high[row - len(piece):row], low, alpha=layer.scaling[name])
-        yield piece.copy_(total)
+        memory = torch.empty(piece.shape) if memory is None else memory
+        total = memory[:len(piece)].copy_(piece)
+        yield piece.copy_(total.addmm_(high[row - len(piece):row], low, alpha=layer.scaling[name]))
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ Source: https://github.com/huggingface/safetensors#format
 import json
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 INDEX = "model.safetensors.index.json"
+SYNC_BYTES = 2**25                               # go to the disk while more are added up
 PIECE_BYTES = 2**20                              # stays in the processor's cache, in memory used again
 
 
@@ -86,13 +88,18 @@ def write(path: Path, tensors: dict[str, Place], content: Callable[[str, Place],
         end += place.bytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                         # the format wants the data aligned
-    with path.open("xb") as file:
+    with path.open("xb") as file, ThreadPoolExecutor(1) as disk:
         file.write(len(text).to_bytes(8, "little") + text)
+        on_its_way, unsynced = disk.submit(file.flush), 0
         for name, place in tensors.items():
             for piece in content(name, place):
-                file.write(as_bytes(piece.contiguous()))
+                unsynced += file.write(as_bytes(piece.contiguous()))
+                if unsynced >= SYNC_BYTES and on_its_way.done():
+                    on_its_way.result()                         # a disk's error is raised here
+                    on_its_way, unsynced = disk.submit(os.fsync, file.fileno()), 0
+        on_its_way.result()
         file.flush()
-        os.fsync(file.fileno())                             # while the next file is added up
+        os.fsync(file.fileno())
 
 
 def rows(place: Place, most_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
