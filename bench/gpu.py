@@ -7,8 +7,9 @@ Each case runs in a process of its own with a time limit; one that fails is repo
 what doesn't fit the budget is skipped by name. It needs neither the package datasets nor bitsandbytes (QLoRA
 is then skipped) nor trl (ours then stands alone). Writes bench/results/gpu-DEVICE.json.
 
-"kept" is without gradient checkpointing, the rest with it. Memory is the allocator's peak; its forecast is
-lib/forecast.py's, made of configurations alone by a process beside the cases.
+"kept" is without gradient checkpointing, the rest with it. "x4" has four times the tokens in a micro-batch, for
+MFU: a step of few tokens takes as long as Python needs to ask for its kernels. Memory is the allocator's peak;
+its forecast is lib/forecast.py's, made of configurations alone by a process beside the cases.
 
 MFU: the FLOPs that a step needs (4 for each weight and token on the trained path, which has no weight
 gradients, and 2 in the frozen tower; recomputation is no work) over time, over the rate of bf16 products
@@ -36,7 +37,8 @@ import torch
 from bench import machine, real
 
 BUDGET_SECONDS, CASE_SECONDS = 560, 90
-SIDES = ("ours", "TRL", "ours packed", "ours kept", "TRL kept", "ours packed kept")
+KEPT = ("ours kept", "TRL kept", "ours packed kept", "ours packed kept x4")
+CHECKPOINTED = ("ours", "TRL", "ours packed")
 IN_FEW_BITS = ("Qwen2.5-VL-3B", "Qwen2.5-VL-7B")
 STEPS, WARM_UP_STEPS = 8, 2
 RATE_SECONDS = 2.0
@@ -76,7 +78,7 @@ def main(argv=None) -> None:
         forecast = forecasting.result(max(10.0, args.seconds - (time.monotonic() - began)))
     for name in found.keys() & forecast.keys():
         found[name]["forecast_gib"] = forecast[name]
-    for line in [*ratios(found), *off_forecast(found)]:
+    for line in [*ratios(found), *(off_forecast(found) if torch.cuda.is_available() else ())]:
         print(line)
     device = machine.slug(machine.name())
     path = Path(args.out) if args.out else machine.ROOT / "bench" / "results" / f"gpu-{device}.json"
@@ -87,9 +89,11 @@ def main(argv=None) -> None:
 
 
 def cases_of(models: list[str]) -> list[tuple[str, str, str]]:
-    """(model, adapter, side) of each case; QLoRA for some, since the budget has an end."""
-    return [(model, adapter, side) for model in models for adapter, sides in (
-        ("lora", SIDES), ("qlora", SIDES[:3] if model in IN_FEW_BITS else ())) for side in sides]
+    """(model, adapter, side) of each case, the ones that matter most first, since the budget has an end."""
+    few_bits = [model for model in models if model in IN_FEW_BITS]
+    return [(model, adapter, side) for adapter, own, sides in (
+        ("lora", models, KEPT), ("qlora", few_bits, CHECKPOINTED), ("lora", models, CHECKPOINTED))
+        for model in own for side in sides]
 
 
 def run_all(cases: list, tiny: bool, folder: Path, seconds_left) -> dict[str, dict]:
@@ -179,7 +183,7 @@ def forecasts(cases: list[tuple[str, str, str]], tiny: bool) -> dict[str, float]
         if "ours" in side and not lacks(*case):
             with planned(model, adapter, side, tiny) as (plan, knobs):
                 step = Step(plan, knobs)
-                batch = Made(model, step.net, tiny, "packed" in side).batches[0]
+                batch = Made(model, step.net, tiny, side).batches[0]
                 try:
                     found[" | ".join(case)] = step.peak(batch, "kept" not in side).of(1) / 2**30
                 except ValueError as error:         # tiles of a row without a picture, which only values tell
@@ -210,7 +214,7 @@ def measure(name: str, adapter: str, side: str, tiny: bool) -> dict:
     world = World(0, 1, pick_device())
     with planned(name, adapter, side, tiny) as (plan, knobs):
         net, roles = build(plan, knobs, world.device)
-    made = Made(name, net, tiny, "packed" in side)
+    made = Made(name, net, tiny, side)
     result = (with_trl if "TRL" in side else with_ours)(net, roles, made, knobs, world)
     return figures(result, net, roles, made, world.device)
 
@@ -267,12 +271,13 @@ def in_4_bits(linear: torch.nn.Linear, device: torch.device):
 class Made:
     """Samples made up for a model, with what 05_train's step asks of 02's; every step trains all of them."""
 
-    def __init__(self, name: str, net, tiny: bool, packed: bool):
+    def __init__(self, name: str, net, tiny: bool, side: str):
         from lib import packing, registry
         from lib.sampler import Batcher
         torch.manual_seed(0)
         chance = torch.Generator().manual_seed(0)
-        lengths = TINY_LENGTHS if tiny else LENGTHS
+        lengths = (TINY_LENGTHS if tiny else LENGTHS) * (4 if "x4" in side else 1)
+        packed = "packed" in side
         family = registry.family_of(net.config.model_type)
         samples = [real.sample(name, net.config, tokens, int(tokens > lengths[-1]), chance)
                    for _ in range(MICRO_STEPS) for tokens in lengths]

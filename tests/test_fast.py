@@ -42,14 +42,15 @@ def test_both_fast_paths_are_taken_and_left_again(tmp_path_factory, tmp_path, mo
     subject = find("qwen2_5_vl", tmp_path_factory)
     net, _ = subject.adapter(tmp_path)
     batch, called = packed_batch(subject, net, rows_of(subject)), []
-    for place, name in ((attention, "squares"), (fast, "adapted_forward")):
+    for place, name in ((attention, "squares"), (fast, "adapted_forward"), (fast, "gated_forward")):
         own = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *words, own=own, name=name: (called.append(name), own(*words))[1])
     with fast.paths(net, subject.roles):
         gradients(net, [batch])
-    layers, linears = 2, 14
+    layers, linears = 2, 7
     # A row of three samples and one of one: four squares a layer, and the tower's pictures.
-    assert called.count("squares") >= 4 * layers and called.count("adapted_forward") == linears
+    assert called.count("squares") >= 4 * layers
+    assert called.count("adapted_forward") == (linears - 1) * layers and called.count("gated_forward") == layers
     called.clear()
     gradients(net, [batch])
     assert called == []
@@ -76,6 +77,29 @@ def test_an_adapted_layer_has_the_gradients_of_its_formula():
     x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5, 6), (3, 6), (4, 3)))
     base = torch.nn.Linear(6, 4, dtype=torch.float64).requires_grad_(False)
     assert torch.autograd.gradcheck(lambda x, a, b: fast.adapted_forward(fast.Cast(a, b, 0.7), base, x), (x, a, b))
+
+
+def test_an_mlp_with_a_gate_has_its_gradients_and_keeps_neither_product_nor_activation(tmp_path_factory, tmp_path):
+    subject = find("llama_text", tmp_path_factory)
+    net, _ = subject.adapter(tmp_path)
+    (mlp, *_) = (module for module in net.modules() if fast.is_gated(module))
+    x, kept, wide = torch.randn(2, 5, 64, requires_grad=True), [], mlp.up_proj.out_features
+    parameters = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+    wanted = mlp(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        with fast.paths(net, subject.roles):
+            found = mlp(x)
+    torch.testing.assert_close(found, wanted)
+    assert len([tensor for tensor in kept if tensor.shape[-1] == wide and tensor.numel() == 10 * wide]) == 2
+    slopes = torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad(out, parameters, slopes) for out in (found, wanted))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_an_mlp_that_computes_something_else_is_left_to_its_class(tmp_path_factory, tmp_path):
+    net, _ = find("gemma3n", tmp_path_factory).adapter(tmp_path)
+    named = {name: fast.is_gated(module) for name, module in net.named_modules() if name.endswith("mlp")}
+    assert sorted(named.values()) == [False, True, True, True]        # the first layer's gate keeps its largest only
 
 
 def test_an_adapter_is_cast_once_for_each_update():

@@ -10,13 +10,13 @@ import torch
 from transformers import LlamaConfig
 
 from bench.forecast import measure
-from lib import devices, fit, parallel, plan, stage
+from lib import devices, fit, hollow, parallel, plan, stage
 from lib.forecast import Step
 from lib.sampler import Batcher
 from tests.runner import Run
 from tests.test_families import find
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 def knobs_for(folder, **given):
@@ -63,7 +63,7 @@ def test_it_is_what_the_same_step_on_real_tensors_holds(name, adapter, checkpoin
 
 def test_weights_adapter_gradients_and_optimizer_are_those_of_a_sum_by_hand(tmp_path):
     knobs = knobs_for(llama(tmp_path), lora_r=8, bf16=True)
-    peak = Step(plan.make_plan(knobs), knobs).peak(text_batch(32), True)
+    peak = Step(plan.make_plan(knobs), knobs, cuda=False).peak(text_batch(32), True)
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3              # q, o; k, v; gate, up, down
     adapter = 8 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     assert peak.weights == {"embedding bfloat16": 2 * 1000 * 64, "head bfloat16": 2 * 1000 * 64,
@@ -73,7 +73,7 @@ def test_weights_adapter_gradients_and_optimizer_are_those_of_a_sum_by_hand(tmp_
 
 def test_four_bits_are_half_a_byte_and_the_scales(tmp_path):
     knobs = knobs_for(llama(tmp_path), adapter="qlora", bf16=True)
-    peak = Step(plan.make_plan(knobs), knobs).peak(text_batch(32), True)
+    peak = Step(plan.make_plan(knobs), knobs, cuda=False).peak(text_batch(32), True)
     elements = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
     each = 1 / 2 + 1 / 64 + 4 / 64 / 256
     assert peak.weights["language quantised"] == pytest.approx(elements * each, rel=0.01)
@@ -82,9 +82,15 @@ def test_four_bits_are_half_a_byte_and_the_scales(tmp_path):
 def test_full_fine_tuning_holds_sixteen_bytes_for_each_parameter(tmp_path):
     knobs = knobs_for(llama(tmp_path), adapter=None, bf16=True)
     planned = plan.make_plan(knobs)
-    peak = Step(planned, knobs).peak(text_batch(32), True)
+    peak = Step(planned, knobs, cuda=False).peak(text_batch(32), True)
     state = peak.trained + peak.gradients + peak.optimizer
     assert state == 16 * sum(planned["parameters"].values()) and not peak.weights
+
+
+@pytest.mark.parametrize("size, taken", [(1, 512), (512, 512), (513, 1024), (43 * MIB, 44 * MIB), (44 * MIB, 44 * MIB),
+                                         (45 * MIB - 512, 45 * MIB - 512), (45 * MIB + 512, 46 * MIB), (9 * MIB + 3, 9 * MIB + 512)])
+def test_cudas_allocator_hands_out_somewhat_more(size, taken):
+    assert hollow.taken_on_cuda(size) == taken
 
 
 # ---- cheap ----

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import attention, fast, gpu, quant
+from lib.hollow import taken_on_cuda
 from tests.test_families import NAMES, find
 from tests.test_packing import REFUSED, gradients, packed_batch, rows_of
 
@@ -42,6 +43,28 @@ def test_one_kernel_for_all_lengths_is_attention_of_each(causal, width):
     for a, b in zip(torch.autograd.grad(found, (query, key, value), slopes.bfloat16()),
                     torch.autograd.grad(wanted, (query, key, value), slopes)):
         assert_near(a, b)
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_attention_under_a_mask_keeps_no_scores(width):
+    torch.manual_seed(0)
+    query = torch.randn(1, 8, 1024, width, **HALF, requires_grad=True)
+    key, value = (torch.randn(1, 2, 1024, width, **HALF, requires_grad=True) for _ in range(2))
+    mask = torch.rand(1, 1, 1024, 1024, device="cuda") > 0.5
+    before = torch.cuda.memory_allocated()
+    found = attention.squares(query, key, value, mask, 0.1)
+    kept = torch.cuda.memory_allocated() - before
+    assert kept < 8 * 1024 * 1024 * 2                                 # the scores in bf16
+    whole = (x.float().repeat_interleave(8 // x.shape[1], 1) for x in (query, key, value))
+    assert_near(found, F.scaled_dot_product_attention(*whole, attn_mask=mask, scale=0.1))
+
+
+@pytest.mark.parametrize("mib", [0.3, 1, 7, 10.2, 11, 43, 44.5, 45, 99.7])
+def test_the_allocator_hands_out_what_a_forecast_counts(mib):
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    tensor = torch.empty(int(mib * 2**20), dtype=torch.uint8, device="cuda")
+    assert torch.cuda.memory_allocated() - before == taken_on_cuda(tensor.nbytes)
 
 
 @pytest.mark.parametrize("name", NAMES)
