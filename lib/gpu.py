@@ -1,7 +1,8 @@
 """gpu: frozen layers of which a GPU has better kernels than those that the libraries call.
 
-torch's one fused kernel stands in for the dozen that an RMSNorm is, and layers whose rows begin at odd
-places, for which only slow kernels are left, are filled up with zeros; inside lib/fast.py's `paths` only.
+torch's one fused kernel stands in for the dozen that an RMSNorm is, a LayerNorm keeps its input's type, which
+autocast would widen, and layers whose rows begin at odd places, for which only slow kernels are left, are
+filled up with zeros; inside lib/fast.py's `paths` only.
 """
 import copy
 import inspect
@@ -17,6 +18,8 @@ def forward_of(module):
     """The fast forward of a frozen layer, or None."""
     if (one := norm_kind(module)) is not None:
         return partial(norm_forward, module, one)
+    if type(module) is torch.nn.LayerNorm and not any(p.requires_grad for p in module.parameters()):
+        return partial(layer_norm_forward, module)
     if is_odd(module):
         return partial(odd_forward, *filled_up(module), module.out_features)
     return None
@@ -47,11 +50,19 @@ def epsilon_of(norm) -> float | None:
 
 def norm_forward(module, one: int, x: torch.Tensor) -> torch.Tensor:
     """The norm's output [..., D], in x's type."""
+    shape, weight, eps = x.shape[-1:], module.weight.to(x.dtype), epsilon_of(module)
     with torch.autocast(x.device.type, enabled=False):
-        if one:                           # in float32: 1 + weight has more digits than bf16
-            weight = 1 + module.weight.float()
-            return F.rms_norm(x.float(), weight.shape, weight, epsilon_of(module)).to(x.dtype)
-        return F.rms_norm(x, x.shape[-1:], module.weight.to(x.dtype), epsilon_of(module))
+        if one:                           # 1 + weight has more digits than bf16: it is formed within a kernel
+            out = F.rms_norm(x, shape, None, eps)
+            return torch.addcmul(out, out, weight)
+        return F.rms_norm(x, shape, weight, eps)
+
+
+def layer_norm_forward(module, x: torch.Tensor) -> torch.Tensor:
+    """The norm's output [..., D], in x's type; what a kernel computes within is float32."""
+    own = (None if p is None else p.to(x.dtype) for p in (module.weight, module.bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x, module.normalized_shape, *own, module.eps)
 
 
 def is_odd(module) -> bool:

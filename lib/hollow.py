@@ -184,7 +184,7 @@ def taken_on_cuda(size: int) -> int:
 
 
 def cuda_kernels():
-    """A context in which attention holds what CUDA's memory-efficient kernel holds, and norms are CUDA's.
+    """A context in which attention holds what CUDA's one kernel for it holds, and norms are CUDA's.
 
     They replace torch.nn.functional's, as no mode of torch's holds in layers that the backward runs again.
     """
@@ -213,21 +213,18 @@ def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False,
     """Attention's output [B, H, T, D]; of the scores, only a sum for each row is kept."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    if enable_gqa:
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
-    if attn_mask is not None:
-        return Masked.apply(query.contiguous(), key, value, attn_mask.to(query.dtype))
-    return aten._scaled_dot_product_efficient_attention(
-        query, key, value, None, True, dropout_p, is_causal, scale=scale)[0]
+    return Attention.apply(query, key, value, None if attn_mask is None else attn_mask.to(query.dtype))
 
 
-class Masked(torch.autograd.Function):
-    """Attention under a mask as a Hopper has it, by cuDNN: its output, which is kept, lies as the query does."""
+class Attention(torch.autograd.Function):
+    """Attention in one kernel, cuDNN's on a Hopper: its output, which it keeps, lies as the query does."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
-        out = query.new_empty(*query.shape[:-1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, mask, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        alike = value.shape[-1] == query.shape[-1]
+        out = torch.empty_like(query) if alike else query.new_empty(*query.shape[:-1], value.shape[-1])
+        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(query, key, value, mask, out, sums)
         return out
 
     @staticmethod
@@ -241,12 +238,11 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shape, weight, eps):
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return x + weight
+        return torch.empty_like(x)
 
     @staticmethod
     def backward(ctx, grad):
-        x, weight, _ = ctx.saved_tensors
-        return grad + x, None, None, None
+        return torch.empty_like(ctx.saved_tensors[0]), None, None, None
 
 
 class FewBits(torch.autograd.Function):

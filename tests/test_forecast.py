@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from bench.forecast import measure
 from lib import devices, fit, hollow, parallel, plan, stage
-from lib.forecast import Step
+from lib.forecast import WORKSPACES, Step
 from lib.sampler import Batcher
 from tests.runner import Run
 from tests.test_families import find
@@ -85,6 +85,16 @@ def test_full_fine_tuning_holds_sixteen_bytes_for_each_parameter(tmp_path):
     peak = Step(planned, knobs, cuda=False).peak(text_batch(32), True)
     state = peak.trained + peak.gradients + peak.optimizer
     assert state == 16 * sum(planned["parameters"].values()) and not peak.weights
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava", "qwen2_5_vl", "mllama", "llama4", "mistral4"])
+def test_what_a_gpus_kernels_hold_is_less_than_what_a_cpus_do(name, tmp_path_factory):
+    subject = find(name, tmp_path_factory)
+    knobs = knobs_for(subject.folder, bf16=True)
+    planned = plan.make_plan(knobs)
+    batch = subject.batch(subject.rows((1, "What is it? " * 12, "a red fox " * 12)))
+    activations = [Step(planned, knobs, cuda).peak(batch, False).activations for cuda in (True, False)]
+    assert 0 < activations[0] - WORKSPACES < activations[1]
 
 
 @pytest.mark.parametrize("size, taken", [(1, 512), (512, 512), (513, 1024), (43 * MIB, 44 * MIB), (44 * MIB, 44 * MIB),
