@@ -110,12 +110,11 @@ def squares(query, key, value, mask, scaling: float) -> torch.Tensor:
     """Attention's output [B, H, T, D]; mask [B, 1, T, T] is bool, or added to the scores, or None."""
     batch, heads, tokens, width = query.shape
     groups = key.shape[1]
-    if query.device.type != "cpu" and mask is not None:             # with one, few kernels know groups
-        key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
-        groups = heads
     if query.device.type != "cpu" or tokens > SHORT:
+        if mask is not None:              # under one, few kernels know groups
+            key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
-                                              enable_gqa=groups != heads)
+                                              enable_gqa=key.shape[1] != heads)
     # Products of matrices that lie in memory as they are read: on transposed views sdpa would be faster.
     query = (query * scaling).reshape(batch * groups, heads // groups * tokens, width)
     key, value = (x.reshape(batch * groups, tokens, x.shape[-1]) for x in (key, value))

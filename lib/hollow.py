@@ -238,7 +238,7 @@ class Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, shape, weight, eps):
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
+        return x.new_empty(x.shape)
 
     @staticmethod
     def backward(ctx, grad):
