@@ -172,8 +172,8 @@ def at_most(tensors: list[torch.Tensor]) -> int:
 def taken_on_cuda(size: int) -> int:
     """The bytes that CUDA's allocator takes for a tensor of so many.
 
-    It hands out multiples of 512 bytes. Above 10 MiB it asks the device for whole multiples of 2 MiB, and cuts
-    off what is left over only where that is more than 1 MiB.
+    It hands out multiples of 512 bytes. From 10 MiB on it asks the device for whole multiples of 2 MiB, and
+    cuts off what is left over only where that is more than 1 MiB.
 
     Source: https://github.com/pytorch/pytorch/blob/v2.11.0/c10/cuda/CUDACachingAllocator.cpp
     """
