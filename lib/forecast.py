@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib import adapter, attention, fast, hollow, loss, model, parallel, plan, quant, saved
+from lib import adapted, adapter, attention, fast, hollow, loss, model, on_cuda, parallel, plan, quant, saved
 from lib.roles import Roles
 
 FLOAT32 = 4                               # bytes
@@ -63,7 +63,7 @@ class Step:
             for parameter in model.trained_parameters(net).values():
                 parameter.data = parameter.data.float()
         pack(few_bits)
-        self.net, self.count = net.train(), hollow.Hollow(hollow.taken_on_cuda if cuda else int)
+        self.net, self.count = net.train(), hollow.Hollow(on_cuda.taken_on_cuda if cuda else int)
         self.count.fill(net)
         self.trained = model.trained_parameters(net)
         moments = sum(moments_bytes(p.numel(), knobs.optimizer) for p in self.trained.values())
@@ -138,11 +138,11 @@ class Step:
         and lib/loss.py choose there, and peft's, which asks for CUDA's autocast by its flag alone.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(hollow.replaced(fast, dequantised=unpacked))
+            stack.enter_context(on_cuda.replaced(adapted, dequantised=unpacked))
             if self.cuda:
-                stack.enter_context(hollow.cuda_kernels())
-                stack.enter_context(hollow.replaced(attention, flash_is_on=lambda device: True, SHORT=0))
-                stack.enter_context(hollow.replaced(loss, CHUNK_LOGITS={}))
+                stack.enter_context(on_cuda.cuda_kernels())
+                stack.enter_context(on_cuda.replaced(attention, flash_is_on=lambda device: True, SHORT=0))
+                stack.enter_context(on_cuda.replaced(loss, CHUNK_LOGITS={}))
                 stack.callback(torch.set_autocast_enabled, "cuda", False)
                 torch.set_autocast_enabled("cuda", self.half is not None)
             yield
@@ -200,7 +200,7 @@ def packed_forward(layer, shape: tuple[int, int], x: torch.Tensor) -> torch.Tens
     """A quantised layer's output [..., out]."""
     four = hasattr(layer, "compute_dtype")
     wide = (layer.compute_dtype if four else None) or x.dtype
-    out = hollow.FewBits.apply(x.to(wide), layer.weight, shape, not four)
+    out = on_cuda.FewBits.apply(x.to(wide), layer.weight, shape, not four)
     return (out if layer.bias is None else out + layer.bias.to(wide)).to(x.dtype)
 
 

@@ -2,19 +2,14 @@
 
 `Count` adds up the storages that are alive, of real tensors as well. Inside a `Hollow`, which is one, floats
 are torch's fake tensors and cost nothing; whole numbers (ids, masks, grids), by whose values models choose
-shapes, stay real. So models run as they are. Inside `cuda_kernels` they hold what CUDA's kernels would.
-
-Fork me to: count another device's kernels (`cuda_kernels`).
+shapes, stay real. So models run as they are. What CUDA would hold of them is lib/on_cuda.py's.
 """
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -165,99 +160,3 @@ def at_most(tensors: list[torch.Tensor]) -> int:
         return math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
     except RuntimeError:
         return max(tensor.numel() for tensor in tensors)
-
-
-# ---- CUDA ----
-
-def taken_on_cuda(size: int) -> int:
-    """The bytes that CUDA's allocator takes for a tensor of so many.
-
-    It hands out multiples of 512 bytes. From 10 MiB on it asks the device for whole multiples of 2 MiB, and
-    cuts off what is left over only where that is more than 1 MiB.
-
-    Source: https://github.com/pytorch/pytorch/blob/v2.11.0/c10/cuda/CUDACachingAllocator.cpp
-    """
-    size = -(-size // 512) * 512
-    whole = -(-size // 2**21) * 2**21
-    return whole if size >= 10 * 2**20 and whole - size <= 2**20 else size
-
-
-
-def cuda_kernels():
-    """A context in which attention holds what CUDA's one kernel for it holds, and norms are CUDA's.
-
-    They replace torch.nn.functional's, as no mode of torch's holds in layers that the backward runs again.
-    """
-    new = {name: partial(in_float32, getattr(F, name)) for name in ("layer_norm", "group_norm", "softmax")}
-    return replaced(F, scaled_dot_product_attention=attention, rms_norm=Norm.apply, **new)
-
-
-@contextmanager
-def replaced(module, **new) -> Iterator[None]:
-    """Inside, names of a module mean something else."""
-    own = {name: vars(module)[name] for name in new}
-    vars(module).update(new)
-    try:
-        yield
-    finally:
-        vars(module).update(own)
-
-
-def in_float32(function, tensor: torch.Tensor, *words, **options) -> torch.Tensor:
-    """A function's result as CUDA's autocast has it, under autocast."""
-    return function(tensor.float() if torch.is_autocast_enabled("cpu") else tensor, *words, **options)
-
-
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
-              enable_gqa=False) -> torch.Tensor:
-    """Attention's output [B, H, T, D]; of the scores, only a sum for each row is kept."""
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
-    return Attention.apply(query, key, value, None if attn_mask is None else attn_mask.to(query.dtype))
-
-
-class Attention(torch.autograd.Function):
-    """Attention in one kernel, cuDNN's on a Hopper: its output, which it keeps, lies as the query does."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, mask):
-        alike = value.shape[-1] == query.shape[-1]
-        out = torch.empty_like(query) if alike else query.new_empty(*query.shape[:-1], value.shape[-1])
-        sums = query.new_empty(query.shape[:-1], dtype=torch.float32)
-        ctx.save_for_backward(query, key, value, mask, out, sums)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return *map(torch.empty_like, ctx.saved_tensors[:3]), None
-
-
-class Norm(torch.autograd.Function):
-    """An RMSNorm in one kernel: it keeps its input, and a float for each row."""
-
-    @staticmethod
-    def forward(ctx, x, shape, weight, eps):
-        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return x.new_empty(x.shape)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return torch.empty_like(ctx.saved_tensors[0]), None, None, None
-
-
-class FewBits(torch.autograd.Function):
-    """x W^T as bitsandbytes computes it: W exists in full while it is used, forward and backward.
-
-    keeps_input: with 8 bits, it keeps x where checkpointing doesn't find it, as long as the loss is there.
-    """
-
-    @staticmethod
-    def forward(ctx, x, packed, shape, keeps_input):
-        ctx.save_for_backward(packed)
-        ctx.shape, ctx.kept = shape, x if keeps_input else None
-        return x @ packed.new_empty(shape, dtype=x.dtype).T
-
-    @staticmethod
-    def backward(ctx, grad):
-        (packed,) = ctx.saved_tensors
-        return grad @ packed.new_empty(ctx.shape, dtype=grad.dtype), None, None, None

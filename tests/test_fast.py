@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import attention, fast, gpu
+from lib import adapted, attention, fast, gpu
 from lib.roles import Roles
 from tests.test_families import NAMES, find
 from tests.test_packing import REFUSED, gradients, packed_batch, rows_of
@@ -42,7 +42,7 @@ def test_both_fast_paths_are_taken_and_left_again(tmp_path_factory, tmp_path, mo
     subject = find("qwen2_5_vl", tmp_path_factory)
     net, _ = subject.adapter(tmp_path)
     batch, called = packed_batch(subject, net, rows_of(subject)), []
-    for place, name in ((attention, "squares"), (fast, "adapted_forward"), (fast, "gated_forward")):
+    for place, name in ((attention, "squares"), (adapted, "adapted_forward"), (adapted, "gated_forward")):
         own = getattr(place, name)
         monkeypatch.setattr(place, name, lambda *words, own=own, name=name: (called.append(name), own(*words))[1])
     with fast.paths(net, subject.roles):
@@ -76,13 +76,13 @@ def test_an_adapted_layer_has_the_gradients_of_its_formula():
     torch.manual_seed(0)
     x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5, 6), (3, 6), (4, 3)))
     base = torch.nn.Linear(6, 4, dtype=torch.float64).requires_grad_(False)
-    assert torch.autograd.gradcheck(lambda x, a, b: fast.adapted_forward(fast.Cast(a, b, 0.7), base, x), (x, a, b))
+    assert torch.autograd.gradcheck(lambda x, a, b: adapted.adapted_forward(adapted.Cast(a, b, 0.7), base, x), (x, a, b))
 
 
 def test_an_mlp_with_a_gate_has_its_gradients_and_keeps_neither_product_nor_activation(tmp_path_factory, tmp_path):
     subject = find("llama_text", tmp_path_factory)
     net, _ = subject.adapter(tmp_path)
-    (mlp, *_) = (module for module in net.modules() if fast.is_gated(module))
+    (mlp, *_) = (module for module in net.modules() if adapted.is_gated(module))
     x, kept, wide = torch.randn(2, 5, 64, requires_grad=True), [], mlp.up_proj.out_features
     parameters = [x, *(p for p in mlp.parameters() if p.requires_grad)]
     wanted = mlp(x)
@@ -98,13 +98,13 @@ def test_an_mlp_with_a_gate_has_its_gradients_and_keeps_neither_product_nor_acti
 
 def test_an_mlp_that_computes_something_else_is_left_to_its_class(tmp_path_factory, tmp_path):
     net, _ = find("gemma3n", tmp_path_factory).adapter(tmp_path)
-    named = {name: fast.is_gated(module) for name, module in net.named_modules() if name.endswith("mlp")}
+    named = {name: adapted.is_gated(module) for name, module in net.named_modules() if name.endswith("mlp")}
     assert sorted(named.values()) == [False, True, True, True]        # the first layer's gate keeps its largest only
 
 
 def test_an_adapter_is_cast_once_for_each_update():
     a, b = (torch.nn.Parameter(torch.randn(*shape)) for shape in ((3, 6), (4, 3)))
-    cast = fast.Cast(a, b, 0.5)
+    cast = adapted.Cast(a, b, 0.5)
     first = cast(torch.bfloat16)
     assert cast(torch.bfloat16)[0] is first[0] and torch.equal(first[1], (b * 0.5).bfloat16())
     a.grad, b.grad = torch.ones_like(a), torch.ones_like(b)
@@ -125,7 +125,7 @@ def test_an_adapted_layer_in_4_bits_is_pefts(options):
     net.add_module("layer", base.to("cpu"))
     net.is_loaded_in_4bit = True
     net = get_peft_model(net, LoraConfig(target_modules=["layer"], r=4, init_lora_weights=False))
-    (layer,) = (module for module in net.modules() if fast.is_plain_lora(module))
+    (layer,) = (module for module in net.modules() if adapted.is_plain_lora(module))
     x = torch.randn(3, 5, 64, dtype=torch.bfloat16, requires_grad=True)
     trained = [p for p in net.parameters() if p.requires_grad]
     with torch.autocast("cpu", torch.bfloat16):
@@ -141,7 +141,7 @@ def test_layers_with_dropout_or_a_variant_are_left_to_peft(tmp_path_factory, tmp
     for number, knobs in enumerate(({"lora_dropout": 0.1}, {"peft_use_dora": True})):
         (tmp_path / str(number)).mkdir()
         net, _ = subject.adapter(tmp_path / str(number), **knobs)
-        assert not any(fast.is_plain_lora(module) for module in net.modules())
+        assert not any(adapted.is_plain_lora(module) for module in net.modules())
 
 
 def test_a_gpus_norms_are_the_families_own(subject, tmp_path):

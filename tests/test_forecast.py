@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from bench.forecast import measure
-from lib import devices, fit, hollow, parallel, plan, stage
+from lib import devices, fit, on_cuda, parallel, plan, stage
 from lib.forecast import WORKSPACES, Step
 from lib.sampler import Batcher
 from tests.runner import Run
@@ -100,7 +100,7 @@ def test_what_a_gpus_kernels_hold_is_less_than_what_a_cpus_do(name, tmp_path_fac
 @pytest.mark.parametrize("size, taken", [(1, 512), (512, 512), (513, 1024), (43 * MIB, 44 * MIB), (44 * MIB, 44 * MIB),
                                          (45 * MIB - 512, 45 * MIB - 512), (45 * MIB + 512, 46 * MIB), (9 * MIB + 3, 9 * MIB + 512)])
 def test_cudas_allocator_hands_out_somewhat_more(size, taken):
-    assert hollow.taken_on_cuda(size) == taken
+    assert on_cuda.taken_on_cuda(size) == taken
 
 
 # ---- cheap ----

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from lib import attention, fast, gpu, quant
-from lib.hollow import taken_on_cuda
+from lib.on_cuda import taken_on_cuda
 from tests.test_families import NAMES, find
 from tests.test_packing import REFUSED, gradients, packed_batch, rows_of
 
