@@ -23,8 +23,9 @@ def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
     """Inside, the model takes the fast paths: a GPU's where it is on one, or where a forecast says so."""
     language = {module for name, module in model.named_modules() if roles.of(base_name(name)) == "language"}
     cuda = next(model.parameters()).is_cuda if cuda is None else cuda
-    own = {module: forward for module in model.modules() if (forward := forward_of(module, cuda))}
-    for module, forward in own.items():
+    fast = {module: forward for module in model.modules() if (forward := forward_of(module, cuda))}
+    own = {module: vars(module)["forward"] for module in fast if "forward" in vars(module)}  # accelerate's
+    for module, forward in fast.items():
         module.forward = forward
     watch = register_optimizer_step_post_hook(lambda *_: adapted.Cast.forget())
     try:
@@ -32,8 +33,10 @@ def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
             yield
     finally:
         watch.remove()
-        for module in own:
+        for module in fast:
             del module.forward
+        for module, forward in own.items():
+            module.forward = forward
 
 
 def forward_of(module, cuda: bool):

@@ -64,8 +64,10 @@ def test_a_model_with_accelerates_hooks_has_the_same_loss_and_gradients_under_th
     wanted = gradients(net, batches)
     dispatch_model(net.get_base_model(), {"": "cpu"}, main_device="cpu", force_hooks=True)
     assert hasattr(net.get_output_embeddings(), "_hf_hook")
+    hooked = {name for name, module in net.named_modules() if "forward" in vars(module)}
     with fast.paths(net, subject.roles):
         assert_same(gradients(net, batches), wanted)
+    assert hooked == {name for name, module in net.named_modules() if "forward" in vars(module)}
 
 
 def test_a_shared_out_model_with_a_part_on_no_gpu_is_refused():
