@@ -37,6 +37,7 @@ from lib.metrics import Log
 from lib.registry import family_of
 from lib.roles import Roles
 from lib.sampler import Order, Row, Samples, in_turn, loader, to_device
+from lib.store import keep_features
 from lib.trackers import trackers_of
 
 
@@ -183,18 +184,6 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
                          f"(forecast {peak:.2f} GiB, room for {free:.2f} GiB)")
         return share, peak
     return tuple(world.agree(decide))
-
-
-def keep_features(run: Run) -> None:
-    """Compute what the frozen tower makes of every picture; from here on, the samples come with it."""
-    trained = {run.roles.of(model.base_name(name)) for name in run.parameters}
-    if moving := trained & {"vision", "projector"}:
-        run.world.stop(f"cache_vision_features: {' and '.join(sorted(moving))} would train, so that the "
-                       "features change", "cache_vision_features: false, or train other roles only")
-    plan = read_json(run.work.input("03_load_model") / "model.json")
-    store = features.Store.of(run.work.run, plan, run.work.input("02_data") / "processor")
-    features.keep(store, run.model, [run.samples, run.held_out], run.world, run.autocast)
-    run.samples.store = run.held_out.store = store
 
 
 def go_on(state: dict, per_rank: int, world: parallel.World) -> tuple[int, int]:

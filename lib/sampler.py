@@ -19,6 +19,7 @@ from lib.chat import IGNORE_INDEX, Encoder
 from lib.collator import collate
 from lib.loss import supervised_positions
 from lib.stage import StageError
+from lib.store import Store
 
 Row = tuple[int, ...]
 AHEAD_BYTES = 2**31                       # of batches that wait for the model, over all workers
@@ -139,7 +140,7 @@ class Samples(Dataset):
     encoder: Encoder
     positions: packing.Positions | None = None
     masks: packing.BlockMasks | None = None
-    store: features.Store | None = None
+    store: Store | None = None
     even: bool = False
     ids: list[str] = field(init=False)
     input_tokens: list[int] = field(init=False)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib import checkpoint, code, features, folder, ledger, metrics, stage
+from lib import checkpoint, code, folder, ledger, metrics, stage, store
 from tests.crash import Recorder, State
 
 RUN = Path("runs/demo")
@@ -158,7 +158,7 @@ def test_a_training_that_ends_is_finished_or_goes_on_from_its_checkpoint(kit, mo
 def test_a_file_of_kept_features_is_whole_or_not_there(tmp_path, monkeypatch):
     with Recorder(tmp_path) as recorder:
         for name in ("one", "two"):
-            features.write({"pooler_output": torch.arange(4.0)}, tmp_path / f"{name}.safetensors")
+            store.write({"pooler_output": torch.arange(4.0)}, tmp_path / f"{name}.safetensors")
     for _ in each_state(recorder, monkeypatch, at_least=20):
         for path in tmp_path.glob("*.safetensors"):
             assert load_file(path)["pooler_output"].tolist() == [0, 1, 2, 3]
