@@ -12,7 +12,7 @@ Stops:  after Ctrl-C or SIGTERM with a checkpoint of the step, and exit code 130
 Source: loss on generated text only, normalised over the whole optimizer step; gradient checkpointing
         (arXiv 1604.06174).
 Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the schedule (lib/optim.py), the order
-        of samples (lib/sampler.py).
+        of samples (lib/order.py).
 """
 import contextlib
 import gc
@@ -34,9 +34,10 @@ from lib.golden import golden_answers, write_golden
 from lib.ledger import read_json, write_json
 from lib.loss import forward_loss
 from lib.metrics import Log
+from lib.order import Order, Row, in_turn
 from lib.registry import family_of
 from lib.roles import Roles
-from lib.sampler import Order, Row, Samples, in_turn, loader, to_device
+from lib.sampler import Samples, loader, to_device
 from lib.store import keep_features
 from lib.trackers import trackers_of
 

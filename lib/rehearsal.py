@@ -11,7 +11,8 @@ import torch
 
 from lib import devices, optim, packing, terminal
 from lib.collator import PER_TOKEN, collate
-from lib.sampler import Row, in_turn, loader, to_device
+from lib.order import Row, in_turn
+from lib.sampler import loader, to_device
 
 RATE = {"adapter": 2e-3, "model": 1e-4}   # at least, so that 30 steps suffice where the recipe is cautious
 STEPS, ENOUGH = 30, 0.1                   # loss per token
