@@ -142,21 +142,22 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     watch = optim.GradientWatch(role_of, kinds_in_data=set().union(*samples.media))
     # The optimizer, the checkpoint to go on from, and the order of the samples, which it fixes.
     optimizer = optim.make_optimizer(parameters, role_of, config)
-    scaler = optim.Scaler(plan["dtype"], world.device)
-    first_step, per_rank = 0, config.micro_batch_size * config.gradient_accumulation_steps
-    global_batch_size = per_rank * world.world_size
+    per_rank = config.micro_batch_size * config.gradient_accumulation_steps
+    state = {"step": 0, "global_batch_size": per_rank * world.world_size, "scaler": None}
     if work.checkpoint:
-        state = checkpoint.read_state(work.checkpoint)
-        first_step, global_batch_size = go_on(state, per_rank, world)
+        state = checkpoint.read_state(work.checkpoint)     # other ranks than then share its steps otherwise
+        if per_rank != state["per_rank"]:
+            world.stop(f"micro_batch_size x gradient_accumulation_steps is {per_rank}; the checkpoint was "
+                       f"made with {state['per_rank']}", "change them back, or start over with --force")
         checkpoint.load(work.checkpoint, parameters, optimizer)
-        scaler = optim.Scaler(plan["dtype"], world.device, state["scaler"])
         for group, numbers in zip(optimizer.param_groups, state["groups"]):
             group.update(numbers)
+    scaler = optim.Scaler(plan["dtype"], world.device, state["scaler"])
     room = config.sequence_len if config.sample_packing else None
-    order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length,
+    order = Order(samples.input_tokens, state["global_batch_size"], config.seed, room, config.group_by_length,
                   samples.kinds)
     return Run(work, world, net, roles, parameters, role_of, watch, optimizer, autocast, samples, held_out,
-               order, first_step, order.total_steps(config.num_epochs, config.max_steps),
+               order, state["step"], order.total_steps(config.num_epochs, config.max_steps),
                hooks.loss_of(config), scaler, forecast_gib)
 
 
@@ -185,14 +186,6 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
                          f"(forecast {peak:.2f} GiB, room for {free:.2f} GiB)")
         return share, peak
     return tuple(world.agree(decide))
-
-
-def go_on(state: dict, per_rank: int, world: parallel.World) -> tuple[int, int]:
-    """(step, samples a step) of a checkpoint: other ranks share them otherwise, another recipe is refused."""
-    if per_rank != state["per_rank"]:
-        world.stop(f"micro_batch_size x gradient_accumulation_steps is {per_rank}; the checkpoint was made "
-                   f"with {state['per_rank']}", "change them back, or start over with --force")
-    return state["step"], state["global_batch_size"]
 
 
 # ---- the loop ----
