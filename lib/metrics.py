@@ -142,10 +142,7 @@ def lines_up_to(path: Path, last_step: int) -> list[bytes]:
 
 def cut_back(path: Path, last_step: int) -> None:
     """The file holds the lines up to a step, at every moment."""
-    half = path.with_name(f".{path.name}.half")
-    half.write_bytes(b"".join(lines_up_to(path, last_step)))
-    ledger.sync(half)
-    half.replace(path)
+    ledger.write_whole(path, b"".join(lines_up_to(path, last_step)).decode())
 
 
 def read_lines(path: Path) -> list[dict]:
