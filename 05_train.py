@@ -14,7 +14,6 @@ Source: loss on generated text only, normalised over the whole optimizer step; g
 Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the schedule (lib/optim.py), the order
         of samples (lib/order.py).
 """
-import contextlib
 import gc
 import math
 import time
@@ -132,8 +131,8 @@ def load(work: stage.Work, world: parallel.World) -> Run:
                                         offload=config.gradient_checkpointing == "offload")
     if shards:
         sharding.shard(net, roles, world)
-    half = None if plan["dtype"] == "float32" else getattr(torch, plan["dtype"])
-    autocast = partial(torch.autocast, world.device.type, half) if half else contextlib.nullcontext
+    autocast = partial(torch.autocast, world.device.type, getattr(torch, plan["dtype"]),
+                       enabled=plan["dtype"] != "float32")
     # The samples.
     encoder = Encoder.load(data / "processor", config.trust_remote_code)
     packed = packing.needs(net, family_of(plan["model_type"])) if config.sample_packing else {}

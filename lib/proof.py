@@ -34,10 +34,10 @@ def main(task_path: str, result_path: str) -> None:
 
 def prove(task: dict, processor, golden: list[dict]) -> dict:
     """{exports, answers} of the exported adapter or model, and the base's own answers."""
-    from peft import get_peft_model_state_dict
     model = load(task, task["base_model"], task["revision"])
     before = [answer(model, processor, row, task) for row in task["rows"]]
     if task["adapter"]:
+        from peft import get_peft_model_state_dict
         model = with_adapter(model, task)
         weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     else:
