@@ -25,7 +25,10 @@ ROUNDS = {"BF16": torch.finfo(torch.bfloat16).eps, "F16": torch.finfo(torch.floa
 def main(task_path: str, result_path: str) -> None:
     """Write {processor, exports, answers}: what differs from training, and the answers of base and tuned."""
     task = json.loads(Path(task_path).read_text(encoding="utf-8"))
-    processor, golden = load_processor(task), golden_rows(task["golden"])
+    processor = transformers.AutoProcessor.from_pretrained(
+        task["export"], trust_remote_code=task["trust_remote_code"])
+    getattr(processor, "tokenizer", processor).padding_side = "right"            # as in training
+    golden = golden_rows(task["golden"])
     result = {"processor": processor_difference(processor, task, golden)} | prove(task, processor, golden)
     if task["merged"]:
         result["exports"]["merged"] = prove_merged(task, golden)
@@ -69,14 +72,6 @@ def prove_merged(task: dict, golden: list[dict]) -> dict:
 
 
 # ---- loading ----
-
-def load_processor(task: dict):
-    """The export's processor, padding on the right as in training."""
-    processor = transformers.AutoProcessor.from_pretrained(
-        task["export"], trust_remote_code=task["trust_remote_code"])
-    getattr(processor, "tokenizer", processor).padding_side = "right"
-    return processor
-
 
 def load(task: dict, path: str, revision: str | None = None):
     """The model in `path` by its own class, in eval mode; a tensor that the file lacks is an error."""
