@@ -194,7 +194,7 @@ def train(run: Run) -> Log:
     config, per_epoch, total = run.work.config, run.order.steps_per_epoch, run.total_steps
     tell = trackers_of(config, run.work.run) if run.world.is_leader else []
     log = Log(run.work.path, run.world, per_epoch, run.first_step, tell)
-    run.skipped = log.skipped_steps()
+    run.skipped = sum("skipped" in row for row in log.notable)
     batches, held_out = micro_batches(run), held_out_batches(run)
     progress = terminal.Progress("training", total, done=run.first_step)
     saves = checkpoint.Writer(run.work.path, config.save_total_limit)
@@ -301,11 +301,10 @@ def held_out_batches(run: Run) -> Callable[[], Iterable[tuple[str, dict]]]:
 
 def due(step: int, steps_per_epoch: int, per_epoch: int, total: int, every: int | None = None) -> bool:
     """Whether what happens `per_epoch` times an epoch, or `every` so many steps, happens after this step."""
-    if per_epoch == 0 and every is None:
-        return False
-    if step == total or every is not None:
+    if every is not None:
         return step == total or step % every == 0
-    return step * per_epoch // steps_per_epoch > (step - 1) * per_epoch // steps_per_epoch
+    passed, before = (number * per_epoch // steps_per_epoch for number in (step, step - 1))
+    return per_epoch > 0 and (step == total or passed > before)
 
 
 def evaluate(run: Run, batches: Callable[[], Iterable[tuple[str, dict]]], log: Log, step: int) -> None:

@@ -88,10 +88,6 @@ class Log:
         took = ", ".join(f"{terminal.duration(value)} for {what}" for what, value in seconds.items())
         terminal.say(f"step {step}: {figures} ({took})")
 
-    def skipped_steps(self) -> int:
-        """How many steps were skipped so far, as their loss or gradient was not finite."""
-        return sum("skipped" in row for row in self.notable)
-
     def best(self, knobs) -> dict | None:
         """The first evaluation with the best metric so far; the one before training doesn't count."""
         metric, sign = knobs.metric_for_best_model, 1 if knobs.greater_is_better else -1

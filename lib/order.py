@@ -47,10 +47,6 @@ class Order:
         start = place * self.global_batch_size
         return epoch(self, number)[start:start + self.global_batch_size]
 
-    def full(self) -> float:
-        """The share of the rows' room that samples fill."""
-        return sum(self.lengths) / (len(epoch(self, 0)) * self.room)
-
 
 @functools.lru_cache(maxsize=4)           # workers run ahead into the next epoch
 def epoch(order: Order, number: int) -> list[Row]:
