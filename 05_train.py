@@ -12,9 +12,8 @@ Stops:  after Ctrl-C or SIGTERM with a checkpoint of the step, and exit code 130
 Source: loss on generated text only, normalised over the whole optimizer step; gradient checkpointing
         (arXiv 1604.06174).
 Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the schedule (lib/optim.py), the order
-        of samples (lib/sampler.py).
+        of samples (lib/order.py).
 """
-import contextlib
 import gc
 import math
 import time
@@ -34,9 +33,11 @@ from lib.golden import golden_answers, write_golden
 from lib.ledger import read_json, write_json
 from lib.loss import forward_loss
 from lib.metrics import Log
+from lib.order import Order, Row, in_turn
 from lib.registry import family_of
 from lib.roles import Roles
-from lib.sampler import Order, Row, Samples, in_turn, loader, to_device
+from lib.sampler import Samples, loader, to_device
+from lib.store import keep_features
 from lib.trackers import trackers_of
 
 
@@ -130,8 +131,8 @@ def load(work: stage.Work, world: parallel.World) -> Run:
                                         offload=config.gradient_checkpointing == "offload")
     if shards:
         sharding.shard(net, roles, world)
-    half = None if plan["dtype"] == "float32" else getattr(torch, plan["dtype"])
-    autocast = partial(torch.autocast, world.device.type, half) if half else contextlib.nullcontext
+    autocast = partial(torch.autocast, world.device.type, getattr(torch, plan["dtype"]),
+                       enabled=plan["dtype"] != "float32")
     # The samples.
     encoder = Encoder.load(data / "processor", config.trust_remote_code)
     packed = packing.needs(net, family_of(plan["model_type"])) if config.sample_packing else {}
@@ -140,21 +141,22 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     watch = optim.GradientWatch(role_of, kinds_in_data=set().union(*samples.media))
     # The optimizer, the checkpoint to go on from, and the order of the samples, which it fixes.
     optimizer = optim.make_optimizer(parameters, role_of, config)
-    scaler = optim.Scaler(plan["dtype"], world.device)
-    first_step, per_rank = 0, config.micro_batch_size * config.gradient_accumulation_steps
-    global_batch_size = per_rank * world.world_size
+    per_rank = config.micro_batch_size * config.gradient_accumulation_steps
+    state = {"step": 0, "global_batch_size": per_rank * world.world_size, "scaler": None}
     if work.checkpoint:
-        state = checkpoint.read_state(work.checkpoint)
-        first_step, global_batch_size = go_on(state, per_rank, world)
+        state = checkpoint.read_state(work.checkpoint)     # other ranks than then share its steps otherwise
+        if per_rank != state["per_rank"]:
+            world.stop(f"micro_batch_size x gradient_accumulation_steps is {per_rank}; the checkpoint was "
+                       f"made with {state['per_rank']}", "change them back, or start over with --force")
         checkpoint.load(work.checkpoint, parameters, optimizer)
-        scaler = optim.Scaler(plan["dtype"], world.device, state["scaler"])
         for group, numbers in zip(optimizer.param_groups, state["groups"]):
             group.update(numbers)
+    scaler = optim.Scaler(plan["dtype"], world.device, state["scaler"])
     room = config.sequence_len if config.sample_packing else None
-    order = Order(samples.input_tokens, global_batch_size, config.seed, room, config.group_by_length,
+    order = Order(samples.input_tokens, state["global_batch_size"], config.seed, room, config.group_by_length,
                   samples.kinds)
     return Run(work, world, net, roles, parameters, role_of, watch, optimizer, autocast, samples, held_out,
-               order, first_step, order.total_steps(config.num_epochs, config.max_steps),
+               order, state["step"], order.total_steps(config.num_epochs, config.max_steps),
                hooks.loss_of(config), scaler, forecast_gib)
 
 
@@ -185,26 +187,6 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
     return tuple(world.agree(decide))
 
 
-def keep_features(run: Run) -> None:
-    """Compute what the frozen tower makes of every picture; from here on, the samples come with it."""
-    trained = {run.roles.of(model.base_name(name)) for name in run.parameters}
-    if moving := trained & {"vision", "projector"}:
-        run.world.stop(f"cache_vision_features: {' and '.join(sorted(moving))} would train, so that the "
-                       "features change", "cache_vision_features: false, or train other roles only")
-    plan = read_json(run.work.input("03_load_model") / "model.json")
-    store = features.Store.of(run.work.run, plan, run.work.input("02_data") / "processor")
-    features.keep(store, run.model, [run.samples, run.held_out], run.world, run.autocast)
-    run.samples.store = run.held_out.store = store
-
-
-def go_on(state: dict, per_rank: int, world: parallel.World) -> tuple[int, int]:
-    """(step, samples a step) of a checkpoint: other ranks share them otherwise, another recipe is refused."""
-    if per_rank != state["per_rank"]:
-        world.stop(f"micro_batch_size x gradient_accumulation_steps is {per_rank}; the checkpoint was made "
-                   f"with {state['per_rank']}", "change them back, or start over with --force")
-    return state["step"], state["global_batch_size"]
-
-
 # ---- the loop ----
 
 def train(run: Run) -> Log:
@@ -212,7 +194,7 @@ def train(run: Run) -> Log:
     config, per_epoch, total = run.work.config, run.order.steps_per_epoch, run.total_steps
     tell = trackers_of(config, run.work.run) if run.world.is_leader else []
     log = Log(run.work.path, run.world, per_epoch, run.first_step, tell)
-    run.skipped = log.skipped_steps()
+    run.skipped = sum("skipped" in row for row in log.notable)
     batches, held_out = micro_batches(run), held_out_batches(run)
     progress = terminal.Progress("training", total, done=run.first_step)
     saves = checkpoint.Writer(run.work.path, config.save_total_limit)
@@ -319,11 +301,10 @@ def held_out_batches(run: Run) -> Callable[[], Iterable[tuple[str, dict]]]:
 
 def due(step: int, steps_per_epoch: int, per_epoch: int, total: int, every: int | None = None) -> bool:
     """Whether what happens `per_epoch` times an epoch, or `every` so many steps, happens after this step."""
-    if per_epoch == 0 and every is None:
-        return False
-    if step == total or every is not None:
+    if every is not None:
         return step == total or step % every == 0
-    return step * per_epoch // steps_per_epoch > (step - 1) * per_epoch // steps_per_epoch
+    passed, before = (number * per_epoch // steps_per_epoch for number in (step, step - 1))
+    return per_epoch > 0 and (step == total or passed > before)
 
 
 def evaluate(run: Run, batches: Callable[[], Iterable[tuple[str, dict]]], log: Log, step: int) -> None:

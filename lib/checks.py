@@ -53,17 +53,10 @@ def name_ends(names: str | list[str]) -> list[str]:
 
 
 def size(text: str) -> str:
-    """A size of files."""
-    bytes_of(text)
-    return text
-
-
-def bytes_of(text: str) -> int:
-    """A size such as 5GB or 500MB as a number of bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(MB|GB)", text)
-    if not found:
+    """A size of files, such as 5GB or 500MB."""
+    if not re.fullmatch(r"\d+(\.\d+)?\s*(MB|GB)", text):
         raise Wrong("is no size of files", "for example 5GB or 500MB")
-    return int(float(found[1]) * {"MB": 10**6, "GB": 10**9}[found[2]])
+    return text
 
 
 def bnb_arguments(given: dict) -> dict:

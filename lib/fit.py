@@ -14,9 +14,10 @@ from lib import packing, plan, terminal
 from lib.chat import Encoder
 from lib.forecast import Peak, Step
 from lib.ledger import read_json
+from lib.order import in_turn
 from lib.processor import first_line
 from lib.registry import family_of
-from lib.sampler import Batcher, Samples, in_turn
+from lib.sampler import Batcher, Samples
 from lib.stage import Knobs, StageError
 
 GIB = 2**30

@@ -67,11 +67,14 @@ def in_lines(rows: Iterable[dict]) -> str:
 
 def write_json(path: Path, content) -> None:
     """The file is on the disk and whole, or it is not there."""
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """The file is on the disk and holds the text, or it is as it was."""
     half = path.with_name(f".{path.name}.half")  # hidden: what a full disk leaves of it is nobody's output
-    with half.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
+    half.write_text(text, encoding="utf-8")
+    sync(half)
     half.replace(path)
     sync(path.parent)
 

@@ -16,7 +16,6 @@ from threading import Lock
 import torch
 
 from lib import model, quant, registry, shards, terminal
-from lib.checks import bytes_of
 from lib.plan import check_weight_files, on_meta, planned_config, quiet
 from lib.roles import base_name
 
@@ -41,7 +40,7 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
     folder.mkdir()
     files = {file: {name: sums.place(name) for name in held} for file, held in files.items()}
     if max_shard_size:
-        files = shards.cut({name: sums.place(name) for name in tensors}, bytes_of(max_shard_size))
+        files = shards.cut({name: sums.place(name) for name in tensors}, max_shard_size)
     # Each adds up in one thread: so the sums are the same to the bit, however many cores there are.
     with ThreadPoolExecutor(FILES_AT_A_TIME, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(lambda name: shards.write(folder / name, files[name], sums.content), files))

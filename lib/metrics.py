@@ -88,10 +88,6 @@ class Log:
         took = ", ".join(f"{terminal.duration(value)} for {what}" for what, value in seconds.items())
         terminal.say(f"step {step}: {figures} ({took})")
 
-    def skipped_steps(self) -> int:
-        """How many steps were skipped so far, as their loss or gradient was not finite."""
-        return sum("skipped" in row for row in self.notable)
-
     def best(self, knobs) -> dict | None:
         """The first evaluation with the best metric so far; the one before training doesn't count."""
         metric, sign = knobs.metric_for_best_model, 1 if knobs.greater_is_better else -1
@@ -142,10 +138,7 @@ def lines_up_to(path: Path, last_step: int) -> list[bytes]:
 
 def cut_back(path: Path, last_step: int) -> None:
     """The file holds the lines up to a step, at every moment."""
-    half = path.with_name(f".{path.name}.half")
-    half.write_bytes(b"".join(lines_up_to(path, last_step)))
-    ledger.sync(half)
-    half.replace(path)
+    ledger.write_whole(path, b"".join(lines_up_to(path, last_step)).decode())
 
 
 def read_lines(path: Path) -> list[dict]:

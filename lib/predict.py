@@ -34,9 +34,7 @@ def evaluate_file(run: Path, path: str, out: Path) -> None:
             lines.append({"sample_id": sample["sample_id"], "row": sample["row"], "answer": answer,
                           "reference": reference, **scores})
             progress.update(place)
-    half = out.with_name(f".{out.name}.half")
-    half.write_text(ledger.in_lines(lines), encoding="utf-8")
-    half.replace(out)
+    ledger.write_whole(out, ledger.in_lines(lines))
     answers, references = [[line[side] for line in lines] for side in ("answer", "reference")]
     means = [[name.replace("_", " "), f"{metric(answers, references):.1%}"]
              for name, metric in metrics.items()]

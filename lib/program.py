@@ -48,9 +48,7 @@ def resolve_run(given: str | None) -> Path:
 def remember_latest(run: Path) -> None:
     """runs/latest names this run folder from now on."""
     LATEST.parent.mkdir(exist_ok=True)
-    half = LATEST.with_name(".latest.half")
-    half.write_text(f"{run}\n", encoding="utf-8")
-    half.replace(LATEST)
+    ledger.write_whole(LATEST, f"{run}\n")
 
 
 def command(stem: str, run: Path) -> str:

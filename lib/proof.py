@@ -3,11 +3,10 @@
     python lib/proof.py task.json result.json
 
 Runs as a process of its own on plain transformers and peft: nothing of the kit is imported, so nothing of it
-can help. 06_save.py writes task.json: where exports and golden.safetensors lie, and held-out rows as texts
-with media files.
+can help, and all of it is in this one file. 06_save.py writes task.json: where exports and golden.safetensors
+lie, and held-out rows as texts with media files.
 """
 import base64
-import copy
 import hashlib
 import json
 import sys
@@ -26,7 +25,10 @@ ROUNDS = {"BF16": torch.finfo(torch.bfloat16).eps, "F16": torch.finfo(torch.floa
 def main(task_path: str, result_path: str) -> None:
     """Write {processor, exports, answers}: what differs from training, and the answers of base and tuned."""
     task = json.loads(Path(task_path).read_text(encoding="utf-8"))
-    processor, golden = load_processor(task), golden_rows(task["golden"])
+    processor = transformers.AutoProcessor.from_pretrained(
+        task["export"], trust_remote_code=task["trust_remote_code"])
+    getattr(processor, "tokenizer", processor).padding_side = "right"            # as in training
+    golden = golden_rows(task["golden"])
     result = {"processor": processor_difference(processor, task, golden)} | prove(task, processor, golden)
     if task["merged"]:
         result["exports"]["merged"] = prove_merged(task, golden)
@@ -35,20 +37,19 @@ def main(task_path: str, result_path: str) -> None:
 
 def prove(task: dict, processor, golden: list[dict]) -> dict:
     """{exports, answers} of the exported adapter or model, and the base's own answers."""
-    base = load(task, task["base_model"], task["revision"])
+    model = load(task, task["base_model"], task["revision"])
+    before = [answer(model, processor, row, task) for row in task["rows"]]
     if task["adapter"]:
-        tuned, weights = with_adapter(base, task["export"])
-        with tuned.disable_adapter():
-            before = [answer(tuned, processor, row, task) for row in task["rows"]]
+        from peft import get_peft_model_state_dict
+        model = with_adapter(model, task)
+        weights = get_peft_model_state_dict(model, save_embedding_layers=False)
     else:
-        before = [answer(base, processor, row, task) for row in task["rows"]]
-        base = tuned = load(task | {"quantisation": None}, task["export"])
-        weights = tuned.state_dict()
-    after = [answer(tuned, processor, row, task) for row in task["rows"]]
-    found = compare(logits(tuned, golden, task), [row["logits"] for row in golden])
+        model = load(task | {"quantisation": None}, task["export"])
+        weights = model.state_dict()
+    after = [answer(model, processor, row, task) for row in task["rows"]]
+    found = compare(logits(model, golden, task), [row["logits"] for row in golden])
     exports = {"adapter" if task["adapter"] else "model": found | {"changed_tensors": changed(weights, task)}}
-    answers = [{"base": b, "tuned": a} for b, a in zip(before, after, strict=True)]
-    return {"exports": exports, "answers": answers}
+    return {"exports": exports, "answers": [{"base": b, "tuned": a} for b, a in zip(before, after)]}
 
 
 def prove_merged(task: dict, golden: list[dict]) -> dict:
@@ -59,7 +60,7 @@ def prove_merged(task: dict, golden: list[dict]) -> dict:
     """
     base = load(task | {"quantisation": task["without_quantisation"]}, task["base_model"], task["revision"])
     weights = dict(base.named_parameters())            # still these objects when peft has wrapped the layers
-    tuned, _ = with_adapter(base, task["export"])
+    tuned = with_adapter(base, task)
     wanted = logits(tuned, golden, task) if task["quantisation"] else [row["logits"] for row in golden]
     merged = load(task | {"quantisation": None, "device": "cpu"}, task["merged"])
     odd = not_the_sum(tuned, weights, merged.state_dict(), rounding_of(task["merged"]))
@@ -72,18 +73,10 @@ def prove_merged(task: dict, golden: list[dict]) -> dict:
 
 # ---- loading ----
 
-def load_processor(task: dict):
-    """The export's processor, padding on the right as in training."""
-    trust = task["trust_remote_code"]
-    processor = transformers.AutoProcessor.from_pretrained(task["export"], trust_remote_code=trust)
-    getattr(processor, "tokenizer", processor).padding_side = "right"
-    return processor
-
-
 def load(task: dict, path: str, revision: str | None = None):
     """The model in `path` by its own class, in eval mode; a tensor that the file lacks is an error."""
-    options = {"dtype": getattr(torch, task["dtype"]), "attn_implementation": task["attn_implementation"],
-               "trust_remote_code": task["trust_remote_code"], "revision": revision}
+    source = {"trust_remote_code": task["trust_remote_code"], "revision": revision}
+    options = {"dtype": getattr(torch, task["dtype"]), "attn_implementation": task["attn_implementation"]}
     if task["quantisation"]:
         kind, arguments = task["quantisation"]
         options |= {"quantization_config": getattr(transformers, kind)(**arguments),
@@ -92,12 +85,11 @@ def load(task: dict, path: str, revision: str | None = None):
         device_map, limits = task["spread"]
         options |= {"device_map": device_map, "max_memory": dict(limits) or None}
     if task["text_config"]:
-        trust = {"trust_remote_code": task["trust_remote_code"], "revision": revision}
-        options["config"] = transformers.AutoConfig.from_pretrained(path, **trust)
+        options["config"] = transformers.AutoConfig.from_pretrained(path, **source)
         for name, value in task["text_config"].items():
             setattr(options["config"].get_text_config(), name, value)
     cls = getattr(transformers, task["class"])
-    model, info = cls.from_pretrained(path, output_loading_info=True, **options)
+    model, info = cls.from_pretrained(path, output_loading_info=True, **source, **options)
     for kind in ("missing_keys", "mismatched_keys"):
         if info[kind]:
             sys.exit(f"{path}: {kind}: {sorted(map(str, info[kind]))[:3]}")
@@ -110,11 +102,10 @@ def load(task: dict, path: str, revision: str | None = None):
     return model.eval() if "device_map" in options else model.eval().to(task["device"])
 
 
-def with_adapter(base, folder: str):
-    """(the base with the adapter on it, the adapter's tensors as loaded)."""
-    from peft import PeftModel, get_peft_model_state_dict
-    tuned = PeftModel.from_pretrained(base, folder).eval()
-    return tuned, get_peft_model_state_dict(tuned, save_embedding_layers=False)
+def with_adapter(base, task: dict):
+    """The base with the exported adapter on it."""
+    from peft import PeftModel
+    return PeftModel.from_pretrained(base, task["export"]).eval()
 
 
 # ---- comparing ----
@@ -148,8 +139,9 @@ def not_the_sum(tuned, weights: dict[str, torch.Tensor], merged: dict[str, torch
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
-    layers = {id(weight_of(layer)): layer for layer in tuned.modules()
-              if isinstance(layer, (LoraLayer, TrainableTokensLayer))}
+    adapted = [layer for layer in tuned.modules() if isinstance(layer, (LoraLayer, TrainableTokensLayer))]
+    layers = {id(layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight): layer
+              for layer in adapted}
     odd = []
     for name, weight in weights.items():
         before, found = weight.data, merged[name].to(weight.device)
@@ -175,11 +167,6 @@ def rounding_of(folder: str) -> float:
         with safe_open(path, "pt") as file:
             found |= {ROUNDS.get(file.get_slice(key).get_dtype(), 0.0) for key in file.keys()}
     return max(found)
-
-
-def weight_of(layer) -> torch.Tensor:
-    """The base's parameter that a LoRA layer adapts."""
-    return layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
 
 
 def compare(found: list[torch.Tensor], expected: list[torch.Tensor]) -> dict:
@@ -227,27 +214,20 @@ def inputs(processor, row: dict) -> dict:
         return dict(processor.apply_chat_template(with_files(row), return_tensors="pt"))
     bos = processor.tokenizer.bos_token                # LLaVA's template leaves it to the tokenizer
     options = {"return_tensors": "pt", "add_special_tokens": not (bos and text.startswith(bos))}
-    processor = with_bounds(processor, row["image_bounds"])
-    made = processor(text=[text], **media_arguments(row["media"]), **options)
+    made = processor(text=[text], **media_arguments(row["media"], row["image_bounds"]), **options)
     return {key: value.float() if value.is_floating_point() else value for key, value in made.items()}
 
 
-def with_bounds(processor, bounds: dict):
-    """The processor, or for a row whose pictures 02 has shrunk a copy with what it set for them."""
-    if not bounds:
-        return processor
-    processor = copy.copy(processor)
-    processor.image_processor = copy.deepcopy(processor.image_processor)
-    for name, value in bounds.items():
-        setattr(processor.image_processor, name, value)
-    return processor
+def media_arguments(media: list[dict], image_bounds: dict) -> dict:
+    """The processor's arguments for media files; clips are sampled already: their metadata say how.
 
-
-def media_arguments(media: list[dict]) -> dict:
-    """The processor's arguments for media files; clips are sampled already: their metadata say how."""
+    image_bounds: what 02 has set in the image processor for this row alone, whose pictures it shrank.
+    """
     files = {kind: [medium["path"] for medium in media if medium["kind"] == kind]
              for kind in ("image", "audio", "video")}
-    given = {"images": [Image.open(path) for path in files["image"]]} if files["image"] else {}
+    given = {"images_kwargs": image_bounds} if image_bounds else {}
+    if files["image"]:
+        given["images"] = [Image.open(path) for path in files["image"]]
     if files["audio"]:
         import soundfile
         given["audio"] = [soundfile.read(path, dtype="float32")[0] for path in files["audio"]]

@@ -11,7 +11,8 @@ import torch
 
 from lib import devices, optim, packing, terminal
 from lib.collator import PER_TOKEN, collate
-from lib.sampler import Row, in_turn, loader, to_device
+from lib.order import Row, in_turn
+from lib.sampler import loader, to_device
 
 RATE = {"adapter": 2e-3, "model": 1e-4}   # at least, so that 30 steps suffice where the recipe is cautious
 STEPS, ENOUGH = 30, 0.1                   # loss per token
@@ -93,8 +94,9 @@ def prove_packing(run) -> None:
     """Nothing; a StageError where samples of a packed row see one another on the loaded model."""
     samples, order, device = run.samples, run.order, run.world.device
     rows = sum(len(order.of_step(step)) for step in range(order.steps_per_epoch))
+    full = sum(samples.input_tokens) / (rows * order.room)
     terminal.say(f"packed: {len(samples):,} samples in {rows:,} rows of at most {order.room:,} tokens, "
-                 f"{1 - order.full():.1%} of which stay empty")
+                 f"{1 - full:.1%} of which stay empty")
     row = next((row[:3] for row in run.order.of_step(0) if len(row) > 1), None)
     if row is None:
         return

@@ -1,14 +1,10 @@
-"""sampler: which samples each optimizer step trains, and the loader that brings them as batches.
+"""sampler: 02's samples as the batches that the loop gets, decoded and encoded in workers.
 
-A row is a tuple of samples: of one, or of those that are packed together. The order depends on (seed, epoch)
-only, and a step's rows are fixed before they are dealt out to ranks and micro-batches: 4x1, 2x2 and 1x4 train
-the same, on one rank or several, and resuming at step N needs N alone.
+Which samples, and in which order, is lib/order.py's.
 """
-import functools
 import itertools
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyarrow.compute
 import torch
@@ -18,99 +14,11 @@ from lib import features, packing
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.collator import collate
 from lib.loss import supervised_positions
+from lib.order import Row, dealt
 from lib.stage import StageError
+from lib.store import Store
 
-Row = tuple[int, ...]
 AHEAD_BYTES = 2**31                       # of batches that wait for the model, over all workers
-WINDOW = 64                               # steps among which group_by_length sorts
-
-
-@dataclass(frozen=True, eq=False)
-class Order:
-    """The rows of every optimizer step; an epoch's last step may be smaller, nothing is dropped.
-
-    lengths: tokens of each sample. global_batch_size: rows of a step, over all ranks and micro-batches.
-    room: tokens that a row of packed samples may hold; None is a sample a row. by_length: neighbours in a
-    step are of similar length. kinds: of each sample, where only those of one kind may share a row.
-    """
-    lengths: list[int]
-    global_batch_size: int
-    seed: int
-    room: int | None = None
-    by_length: bool = False
-    kinds: list[int] | None = None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every sample once; as many in each epoch."""
-        return math.ceil(len(epoch(self, 0)) / self.global_batch_size)
-
-    def total_steps(self, num_epochs: float, max_steps: int | None) -> int:
-        """Optimizer steps of the whole run; max_steps wins over num_epochs."""
-        return max_steps if max_steps is not None else max(1, math.ceil(num_epochs * self.steps_per_epoch))
-
-    def of_step(self, step: int) -> list[Row]:
-        """The rows of optimizer step `step` (from 0), over all ranks."""
-        number, place = divmod(step, self.steps_per_epoch)
-        start = place * self.global_batch_size
-        return epoch(self, number)[start:start + self.global_batch_size]
-
-    def full(self) -> float:
-        """The share of the rows' room that samples fill."""
-        return sum(self.lengths) / (len(epoch(self, 0)) * self.room)
-
-
-@functools.lru_cache(maxsize=4)           # workers run ahead into the next epoch
-def epoch(order: Order, number: int) -> list[Row]:
-    """The rows of an epoch in their order."""
-    generator = torch.Generator().manual_seed(order.seed * 1_000_003 + number)
-    samples = torch.randperm(len(order.lengths), generator=generator).tolist()
-    if order.room is not None:
-        rows = packed(samples, order.lengths, order.room, order.kinds)
-        return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
-    if order.by_length:
-        samples = grouped(samples, order, generator)
-    return [(index,) for index in samples]
-
-
-def in_turn(samples: "Samples", room: int | None, chosen: Iterable[int] | None = None) -> list[Row]:
-    """Rows of all samples, or the chosen ones, in their own order, packed where rows have room."""
-    chosen = range(len(samples)) if chosen is None else chosen
-    if room is None:
-        return [(index,) for index in chosen]
-    return packed(chosen, samples.input_tokens, room, samples.kinds)
-
-
-def packed(samples: Iterable[int], lengths: list[int], room: int, kinds: list[int] | None) -> list[Row]:
-    """The samples in rows of at most `room` tokens, each row of one kind."""
-    groups: dict[int, list[int]] = {}
-    for index in samples:
-        groups.setdefault(kinds[index] if kinds else 0, []).append(index)
-    return [row for group in groups.values() for row in packing.fill(group, lengths, room)]
-
-
-def grouped(samples: list[int], order: Order, generator: torch.Generator) -> list[int]:
-    """The samples, sorted by length within WINDOW steps, whose own order is a random one again."""
-    size, found = order.global_batch_size, []
-    for start in range(0, len(samples), WINDOW * size):
-        window = sorted(samples[start:start + WINDOW * size], key=lambda i: -order.lengths[i])
-        steps = [window[i:i + size] for i in range(0, len(window), size)]
-        whole = torch.randperm(len(window) // size, generator=generator).tolist()  # a smaller one stays last
-        found += [index for i in [*whole, *range(len(whole), len(steps))] for index in steps[i]]
-    return found
-
-
-def dealt(rows: list[Row], micro_batch_size: int, rank: int, world_size: int,
-          kinds: list[int] | None = None) -> list[list[Row]]:
-    """One rank's share of a step, cut into micro-batches: none at all where a last step has few rows.
-
-    Where samples have kinds, only those of one kind share a micro-batch.
-    """
-    groups: dict[int, list[Row]] = {}
-    for row in rows[rank::world_size]:
-        groups.setdefault(kinds[row[0]] if kinds else 0, []).append(row)
-    size = micro_batch_size
-    return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
 
 
 def media_kinds(column) -> list[tuple[str, ...]]:
@@ -139,14 +47,8 @@ class Samples(Dataset):
     encoder: Encoder
     positions: packing.Positions | None = None
     masks: packing.BlockMasks | None = None
-    store: features.Store | None = None
+    store: Store | None = None
     even: bool = False
-    ids: list[str] = field(init=False)
-    input_tokens: list[int] = field(init=False)
-    media_tokens: list[int] = field(init=False)
-    media: list[tuple[str, ...]] = field(init=False)
-    supervised_tokens: list[int] = field(init=False)
-    kinds: list[int] | None = field(init=False)
 
     def __post_init__(self):
         columns = self.records.with_format("arrow")  # as whole columns, since a row would bring its pictures
@@ -247,10 +149,5 @@ def batches_ahead(samples: Samples, workers: int, tokens: int) -> int:
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
     """The batch on the device; pinned memory makes the copy overlap with computing."""
-    def moved(value):
-        if isinstance(value, dict):
-            return {key: moved(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [moved(inner) for inner in value]
-        return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-    return moved(batch)
+    from accelerate.utils import send_to_device
+    return send_to_device(batch, device, non_blocking=True)

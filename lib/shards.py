@@ -66,18 +66,13 @@ def places(path: Path) -> dict[str, Place]:
     return found
 
 
-def cut(tensors: dict[str, Place], most_bytes: int) -> dict[str, dict[str, Place]]:
-    """The tensors, in their order, dealt to files of at most that size (a larger tensor has its own)."""
-    files, room = [], 0
-    for name, place in tensors.items():
-        if place.bytes > room or not files:
-            files.append({})
-            room = most_bytes
-        files[-1][name] = place
-        room -= place.bytes
-    if len(files) == 1:
-        return {"model.safetensors": files[0]}
-    return {f"model-{number:05}-of-{len(files):05}.safetensors": held for number, held in enumerate(files, 1)}
+def cut(tensors: dict[str, Place], most: str | int) -> dict[str, dict[str, Place]]:
+    """The tensors dealt to files of at most that size, such as 5GB (a larger tensor has its own)."""
+    from huggingface_hub import split_state_dict_into_shards_factory
+    files = split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda place: place.bytes, filename_pattern="model{suffix}.safetensors",
+        max_shard_size=most).filename_to_tensors
+    return {file: {name: tensors[name] for name in names} for file, names in files.items()}
 
 
 def write(path: Path, tensors: dict[str, Place], content: Callable[[str, Place], Iterator]) -> None:

@@ -14,11 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from lib import budget, features, fresh, ledger, proof, samples
+from lib import budget, fresh, ledger, proof, samples
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.processor import load_processor
 from lib.seen import seen
 from lib.stage import StageError
+from lib.store import Store
 from tests import harness
 from tests.conftest import COLOURS, write_colours
 from tests.harness import Bad, bad_input
@@ -486,7 +487,7 @@ def test_pictures_of_a_row_that_is_too_long_are_shrunk_until_it_fits_and_no_othe
     (_, high, wide), side = encoder(shrunk)["image_grid_thw"][0].tolist(), encoder.processor.image_processor.patch_size
     page = (kit.out / "preview.html").read_text(encoding="utf-8")
     assert f"400 × 400, seen at {side * wide} × {side * high}" in page
-    store = features.Store(tmp_path, "")
+    store = Store(tmp_path, "")
     assert store.pictures(shrunk) != store.pictures(shrunk | {"image_bounds": None})
 
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from lib import features, packing
+from lib import features, packing, store
 from lib.sampler import Batcher
 from lib.stage import StageError
 from tests import zoo
@@ -33,9 +33,9 @@ def kept_rows(net, rows):
     fields = features.fields_read(net, rows[0], Plain)
     kept = []
     for row in rows:
-        plain = {key: row[key] for key in row.keys() - features.PIXELS}
+        plain = {key: row[key] for key in row.keys() - store.PIXELS}
         if "pixel_values" in row:
-            plain["features"] = features.unflat(features.flat(features.of_row(net, row, fields, Plain)))
+            plain["features"] = store.unflat(store.flat(features.of_row(net, row, fields, Plain)))
         kept.append(plain)
     return kept
 
@@ -96,4 +96,4 @@ def test_features_are_not_kept_of_a_tower_that_trains(tmp_path, monkeypatch):
 def test_a_full_disk_is_seen_before_the_first_picture(tmp_path):
     parts = [type("Part", (), {"media_tokens": [10**15]})()]
     with pytest.raises(StageError, match="would take up to"):
-        features.check_room(tmp_path, {"pooler_output": torch.zeros(4, 8)}, 4, parts)
+        store.check_room(tmp_path, {"pooler_output": torch.zeros(4, 8)}, 4, parts)

@@ -12,7 +12,7 @@ from lib import hooks, model, optim, stage
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.evaluate import metrics_of
 from lib.metrics import Log
-from lib.sampler import Order
+from lib.order import Order
 from lib.stage import StageError
 from tests import harness
 from tests.harness import Bad, bad_input

@@ -6,7 +6,8 @@ import pytest
 from datasets import load_from_disk
 
 from lib import loss, packing, registry
-from lib.sampler import Batcher, Order, epoch
+from lib.order import Order, epoch
+from lib.sampler import Batcher
 from lib.stage import StageError
 from tests import zoo
 from tests.runner import Run, colour_rows, text_rows

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
-from lib import checkpoint, features, folder, parallel, stage
+from lib import checkpoint, folder, parallel, stage, store
 from lib.parallel import World, buckets
 from tests import harness
 from tests.runner import assert_trained, child_of, colour_rows, ranks, row, text_rows, torchrun
@@ -194,19 +194,20 @@ def test_ranks_keep_each_pictures_features_once_also_where_one_dies(make):
     one("05_train")
 
     def late():                                                    # the other has begun to write
-        original = features.keep
-        features.keep = lambda *given: (time.sleep(0.5), original(*given))
+        train = importlib.import_module("05_train")
+        original = train.keep_features
+        train.keep_features = lambda run: (time.sleep(0.5), original(run))
 
     def noted():
-        original = features.write
+        original = store.write
 
         def write(tensors, path):
             original(tensors, path)
             with (two.folder / f"by {os.environ['RANK']}").open("a", encoding="utf-8") as file:
                 file.write(f"{path.parent.name}/{path.name}\n")
-        features.write = write
+        store.write = write
         on_rank(1, late)()
-    dies = on_rank(1, stop_at(features, "save_file", 3))
+    dies = on_rank(1, stop_at(store, "save_file", 3))
     leader, other = on_nodes(2, two, lambda: (noted(), dies()))
     assert "error: rank 0 of 2 has lost another rank before the first step" in leader.said.splitlines()
     assert "exitcode  : -9 " in other.said

@@ -373,7 +373,7 @@ def test_an_export_that_plain_transformers_cant_load_says_so(make, monkeypatch):
 def test_the_fresh_process_imports_nothing_of_the_kit():
     text = Path(proof.__file__).read_text(encoding="utf-8")
     assert set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)) == {
-        "base64", "copy", "hashlib", "json", "sys", "pathlib", "numpy", "torch", "transformers", "PIL", "safetensors", "peft",
+        "base64", "hashlib", "json", "sys", "pathlib", "numpy", "torch", "transformers", "PIL", "safetensors", "peft",
         "soundfile"}
 
 

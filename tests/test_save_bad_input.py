@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib import shards
-from lib.checks import bytes_of
 from lib.ledger import stamp
 from tests import harness
 from tests.harness import Bad, bad_input
@@ -26,7 +25,7 @@ def finished(tmp_path_factory, zoo):
     shutil.copytree(zoo("llama_text"), base)
     (base / "model.safetensors").unlink()
     tensors = shards.places(zoo("llama_text") / "model.safetensors")
-    files = shards.cut(tensors, bytes_of("0.3MB"))
+    files = shards.cut(tensors, "0.3MB")
     for name, held in files.items():
         shards.write(base / name, held, lambda _, place: shards.rows(place))
     shards.write_index(base / shards.INDEX, files)

@@ -17,8 +17,9 @@ from lib import checkpoint, model, optim, rehearsal, sampler
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.golden import fingerprint, read_header
 from lib.metrics import sizes
+from lib.order import Order, dealt
 from lib.parallel import World
-from lib.sampler import Order, Samples, dealt
+from lib.sampler import Samples
 from lib.stage import StageError
 from tests import harness
 from tests.runner import Run, colour_rows, lines, row, text_rows
