@@ -81,13 +81,15 @@ def with_parts(text: str, kinds: set[str]) -> list[dict]:
 
 def extras_of(message: dict, number: int, role: str, shape: Shape) -> dict:
     """What a message has beside role and content, for the template, and whether it trains."""
-    who, known = f"message {number} ({role})", {*shape.places("role"), *shape.places("content")}
+    plain, more = shape.keys
+    if message.keys() <= plain:                          # which most messages are
+        return {}
+    who = f"message {number} ({role})"
     extras = {name: value for name in EXTRAS
               if (value := first_of(message, shape.places(name))) not in (None, [], {}, "")}
     train = message.get(shape.message_field_training)
-    known |= {key for name in EXTRAS for key in shape.places(name)} | {shape.message_field_training}
     for key, value in message.items():
-        if key not in known and value not in (None, [], {}):
+        if key not in plain | more and value not in (None, [], {}):
             raise RowError(f"{who} has {shortened(repr(key))}, which isn't rendered",
                            "remove that key, or say in message_property_mappings what it holds")
     for name in {"tool_calls", "reasoning_content"} & extras.keys():

@@ -12,7 +12,7 @@ import json
 import re
 from datetime import date, timedelta
 
-from jinja2 import TemplateSyntaxError
+from jinja2 import Template, TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -48,8 +48,11 @@ class Renderer:
 
     def with_options(self, tools: list[dict], **options) -> "Renderer":
         """The same template, given these tools and arguments with each render."""
+        options |= {"tools": tools} if tools else {}
+        if options == self.options:
+            return self
         other = copy.copy(self)
-        other.options = options | ({"tools": tools} if tools else {})
+        other.options = options
         return other
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
@@ -90,10 +93,11 @@ class Renderer:
             options["chat_template"] = template = stopped_clock(day) + template
         try:
             if self.is_usual and not self.options and all(each.keys() == PLAIN for each in messages):
-                # What apply_chat_template does, without its copies of messages, which are half of the time.
-                return _compile_jinja_template(template).render(
-                    messages=messages, tools=None, documents=None, add_generation_prompt=prompt,
-                    **self.tokens)
+                # What apply_chat_template does, without its copies of messages and Jinja's of all names.
+                jinja, known = compiled(template)
+                names = {**known, "tools": None, "documents": None, **self.tokens, "messages": messages,
+                         "add_generation_prompt": prompt}
+                return "".join(jinja.root_render_func(jinja.new_context(names, shared=True)))
             return self.processor.apply_chat_template(messages, **options)
         except TemplateSyntaxError as error:
             raise StageError(f"chat_template: line {error.lineno - bool(day)}: {error.message}",
@@ -119,6 +123,13 @@ class Renderer:
         except RowError:
             return False
         return MARK in text and not QUOTED_TYPE.search(text)
+
+
+@functools.cache
+def compiled(template: str) -> tuple[Template, dict]:
+    """(a template as transformers compiles it, the names that it knows beside those of a render)."""
+    jinja = _compile_jinja_template(template)
+    return jinja, dict(jinja.globals)
 
 
 @functools.cache

@@ -60,6 +60,12 @@ class Shape:
                  for name in ("role", "content", *EXTRAS)}
         return {name: [key] if key else usual.get(name, [name]) for name, key in given.items()}
 
+    @functools.cached_property
+    def keys(self) -> tuple[set[str], set[str]]:
+        """(those of a message that can hold its role and content alone, those that hold more)."""
+        more = {key for name in EXTRAS for key in self.places(name)} | {self.message_field_training}
+        return {*self.places("role"), *self.places("content")} - more, more
+
     def role(self, word) -> str | None:
         """The role that a row's word means, None for none. The recipe's words go before the usual ones."""
         return self._called.get(word) if isinstance(word, str) else None
