@@ -35,8 +35,9 @@ def normalise(row, shape: Shape = Shape()) -> tuple[list[dict], list]:
     kinds = {kind for kind, media in columns.items() if media}
     found = conversation_of(row, shape)
     messages = [message_of(message, number, shape, kinds) for number, message in enumerate(found)]
-    for kind, media in columns.items():
-        fill(messages, kind, media)
+    present = kinds.union(part["type"] for message in messages for part in message["content"])
+    for kind in (kind for kind in NOUNS if kind in present):
+        fill(messages, kind, columns[kind])
     media = [part for message in messages for part in message["content"] if part["type"] != "text"]
     return messages, [part.pop("source") for part in media]
 
@@ -144,7 +145,7 @@ def fill(messages: list[dict], kind: str, listed: list) -> None:
         for part, medium in zip(bare, listed):
             part["source"] = medium
     for number, message in enumerate(messages):
-        if parts and any(f"<{kind}>" in text for text in texts_of(message)):
+        if any(f"<{kind}>" in text for text in texts_of(message)):
             raise RowError(f"message {number} has <{kind}> in its text, which is only characters here",
                            f'write a part {{"type": "{kind}"}} in its place')
 

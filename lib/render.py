@@ -109,7 +109,8 @@ class Renderer:
 
     def _shaped(self, message: dict) -> dict:
         """The message as this template takes it: typed parts, or their text alone; `train` is for 02."""
-        message = {key: value for key, value in message.items() if key != "train"}
+        if "train" in message:
+            message = {key: value for key, value in message.items() if key != "train"}
         if message["content"] and (self.typed.get(message["role"], True) or has_media(message)):
             return message
         return {**message, "content": "".join(texts_of(message))}

@@ -72,7 +72,7 @@ class Template(Turns):
             raise RowError(f"nothing to learn: no {who} message has a text",
                            "write what the assistant should answer, or remove the row")
         full, shape = self.render(messages), self.skeleton(messages)
-        said = self._own_words(messages, full, *shape), self.tells_day(messages, full)
+        said = self._own_words(messages, full, shape), self.tells_day(messages, full)
         shared, apart = [], []
         for place, message in enumerate(messages):
             last = place == len(messages) - 1
@@ -111,12 +111,13 @@ class Template(Turns):
                     raise RowError(f"{who} has a {NOUNS[kind]}, and base_model takes none",
                                    f"name a base_model that takes {NOUNS[kind]}s, or remove the row")
 
-    def _own_words(self, messages: list[dict], full: str, render: str, texts: list[str]) -> tuple[str, ...]:
+    def _own_words(self, messages: list[dict], full: str, shape: tuple[str, list]) -> tuple[str, ...]:
         """What the template writes between the texts, without single words such as the names of roles.
 
         RowError where a text other than a reply's doesn't stand in the render; `_reply` sees to those.
-        render, texts: their skeleton.
+        shape: their skeleton.
         """
+        render, texts = shape
         roles = [message["role"] for message in messages for text in texts_of(message) if text.strip()]
         for number, (role, text) in enumerate(zip(roles, map(str.strip, texts), strict=True)):
             if role != "assistant" and (text not in full or f"{MARK}{number}." not in render):
