@@ -12,7 +12,7 @@ import json
 import re
 from datetime import date, timedelta
 
-from jinja2 import Template, TemplateSyntaxError
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -49,9 +49,7 @@ class Renderer:
     def with_options(self, tools: list[dict], **options) -> "Renderer":
         """The same template, given these tools and arguments with each render."""
         options |= {"tools": tools} if tools else {}
-        if options == self.options:
-            return self
-        other = copy.copy(self)
+        other = self if options == self.options else copy.copy(self)
         other.options = options
         return other
 
@@ -94,9 +92,9 @@ class Renderer:
         try:
             if self.is_usual and not self.options and all(each.keys() == PLAIN for each in messages):
                 # What apply_chat_template does, without its copies of messages and Jinja's of all names.
-                jinja, known = compiled(template)
-                names = {**known, "tools": None, "documents": None, **self.tokens, "messages": messages,
-                         "add_generation_prompt": prompt}
+                jinja = _compile_jinja_template(template)
+                names = {**jinja.environment.globals, **self.tokens, "messages": messages, "tools": None,
+                         "documents": None, "add_generation_prompt": prompt}
                 return "".join(jinja.root_render_func(jinja.new_context(names, shared=True)))
             return self.processor.apply_chat_template(messages, **options)
         except TemplateSyntaxError as error:
@@ -124,13 +122,6 @@ class Renderer:
         except RowError:
             return False
         return MARK in text and not QUOTED_TYPE.search(text)
-
-
-@functools.cache
-def compiled(template: str) -> tuple[Template, dict]:
-    """(a template as transformers compiles it, the names that it knows beside those of a render)."""
-    jinja = _compile_jinja_template(template)
-    return jinja, dict(jinja.globals)
 
 
 @functools.cache

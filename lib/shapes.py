@@ -153,10 +153,7 @@ def plain_call(call: dict) -> dict:
 
 def first_of(message: dict, keys: Iterable[str]):
     """The value under the first of these keys that has one, None where none has."""
-    for key in keys:
-        if (value := message.get(key)) is not None:
-            return value
-    return None
+    return next((message[key] for key in keys if message.get(key) is not None), None)
 
 
 def name_in(call: dict) -> str | None:

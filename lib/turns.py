@@ -66,10 +66,7 @@ class Turns(Renderer):
         return self.render([*messages[:-1], {**messages[-1], "content": marks}]).split(MARK)
 
     def _reply(self, messages: list[dict], upto: str, shape: tuple | None = None) -> Turn:
-        """Where the last message, an assistant's, stands in `upto`, the render of these messages.
-
-        shape: their skeleton, where it is known.
-        """
+        """Where the last message, an assistant's, stands in `upto`, their render; shape: their skeleton."""
         before, reply = messages[:-1], messages[-1]
         if reply.get("tool_calls"):
             return self._calling(before, reply, upto)
