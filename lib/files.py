@@ -14,6 +14,7 @@ from lib.stage import StageError
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 Row = tuple[int, str, object]
+READ_BYTES = 2**24                        # of a Parquet file, read at a time: repeated media are many times more
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,7 @@ def columnar(path: Path, kind: str) -> Source:
 
     def read() -> Iterator[Row]:
         with readable(path, kind):
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256) \
-                if kind == "parquet" else arrow_batches(path)
+            batches = (parquet_batches if kind == "parquet" else arrow_batches)(path)
             found = chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from ((number, f"{path}: row {number}", row) for number, row in enumerate(found))
     with readable(path, kind):
@@ -96,6 +96,14 @@ def readable(path: Path, kind: str) -> Iterator[None]:
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise StageError(f"{path}: not a readable {kind} file ({str(error).splitlines()[0]})",
                          "write the file again; a cut download looks like this") from None
+
+
+def parquet_batches(path: Path) -> Iterator:
+    """Record batches of a Parquet file, with fewer rows where these hold media."""
+    import pyarrow.parquet
+    file = pyarrow.parquet.ParquetFile(path)
+    size = sum(file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups))
+    return file.iter_batches(batch_size=max(1, min(256, READ_BYTES * file.metadata.num_rows // max(1, size))))
 
 
 def arrow_batches(path: Path) -> Iterator:

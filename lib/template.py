@@ -112,7 +112,7 @@ class Template(Turns):
                                    f"name a base_model that takes {NOUNS[kind]}s, or remove the row")
 
     def _own_words(self, messages: list[dict], full: str, shape: tuple[str, list]) -> tuple[str, ...]:
-        """What the template writes between the texts, their skeleton's words but for single ones (roles' names).
+        """What the template writes between the texts, without single words such as the names of roles.
 
         RowError where a text other than a reply's doesn't stand in the render; `_reply` sees to those.
         """
