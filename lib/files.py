@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
+
 from lib.messages import RowError, name_of
 from lib.stage import StageError
 
@@ -75,8 +78,6 @@ def listed(path: Path) -> Source:
 
 def columnar(path: Path, kind: str) -> Source:
     """The rows of a Parquet or Arrow file, of which a batch is in memory at once."""
-    import pyarrow.parquet
-
     def read() -> Iterator[Row]:
         with readable(path, kind):
             batches = (parquet_batches if kind == "parquet" else arrow_batches)(path)
@@ -90,7 +91,6 @@ def columnar(path: Path, kind: str) -> Source:
 @contextmanager
 def readable(path: Path, kind: str) -> Iterator[None]:
     """Inside, a file of columns that isn't whole is a StageError."""
-    import pyarrow
     try:
         yield
     except (pyarrow.ArrowInvalid, OSError) as error:
@@ -100,7 +100,6 @@ def readable(path: Path, kind: str) -> Iterator[None]:
 
 def parquet_batches(path: Path) -> Iterator:
     """Record batches of a Parquet file, with fewer rows where these hold media."""
-    import pyarrow.parquet
     file = pyarrow.parquet.ParquetFile(path)
     size = sum(file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups))
     return file.iter_batches(batch_size=max(1, min(256, READ_BYTES * file.metadata.num_rows // max(1, size))))
@@ -108,7 +107,6 @@ def parquet_batches(path: Path) -> Iterator:
 
 def arrow_batches(path: Path) -> Iterator:
     """Record batches of an .arrow file in either of the format's two layouts, stream or file."""
-    import pyarrow
     source = pyarrow.memory_map(str(path))
     try:
         reader = pyarrow.ipc.open_stream(source)

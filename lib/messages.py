@@ -49,7 +49,7 @@ def message_of(message, number: int, shape: Shape, kinds: set[str]) -> dict:
     """
     if not isinstance(message, dict):
         raise RowError(f"message {number} is {name_of(message)}, not an object", WRITE)
-    word, content = (first_of(message, shape.places(name)) for name in ("role", "content"))
+    word, content = (first_of(message, shape.places[name]) for name in ("role", "content"))
     role = shape.role(word)
     if role is None:
         raise RowError(f"message {number} has the role {shortened(repr(word))}",
@@ -87,7 +87,7 @@ def extras_of(message: dict, number: int, role: str, shape: Shape) -> dict:
         return {}
     who = f"message {number} ({role})"
     extras = {name: value for name in EXTRAS
-              if (value := first_of(message, shape.places(name))) not in (None, [], {}, "")}
+              if (value := first_of(message, shape.places[name])) not in (None, [], {}, "")}
     train = message.get(shape.message_field_training)
     for key, value in message.items():
         if key not in plain | more and value not in (None, [], {}):

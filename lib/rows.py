@@ -63,15 +63,11 @@ class Rows:
         """(messages, media as the row gives them, tools) of a row."""
         return *normalise(row, self.shape), tools_of(row, self.shape)
 
-    def fetch(self, rows: list) -> None:
-        """Nothing; what the parsed rows name by url is in the run's folder, or known not to be had."""
-        given = [source for row in rows if not isinstance(row, RowError) for source in row[1]]
-        self.fetcher.fetch_all([url for url in map(url_of, given) if url])
-
     def measured(self, given: list[files.Row]) -> tuple[list[dict], list[dict]]:
         """(samples, rejects) of some rows. Texts without media are tokenized together, to save time."""
         parsed = [tried(self.parsed, files.parsed(row)) for _, _, row in given]
-        self.fetch(parsed)
+        given_media = [source for row in parsed if not isinstance(row, RowError) for source in row[1]]
+        self.fetcher.fetch_all([url for url in map(url_of, given_media) if url])
         talks = [tried(self.talk, row) for row in parsed]
         texts = [each for talk in talks if not isinstance(talk, RowError) for each in talk if not each.media]
         counted = self.counter.texts([(each.text, each.spans) for each in texts])

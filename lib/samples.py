@@ -31,12 +31,9 @@ def names_of(specs: list[dict]) -> list[str]:
     """A name for each data set, by which its samples are called: its file's, numbered where that is taken."""
     names: list[str] = []
     for spec in specs:
-        stem = name = Path(spec["path"]).stem
-        number = 2
-        while name in names:
-            name = f"{stem}.{number}"
-            number += 1
-        names.append(name)
+        stem = Path(spec["path"]).stem
+        free = [stem, *(f"{stem}.{number}" for number in range(2, len(names) + 2))]
+        names.append(next(name for name in free if name not in names))
     return names
 
 
