@@ -17,7 +17,7 @@ from lib.stage import StageError
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 Row = tuple[int, str, object]
-READ_BYTES = 2**24                        # of a Parquet file, read at a time: repeated media are many times more
+READ_BYTES = 2**24                        # of a Parquet file at a time: repeated media are many times more
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 from lib.stage import StageError
 
 SPAN = pa.struct({"start": pa.int32(), "end": pa.int32()})
-MEDIUM = pa.struct({"kind": pa.string(), "path": pa.string(), "bytes": pa.large_binary(),     # over 2 GiB in all
-                    "sha256": pa.string(), "width": pa.int32(), "height": pa.int32(), "seconds": pa.float32()})
+MEDIUM = pa.struct({"kind": pa.string(), "path": pa.string(), "sha256": pa.string(), "width": pa.int32(),
+                    "height": pa.int32(), "seconds": pa.float32(),
+                    "bytes": pa.large_binary()})                 # a batch may have more than 2 GiB of them
 SAMPLE = {"sample_id": pa.string(), "row": pa.int64(), "dataset": pa.string(), "messages": pa.string(),
           "text": pa.string(), "spans": pa.list_(SPAN), "reply": SPAN, "media": pa.list_(MEDIUM),
           "image_bounds": pa.string(), "input_tokens": pa.int32(), "media_tokens": pa.int32(),
