@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections import Counter as Numbers
 
 from PIL import Image
+from tokenizers import Encoding
 
 from lib.chat import Encoder
 from lib.messages import RowError
@@ -44,9 +45,9 @@ class Counter:
             tokens = self._tokens(list(asked.values()), first)
             if first not in self.plain:                  # some processors may do more with a text
                 made, _ = self.encoder.process(next(iter(asked.values())), [])
-                self.plain[first] = made["input_ids"][0].tolist() == tokens[0][0]
+                self.plain[first] = made["input_ids"][0].tolist() == tokens[0].ids
             for n, each in zip(asked, tokens):
-                found[n] = self._counts(*given[n], *each, []) if self.plain[first] else None
+                found[n] = self._counts(*given[n], each, []) if self.plain[first] else None
         return found
 
     def row(self, text: str, spans: list, pictures: list[Image.Image]) -> tuple[int, int, int] | None:
@@ -59,19 +60,19 @@ class Counter:
                 written = [each["replacement"] for each in replaced] or [self.pictures.token] * len(sizes)
                 made = batch["input_ids"][0].tolist()
             (expanded,), (replaced,) = self.processor.get_text_with_replacements([text], written)
-            ((ids, offsets),) = self._tokens([expanded], adds_first_token(self.processor, text))
-            if made == ids:
+            (tokens,) = self._tokens([expanded], adds_first_token(self.processor, text))
+            if made == tokens.ids:
                 self.pictures.learn(sizes, written)
-            if made in (None, ids):
-                return self._counts(expanded, spans, ids, offsets, replaced)
+            if made in (None, tokens.ids):
+                return self._counts(expanded, spans, tokens, replaced)
         return None
 
-    def _tokens(self, texts: list[str], first: bool) -> list[tuple[list, list]]:
-        """[(ids, offsets)] of texts, as their processor's tokenizer has them."""
-        found = tokenizer_of(self.processor).backend_tokenizer.encode_batch(texts, add_special_tokens=first)
-        return [(each.ids, each.offsets) for each in found]
+    def _tokens(self, texts: list[str], first: bool) -> list[Encoding]:
+        """The ids and offsets of texts, as their processor's tokenizer has them."""
+        return tokenizer_of(self.processor).backend_tokenizer.encode_batch(texts, add_special_tokens=first)
 
-    def _counts(self, text: str, spans: list, ids: list, offsets: list, replaced: list) -> tuple | None:
+    def _counts(self, text: str, spans: list, tokens: Encoding, replaced: list) -> tuple | None:
+        ids, offsets = tokens.ids, tokens.offsets        # new lists, each time that they are asked for
         if ids and not replaced and (counts := quick_counts(ids, offsets, spans, self.never_trained)):
             return counts
         with contextlib.suppress(RowError):
@@ -86,7 +87,7 @@ def quick_counts(ids: list[int], offsets: list, spans: list, never_trained: froz
     border, and where one in a span has no characters.
     """
     starts, ends = zip(*offsets)
-    if any(map(operator.gt, starts, starts[1:])) or any(map(operator.gt, ends, ends[1:])):
+    if list(starts) != sorted(starts) or list(ends) != sorted(ends):
         return None
     media = 0 if never_trained.isdisjoint(ids) else sum(i in never_trained for i in ids)
     trained, done = 0, 1                                         # no token predicts the first

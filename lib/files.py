@@ -9,11 +9,15 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
+
 from lib.messages import RowError, name_of
 from lib.stage import StageError
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
 Row = tuple[int, str, object]
+READ_BYTES = 2**24                        # of a Parquet file at a time: repeated media are many times more
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,9 @@ def listed(path: Path) -> Source:
 
 def columnar(path: Path, kind: str) -> Source:
     """The rows of a Parquet or Arrow file, of which a batch is in memory at once."""
-    import pyarrow.parquet
-
     def read() -> Iterator[Row]:
         with readable(path, kind):
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256) \
-                if kind == "parquet" else arrow_batches(path)
+            batches = (parquet_batches if kind == "parquet" else arrow_batches)(path)
             found = chain.from_iterable(batch.to_pylist() for batch in batches)
             yield from ((number, f"{path}: row {number}", row) for number, row in enumerate(found))
     with readable(path, kind):
@@ -90,7 +91,6 @@ def columnar(path: Path, kind: str) -> Source:
 @contextmanager
 def readable(path: Path, kind: str) -> Iterator[None]:
     """Inside, a file of columns that isn't whole is a StageError."""
-    import pyarrow
     try:
         yield
     except (pyarrow.ArrowInvalid, OSError) as error:
@@ -98,9 +98,15 @@ def readable(path: Path, kind: str) -> Iterator[None]:
                          "write the file again; a cut download looks like this") from None
 
 
+def parquet_batches(path: Path) -> Iterator:
+    """Record batches of a Parquet file, with fewer rows where these hold media."""
+    file = pyarrow.parquet.ParquetFile(path)
+    size = sum(file.metadata.row_group(number).total_byte_size for number in range(file.num_row_groups))
+    return file.iter_batches(batch_size=max(1, min(256, READ_BYTES * file.metadata.num_rows // max(1, size))))
+
+
 def arrow_batches(path: Path) -> Iterator:
     """Record batches of an .arrow file in either of the format's two layouts, stream or file."""
-    import pyarrow
     source = pyarrow.memory_map(str(path))
     try:
         reader = pyarrow.ipc.open_stream(source)

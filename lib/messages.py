@@ -35,8 +35,9 @@ def normalise(row, shape: Shape = Shape()) -> tuple[list[dict], list]:
     kinds = {kind for kind, media in columns.items() if media}
     found = conversation_of(row, shape)
     messages = [message_of(message, number, shape, kinds) for number, message in enumerate(found)]
-    for kind, media in columns.items():
-        fill(messages, kind, media)
+    present = kinds.union(part["type"] for message in messages for part in message["content"])
+    for kind in (kind for kind in NOUNS if kind in present):
+        fill(messages, kind, columns[kind])
     media = [part for message in messages for part in message["content"] if part["type"] != "text"]
     return messages, [part.pop("source") for part in media]
 
@@ -48,7 +49,7 @@ def message_of(message, number: int, shape: Shape, kinds: set[str]) -> dict:
     """
     if not isinstance(message, dict):
         raise RowError(f"message {number} is {name_of(message)}, not an object", WRITE)
-    word, content = (first_of(message, shape.places(name)) for name in ("role", "content"))
+    word, content = (first_of(message, shape.places[name]) for name in ("role", "content"))
     role = shape.role(word)
     if role is None:
         raise RowError(f"message {number} has the role {shortened(repr(word))}",
@@ -81,13 +82,15 @@ def with_parts(text: str, kinds: set[str]) -> list[dict]:
 
 def extras_of(message: dict, number: int, role: str, shape: Shape) -> dict:
     """What a message has beside role and content, for the template, and whether it trains."""
-    who, known = f"message {number} ({role})", {*shape.places("role"), *shape.places("content")}
+    plain, more = shape.keys
+    if message.keys() <= plain:                          # which most messages are
+        return {}
+    who = f"message {number} ({role})"
     extras = {name: value for name in EXTRAS
-              if (value := first_of(message, shape.places(name))) not in (None, [], {}, "")}
+              if (value := first_of(message, shape.places[name])) not in (None, [], {}, "")}
     train = message.get(shape.message_field_training)
-    known |= {key for name in EXTRAS for key in shape.places(name)} | {shape.message_field_training}
     for key, value in message.items():
-        if key not in known and value not in (None, [], {}):
+        if key not in plain | more and value not in (None, [], {}):
             raise RowError(f"{who} has {shortened(repr(key))}, which isn't rendered",
                            "remove that key, or say in message_property_mappings what it holds")
     for name in {"tool_calls", "reasoning_content"} & extras.keys():
@@ -142,7 +145,7 @@ def fill(messages: list[dict], kind: str, listed: list) -> None:
         for part, medium in zip(bare, listed):
             part["source"] = medium
     for number, message in enumerate(messages):
-        if parts and any(f"<{kind}>" in text for text in texts_of(message)):
+        if any(f"<{kind}>" in text for text in texts_of(message)):
             raise RowError(f"message {number} has <{kind}> in its text, which is only characters here",
                            f'write a part {{"type": "{kind}"}} in its place')
 

@@ -48,8 +48,9 @@ class Renderer:
 
     def with_options(self, tools: list[dict], **options) -> "Renderer":
         """The same template, given these tools and arguments with each render."""
-        other = copy.copy(self)
-        other.options = options | ({"tools": tools} if tools else {})
+        options |= {"tools": tools} if tools else {}
+        other = self if options == self.options else copy.copy(self)
+        other.options = options
         return other
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
@@ -90,10 +91,11 @@ class Renderer:
             options["chat_template"] = template = stopped_clock(day) + template
         try:
             if self.is_usual and not self.options and all(each.keys() == PLAIN for each in messages):
-                # What apply_chat_template does, without its copies of messages, which are half of the time.
-                return _compile_jinja_template(template).render(
-                    messages=messages, tools=None, documents=None, add_generation_prompt=prompt,
-                    **self.tokens)
+                # What apply_chat_template does, without its copies of messages and Jinja's of all names.
+                jinja = _compile_jinja_template(template)
+                names = {**jinja.environment.globals, **self.tokens, "messages": messages, "tools": None,
+                         "documents": None, "add_generation_prompt": prompt}
+                return "".join(jinja.root_render_func(jinja.new_context(names, shared=True)))
             return self.processor.apply_chat_template(messages, **options)
         except TemplateSyntaxError as error:
             raise StageError(f"chat_template: line {error.lineno - bool(day)}: {error.message}",
@@ -105,7 +107,8 @@ class Renderer:
 
     def _shaped(self, message: dict) -> dict:
         """The message as this template takes it: typed parts, or their text alone; `train` is for 02."""
-        message = {key: value for key, value in message.items() if key != "train"}
+        if "train" in message:
+            message = {key: value for key, value in message.items() if key != "train"}
         if message["content"] and (self.typed.get(message["role"], True) or has_media(message)):
             return message
         return {**message, "content": "".join(texts_of(message))}

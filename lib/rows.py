@@ -3,6 +3,7 @@
 Fork me to: do something else with what is too long (`Rows.fitted`).
 """
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -58,26 +59,16 @@ class Rows:
         return cls(spec, name, work.config, template, encoder, Counter(encoder), work.uses, Shape.of(spec),
                    labels, sources.root(spec), fetcher)
 
-    def parsed(self, row) -> tuple[list[dict], list, list[dict]] | RowError:
-        """(messages, media as the row gives them, tools) of a row, or what is wrong with it."""
-        try:
-            row = files.parsed(row)
-            if isinstance(row, RowError):
-                return row
-            return *normalise(row, self.shape), tools_of(row, self.shape)
-        except RowError as error:
-            return error
-
-    def fetch(self, rows: list) -> None:
-        """Nothing; what the parsed rows name by url is in the run's folder, or known not to be had."""
-        given = [source for row in rows if not isinstance(row, RowError) for source in row[1]]
-        self.fetcher.fetch_all([url for url in map(url_of, given) if url])
+    def parsed(self, row) -> tuple[list[dict], list, list[dict]]:
+        """(messages, media as the row gives them, tools) of a row."""
+        return *normalise(row, self.shape), tools_of(row, self.shape)
 
     def measured(self, given: list[files.Row]) -> tuple[list[dict], list[dict]]:
         """(samples, rejects) of some rows. Texts without media are tokenized together, to save time."""
-        parsed = [self.parsed(row) for _, _, row in given]
-        self.fetch(parsed)
-        talks = [self.talk(row) for row in parsed]
+        parsed = [tried(self.parsed, files.parsed(row)) for _, _, row in given]
+        given_media = [source for row in parsed if not isinstance(row, RowError) for source in row[1]]
+        self.fetcher.fetch_all([url for url in map(url_of, given_media) if url])
+        talks = [tried(self.talk, row) for row in parsed]
         texts = [each for talk in talks if not isinstance(talk, RowError) for each in talk if not each.media]
         counted = self.counter.texts([(each.text, each.spans) for each in texts])
         known = {id(each): counts for each, counts in zip(texts, counted)}
@@ -91,16 +82,11 @@ class Rows:
                                 "too_long": isinstance(error, TooLong)})
         return samples, rejects
 
-    def talk(self, row: tuple | RowError) -> list[Conversation] | RowError:
+    def talk(self, row: tuple) -> list[Conversation]:
         """The conversations of a parsed row (several if the template rewrites earlier turns)."""
-        if isinstance(row, RowError):
-            return row
         messages, _, tools = row
-        try:
-            template = self.template.with_options(tools, **self.config.chat_template_kwargs)
-            return template.conversations(messages, self.labels)
-        except RowError as error:
-            return error
+        template = self.template.with_options(tools, **self.config.chat_template_kwargs)
+        return template.conversations(messages, self.labels)
 
     def samples(self, row: tuple | RowError, number: int, talk: list[Conversation] | RowError,
                 known: dict[int, tuple]) -> list[dict]:
@@ -238,6 +224,14 @@ class Rows:
         if not counts[1]:
             raise RowError("nothing to learn: no token is trained", "write what the assistant should answer")
         return dict(zip(COUNTS, counts))
+
+
+def tried(step: Callable, given):
+    """What a step makes of something, or what is wrong with it: a RowError given or raised."""
+    try:
+        return given if isinstance(given, RowError) else step(given)
+    except RowError as error:
+        return error
 
 
 def pictures_of(opened: list) -> list:

@@ -16,8 +16,9 @@ import pyarrow.compute as pc
 from lib.stage import StageError
 
 SPAN = pa.struct({"start": pa.int32(), "end": pa.int32()})
-MEDIUM = pa.struct({"kind": pa.string(), "path": pa.string(), "bytes": pa.binary(), "sha256": pa.string(),
-                    "width": pa.int32(), "height": pa.int32(), "seconds": pa.float32()})
+MEDIUM = pa.struct({"kind": pa.string(), "path": pa.string(), "sha256": pa.string(), "width": pa.int32(),
+                    "height": pa.int32(), "seconds": pa.float32(),
+                    "bytes": pa.large_binary()})                 # a batch may have more than 2 GiB of them
 SAMPLE = {"sample_id": pa.string(), "row": pa.int64(), "dataset": pa.string(), "messages": pa.string(),
           "text": pa.string(), "spans": pa.list_(SPAN), "reply": SPAN, "media": pa.list_(MEDIUM),
           "image_bounds": pa.string(), "input_tokens": pa.int32(), "media_tokens": pa.int32(),
@@ -31,12 +32,9 @@ def names_of(specs: list[dict]) -> list[str]:
     """A name for each data set, by which its samples are called: its file's, numbered where that is taken."""
     names: list[str] = []
     for spec in specs:
-        stem = name = Path(spec["path"]).stem
-        number = 2
-        while name in names:
-            name = f"{stem}.{number}"
-            number += 1
-        names.append(name)
+        stem = Path(spec["path"]).stem
+        free = [stem, *(f"{stem}.{number}" for number in range(2, len(names) + 2))]
+        names.append(next(name for name in free if name not in names))
     return names
 
 

@@ -47,18 +47,21 @@ class Shape:
         """The shape of an entry of `datasets`."""
         return cls(**{each.name: spec[each.name] for each in fields(cls)})
 
-    def places(self, name: str) -> list[str]:
-        """The keys under which a message may have a property: the one that the recipe names, or the usual."""
-        return self._places[name]
-
     @functools.cached_property
-    def _places(self) -> dict[str, list[str]]:
+    def places(self) -> dict[str, list[str]]:
+        """The keys under which a message may have a property: the one that the recipe names, or the usual."""
         older = {"role": self.message_field_role, "content": self.message_field_content,
                  "reasoning_content": self.field_thinking}
         usual = {"role": ["role", "from"], "content": ["content", "value"]}
         given = {name: self.message_property_mappings.get(name) or older.get(name)
                  for name in ("role", "content", *EXTRAS)}
         return {name: [key] if key else usual.get(name, [name]) for name, key in given.items()}
+
+    @functools.cached_property
+    def keys(self) -> tuple[set[str], set[str]]:
+        """(those of a message that can hold its role and content alone, those that hold more)."""
+        more = {key for name in EXTRAS for key in self.places[name]} | {self.message_field_training}
+        return {*self.places["role"], *self.places["content"]} - more, more
 
     def role(self, word) -> str | None:
         """The role that a row's word means, None for none. The recipe's words go before the usual ones."""
@@ -109,12 +112,12 @@ def system_of(row: dict, shape: Shape, messages: list) -> list:
     own = row["system"] if isinstance(row.get("system"), str) and not shape.drop_system_message else ""
     text = own or shape.system_prompt
     return [] if not text or is_system(messages[0], shape) and not shape.drop_system_message else \
-        [{shape.places("role")[0]: "system", shape.places("content")[0]: text}]
+        [{shape.places["role"][0]: "system", shape.places["content"][0]: text}]
 
 
 def is_system(message, shape: Shape) -> bool:
     """Whether a message is the system's."""
-    return isinstance(message, dict) and shape.role(first_of(message, shape.places("role"))) == "system"
+    return isinstance(message, dict) and shape.role(first_of(message, shape.places["role"])) == "system"
 
 
 def tools_of(row: dict, shape: Shape = Shape()) -> list[dict]:

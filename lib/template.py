@@ -71,8 +71,8 @@ class Template(Turns):
             who = " or ".join(labels.roles)
             raise RowError(f"nothing to learn: no {who} message has a text",
                            "write what the assistant should answer, or remove the row")
-        full = self.render(messages)
-        put_in, tells_day = self._own_words(messages, full), self.tells_day(messages, full)
+        full, shape = self.render(messages), self.skeleton(messages)
+        said = self._own_words(messages, full, shape), self.tells_day(messages, full)
         shared, apart = [], []
         for place, message in enumerate(messages):
             last = place == len(messages) - 1
@@ -83,18 +83,18 @@ class Template(Turns):
                 turn, upto = self._asked(messages, place, full), full
             else:
                 upto = full if last else self.render(messages[:place + 1])
-                turn = self._reply(messages[:place + 1], upto)
+                turn = self._reply(messages[:place + 1], upto, shape if last else None)
             if turn and full.startswith(upto[:turn.end]):
                 shared.append(replace(turn, **learnt))
             elif turn and learnt["text_trained"]:       # learnt as it was written, before they rewrote it
                 learnt["end_trained"] = labels.end_of(message, last=True)
-                apart.append(self._sample(messages[:place + 1], upto, [replace(turn, **learnt)]))
+                apart.append(self._sample(messages[:place + 1], upto, [replace(turn, **learnt)], said))
             if learnt["text_trained"]:
                 thought = message.get("reasoning_content", "")
                 if not stands_in(thought, upto[turn.spans[0][0]:turn.end] if turn else ""):
                     raise lost(thought)
-        whole = [self._sample(messages, full, shared)] if any(turn.text_trained for turn in shared) else []
-        return [replace(conversation, put_in=put_in, tells_day=tells_day) for conversation in whole + apart]
+        whole = any(turn.text_trained for turn in shared)
+        return [self._sample(messages, full, shared, said), *apart] if whole else apart
 
     # ---- what can go wrong with a text ----
 
@@ -111,12 +111,12 @@ class Template(Turns):
                     raise RowError(f"{who} has a {NOUNS[kind]}, and base_model takes none",
                                    f"name a base_model that takes {NOUNS[kind]}s, or remove the row")
 
-    def _own_words(self, messages: list[dict], full: str) -> tuple[str, ...]:
+    def _own_words(self, messages: list[dict], full: str, shape: tuple[str, list]) -> tuple[str, ...]:
         """What the template writes between the texts, without single words such as the names of roles.
 
         RowError where a text other than a reply's doesn't stand in the render; `_reply` sees to those.
         """
-        render, texts = self.skeleton(messages)
+        render, texts = shape
         roles = [message["role"] for message in messages for text in texts_of(message) if text.strip()]
         for number, (role, text) in enumerate(zip(roles, map(str.strip, texts), strict=True)):
             if role != "assistant" and (text not in full or f"{MARK}{number}." not in render):
@@ -131,7 +131,7 @@ class Template(Turns):
 
     # ---- turns to a sample ----
 
-    def _sample(self, messages: list[dict], text: str, turns: list[Turn]) -> Conversation:
+    def _sample(self, messages: list[dict], text: str, turns: list[Turn], said: tuple) -> Conversation:
         """The conversation, with an end put behind each trained reply that the template left without one."""
         spans, added, replies = [], 0, []
         for turn in sorted(turns, key=lambda turn: turn.end):
@@ -148,7 +148,7 @@ class Template(Turns):
             last = (first, end if turn.end_trained else stop)
             spans += [*(whole if turn.text_trained else ()), *([last] if first < last[1] else ())]
         reply = max(replies)[1] if replies else self._untrained_reply(messages, text) or spans[-1]
-        return Conversation(text, spans, reply, self._count_media(messages, text), added)
+        return Conversation(text, spans, reply, self._count_media(messages, text), added, *said)
 
     def _untrained_reply(self, messages: list[dict], text: str) -> tuple[int, int] | None:
         """The characters of the last reply in a text; None where there is none that can be told exactly."""

@@ -50,13 +50,13 @@ class Turns(Renderer):
         self.stops = {*stops, tokenizer_of(processor).eos_token}
         self.special, self.placeholders = special_tokens(processor), placeholders(processor)
 
-    def _around(self, messages: list[dict], marks: list[dict], upto: str) -> list[str]:
+    def _around(self, messages: list[dict], marks: list[dict], upto: str, shape: tuple) -> list[str]:
         """What stands before, between and behind the texts of the last message in a render, `upto`.
 
-        Where the render is its shape's with plain texts in place of the marks, that says it. Else, it is
+        Where the render is its `shape`'s with plain texts in place of the marks, that says it. Else, it is
         rendered once more with a mark in each place.
         """
-        skeleton, texts = self.skeleton(messages)
+        skeleton, texts = shape
         if len(marks) == 1 and texts and messages[-1]["content"][-1:] == text_parts(texts[-1]) \
                 and all(text == text.strip() for text in texts):
             filled = NUMBERED.sub(lambda mark: texts[int(mark[1])], skeleton)
@@ -65,15 +65,15 @@ class Turns(Renderer):
                 return [upto[:len(upto) - len(behind) - len(texts[-1])], behind]
         return self.render([*messages[:-1], {**messages[-1], "content": marks}]).split(MARK)
 
-    def _reply(self, messages: list[dict], upto: str) -> Turn:
-        """Where the last message, an assistant's, stands in `upto`, the render of these messages."""
+    def _reply(self, messages: list[dict], upto: str, shape: tuple | None = None) -> Turn:
+        """Where the last message, an assistant's, stands in `upto`, their render; shape: their skeleton."""
         before, reply = messages[:-1], messages[-1]
         if reply.get("tool_calls"):
             return self._calling(before, reply, upto)
         parts, texts = reply["content"], texts_of(reply)
         if not parts or parts[-1]["type"] != "text":    # a mark behind the last medium shows the turn's end
             parts, texts = [*parts, *text_parts("")], [*texts, ""]
-        head, *gaps = self._around(messages, marked(parts), upto)
+        head, *gaps = self._around(messages, marked(parts), upto, shape or self.skeleton(messages))
         prompt = self.render(before, prompt=True) if before else head
         start = next((len(known) for known in (prompt, head) if upto.startswith(known)), None)
         stop = len(upto) - len(gaps[-1]) if len(gaps) == len(texts) and upto.endswith(gaps[-1]) else 0

@@ -1,6 +1,7 @@
 """02_data: the same samples from any file, everything counted, nothing lost, the same bytes every time."""
 
 import json
+import mmap
 import re
 import shutil
 from collections.abc import Callable
@@ -296,6 +297,22 @@ def test_chosen_samples_are_saved_once_for_each_time_whatever_batches_they_lie_i
     assert found["sample_id"][:] == ["d-0", "d-2", "d-2~2", "d-2~3", "d-3", "d-4", "d-4~2", "d-8"]
     assert [len(media[0]["sha256"]) for media in found["media"]] == found["row"][:] == [0, 2, 2, 2, 3, 4, 4, 8]
     assert len(samples.save(table_of(every), np.array([], int), tmp_path / "eval")) == 0
+
+
+def test_the_media_of_a_batch_may_have_more_bytes_than_32_bits_count():
+    """The first medium's 2 GiB are pages that nobody looks at."""
+    batch = samples.batch_of([sample_of(number, f"{number}") for number in range(2)])
+    pages = mmap.mmap(-1, 2**31 + 3)
+    pages[-3:] = b"end"
+    places = pyarrow.py_buffer(np.array([0, 2**31, 2**31 + 3]))
+    held = pyarrow.Array.from_buffers(samples.MEDIUM.field("bytes").type, 2,
+                                      [None, places, pyarrow.py_buffer(pages)])
+    columns = [held if field.name == "bytes" else pyarrow.nulls(2, field.type) for field in samples.MEDIUM]
+    media = pyarrow.ListArray.from_arrays([0, 1, 2], pyarrow.StructArray.from_arrays(
+        columns, fields=list(samples.MEDIUM)))
+    batch = batch.set_column(batch.schema.names.index("media"), batch.schema.field("media"), media)
+    (chosen,) = samples.chosen(pyarrow.Table.from_batches([batch]), np.array([1, 1]))
+    assert [each[0]["bytes"] for each in chosen["media"].to_pylist()] == [b"end", b"end"]
 
 
 def test_the_preview_holds_the_first_sixteen_kept_rows_as_training_sees_them(kit):

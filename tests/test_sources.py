@@ -100,6 +100,16 @@ def test_media_root_is_where_relative_paths_start():
     assert sources.root(NOWHERE | {"path": "rows/ten.jsonl", "media_root": "seen"}) == Path("seen")
 
 
+def test_fewer_rows_of_a_parquet_file_are_read_at_a_time_where_they_hold_media(monkeypatch):
+    rows = [{"image": bytes([number]) * 1000, "prompt": f"{number}"} for number in range(10)]
+    datasets.Dataset.from_list(rows).to_parquet("seen.parquet")
+    monkeypatch.setattr(files, "READ_BYTES", 4000)
+    assert {len(batch) for batch in files.parquet_batches(Path("seen.parquet"))} <= {1, 2, 3, 4}
+    assert found(path="seen.parquet") == [f"{number}" for number in range(10)]
+    monkeypatch.setattr(files, "READ_BYTES", 1)
+    assert found(path="seen.parquet") == [f"{number}" for number in range(10)]
+
+
 CORRECT = "correct path, name, revision, data_files or split; a hub id is owner/name"
 NETWORK = "load it once where there is a network, without HF_HUB_OFFLINE; or name a file that is here"
 BAD = {
