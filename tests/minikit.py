@@ -4,6 +4,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -192,6 +193,7 @@ def started(command: str, **environ: str) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, *command.split()],
         env=os.environ | environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
     )  # fmt: skip
     while process.stdout.readline() not in ("waiting\n", ""):
         pass
