@@ -114,7 +114,7 @@ class AdaptedLinear(torch.autograd.Function):
         u, down, up, weight, *parts = ctx.saved_tensors
         learns, slopes = ctx.needs_input_grad[5:], [None] * len(parts)
         if ctx.make:
-            parts = [part.detach().requires_grad_(learnt) for part, learnt in zip(parts, learns)]
+            parts = [part.detach().requires_grad_() for part in parts]      # slopes that none wants go nowhere
         with torch.enable_grad():
             x = ctx.make(*parts) if ctx.make else parts[0]
         rows = x.detach().reshape(-1, x.shape[-1]).to(down.dtype)
@@ -125,7 +125,7 @@ class AdaptedLinear(torch.autograd.Function):
             if any(learns):
                 weight = dequantised(weight, ctx.packing).to(g.dtype) if ctx.packing else weight
                 dx = (g @ weight).addmm_(gu, down).view(*grad.shape[:-1], -1).to(ctx.types[0])
-                slopes = torch.autograd.grad(x, parts, dx, allow_unused=True) if ctx.make else [dx]
+                slopes = torch.autograd.grad(x, parts, dx) if ctx.make else [dx]
         return grad_a.to(ctx.types[1]), grad_b.to(ctx.types[2]), None, None, None, *slopes
 
 

@@ -19,7 +19,7 @@ from lib import model, quant, registry, shards, terminal
 from lib.plan import check_weight_files, on_meta, planned_config, quiet
 from lib.roles import base_name
 
-FILES_AT_A_TIME = 2                                  # some are added up while others go to the disk
+FILES_AT_A_TIME = 2                                  # one is added up while another is written
 BESIDE = ("config.json", "generation_config.json", shards.INDEX)
 
 

@@ -96,6 +96,17 @@ def test_an_mlp_with_a_gate_has_its_gradients_and_keeps_neither_product_nor_acti
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("target", ["gate_proj", "up_proj"])
+def test_an_mlp_of_which_one_input_alone_learns_has_its_gradients(target, tmp_path_factory, tmp_path):
+    net, _ = find("llama_text", tmp_path_factory).adapter(tmp_path, lora_target_modules=[target, "down_proj"])
+    (mlp, *_) = (module for module in net.modules() if adapted.is_gated(module))
+    x, trained = torch.randn(2, 5, 64), [p for p in mlp.parameters() if p.requires_grad]
+    wanted, found = mlp(x), adapted.forward_of(mlp)(x)
+    slopes = torch.randn_like(wanted)
+    for a, b in zip(*(torch.autograd.grad(out, trained, slopes) for out in (found, wanted))):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_an_mlp_that_computes_something_else_is_left_to_its_class(tmp_path_factory, tmp_path):
     net, _ = find("gemma3n", tmp_path_factory).adapter(tmp_path)
     named = {name: adapted.is_gated(module) for name, module in net.named_modules() if name.endswith("mlp")}
