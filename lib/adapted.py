@@ -114,7 +114,7 @@ class AdaptedLinear(torch.autograd.Function):
         u, down, up, weight, *parts = ctx.saved_tensors
         learns, slopes = ctx.needs_input_grad[5:], [None] * len(parts)
         if ctx.make:
-            parts = [part.detach().requires_grad_() for part in parts]      # slopes that none wants go nowhere
+            parts = [part.detach().requires_grad_() for part in parts]       # unasked-for slopes are dropped
         with torch.enable_grad():
             x = ctx.make(*parts) if ctx.make else parts[0]
         rows = x.detach().reshape(-1, x.shape[-1]).to(down.dtype)

@@ -10,6 +10,7 @@ import functools
 import re
 from collections import Counter
 from dataclasses import dataclass
+from unittest.mock import patch
 
 import torch
 
@@ -138,11 +139,11 @@ class Step:
         and lib/loss.py choose there, and peft's, which asks for CUDA's autocast by its flag alone.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(on_cuda.replaced(adapted, dequantised=unpacked))
+            stack.enter_context(patch.multiple(adapted, dequantised=unpacked))
             if self.cuda:
                 stack.enter_context(on_cuda.cuda_kernels())
-                stack.enter_context(on_cuda.replaced(attention, flash_is_on=lambda device: True, SHORT=0))
-                stack.enter_context(on_cuda.replaced(loss, CHUNK_LOGITS={}))
+                stack.enter_context(patch.multiple(attention, flash_is_on=lambda device: True, SHORT=0))
+                stack.enter_context(patch.multiple(loss, CHUNK_LOGITS={}))
                 stack.callback(torch.set_autocast_enabled, "cuda", False)
                 torch.set_autocast_enabled("cuda", self.half is not None)
             yield

@@ -4,9 +4,8 @@ Stand-ins for kernels compute nothing: they make results and keep tensors of the
 
 Fork me to: count another device's (`cuda_kernels`).
 """
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -31,18 +30,7 @@ def cuda_kernels():
     They replace torch.nn.functional's, as no mode of torch's holds in layers that the backward runs again.
     """
     new = {name: partial(in_float32, getattr(F, name)) for name in ("layer_norm", "group_norm", "softmax")}
-    return replaced(F, scaled_dot_product_attention=attention, rms_norm=Norm.apply, **new)
-
-
-@contextmanager
-def replaced(module, **new) -> Iterator[None]:
-    """Inside, names of a module mean something else."""
-    own = {name: vars(module)[name] for name in new}
-    vars(module).update(new)
-    try:
-        yield
-    finally:
-        vars(module).update(own)
+    return patch.multiple(F, scaled_dot_product_attention=attention, rms_norm=Norm.apply, **new)
 
 
 def in_float32(function, tensor: torch.Tensor, *words, **options) -> torch.Tensor:
