@@ -49,7 +49,7 @@ def epsilon_of(norm) -> float | None:
 
 
 def norm_forward(module, one: int, x: torch.Tensor) -> torch.Tensor:
-    """The norm's output [..., D], in x's type; Gemma's is rounded twice, as other families' own norms are."""
+    """The norm's output [..., D], in x's type; with 1 + weight it is rounded twice, as most norms are."""
     shape, weight, eps = x.shape[-1:], module.weight.to(x.dtype), epsilon_of(module)
     with torch.autocast(x.device.type, enabled=False):
         if one:                           # 1 + weight has more digits than bf16: it is formed within a kernel
