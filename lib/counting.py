@@ -10,6 +10,7 @@ import contextlib
 import operator
 from bisect import bisect_right
 from collections import Counter as Numbers
+from itertools import accumulate
 
 from PIL import Image
 from tokenizers import Encoding
@@ -17,6 +18,7 @@ from tokenizers import Encoding
 from lib.chat import Encoder
 from lib.messages import RowError
 from lib.processor import adds_first_token, placeholders, tokenizer_of
+from lib.spans import bytes_of
 
 ENOUGH = 3                                # pictures of like sizes for which the number was told right
 MOST_ROWS = 256                           # of whose pictures it is kept what the processor wrote
@@ -30,25 +32,37 @@ class Counter:
         self.encoder, self.processor, self.pictures = encoder, encoder.processor, Pictures(encoder.processor)
         self.never_trained = frozenset(encoder.never_trained)
         self.plain: dict[bool, bool] = {}                # whether texts are tokenized as they stand
+        self.tokenizer = tokenizer_of(self.processor).backend_tokenizer
+        self.spelt = bytes_of(self.tokenizer)            # by each token's id, if the vocabulary is byte-level
 
     def texts(self, given: list[tuple[str, list]]) -> list[tuple[int, int, int] | None]:
         """The counts of texts without media, by their trained characters; None where only `encode` can tell.
 
-        All are tokenized in one call.
+        All are tokenized in one call, without offsets where the tokens' bytes tell their places.
         """
         found: list[tuple | None] = [None] * len(given)
         for first in (True, False):
-            asked = {n: text for n, (text, _) in enumerate(given)
-                     if adds_first_token(self.processor, text) == first}
-            if not asked:
+            asked = [n for n, (text, _) in enumerate(given)
+                     if adds_first_token(self.processor, text) == first]
+            if asked and first not in self.plain:        # some processors may do more with a text
+                self.plain[first] = self._is_plain(given[asked[0]][0], first)
+            if not asked or not self.plain[first]:
                 continue
-            tokens = self._tokens(list(asked.values()), first)
-            if first not in self.plain:                  # some processors may do more with a text
-                made, _ = self.encoder.process(next(iter(asked.values())), [])
-                self.plain[first] = made["input_ids"][0].tolist() == tokens[0].ids
-            for n, each in zip(asked, tokens):
-                found[n] = self._counts(*given[n], each, []) if self.plain[first] else None
+            if self.spelt:
+                for n, tokens in zip(asked, self._tokens([given[n][0] for n in asked], first, placed=False)):
+                    found[n] = self._spelt_counts(*given[n], tokens.ids)
+                asked = [n for n in asked if found[n] is None]
+            for n, tokens in zip(asked, self._tokens([given[n][0] for n in asked], first)):
+                found[n] = self._counts(*given[n], tokens, [])
         return found
+
+    def _is_plain(self, text: str, first: bool) -> bool:
+        """Whether a text is tokenized as it stands. If its tokens don't spell it, none are asked to again."""
+        made, _ = self.encoder.process(text, [])
+        (tokens,) = self._tokens([text], first)
+        if self._spelt_counts(text, [], tokens.ids) is None:
+            self.spelt = {}
+        return made["input_ids"][0].tolist() == tokens.ids
 
     def row(self, text: str, spans: list, pictures: list[Image.Image]) -> tuple[int, int, int] | None:
         """The same of a text with pictures and no other media."""
@@ -67,9 +81,12 @@ class Counter:
                 return self._counts(expanded, spans, tokens, replaced)
         return None
 
-    def _tokens(self, texts: list[str], first: bool) -> list[Encoding]:
-        """The ids and offsets of texts, as their processor's tokenizer has them."""
-        return tokenizer_of(self.processor).backend_tokenizer.encode_batch(texts, add_special_tokens=first)
+    def _tokens(self, texts: list[str], first: bool, placed: bool = True) -> list[Encoding]:
+        """The ids and, if `placed`, the offsets of texts, as their processor's tokenizer has them."""
+        self.tokenizer.no_padding()                      # some processors leave it on
+        self.tokenizer.no_truncation()
+        encode = self.tokenizer.encode_batch if placed else self.tokenizer.encode_batch_fast
+        return encode(texts, add_special_tokens=first)
 
     def _counts(self, text: str, spans: list, tokens: Encoding, replaced: list) -> tuple | None:
         ids, offsets = tokens.ids, tokens.offsets        # new lists, each time that they are asked for
@@ -78,6 +95,16 @@ class Counter:
         with contextlib.suppress(RowError):
             return self.encoder.counts(*self.encoder.labelled(text, ids, offsets, spans, replaced))
         return None
+
+    def _spelt_counts(self, text: str, spans: list, ids: list[int]) -> tuple | None:
+        """The counts of a text that its tokens spell byte for byte: so these tell where each one ends."""
+        in_bytes, pieces = text.encode(), list(map(self.spelt.get, ids))
+        if None in pieces or b"".join(pieces) != in_bytes:
+            return None
+        if len(in_bytes) > len(text):
+            spans = [[len(text[:border].encode()) for border in span] for span in spans]
+        ends = list(accumulate(map(len, pieces)))
+        return counts_in_order(ids, [0, *ends], ends, spans, self.never_trained)
 
 
 def quick_counts(ids: list[int], offsets: list, spans: list, never_trained: frozenset) -> tuple | None:
@@ -89,6 +116,11 @@ def quick_counts(ids: list[int], offsets: list, spans: list, never_trained: froz
     starts, ends = zip(*offsets)
     if list(starts) != sorted(starts) or list(ends) != sorted(ends):
         return None
+    return counts_in_order(ids, starts, ends, spans, never_trained)
+
+
+def counts_in_order(ids, starts, ends, spans, never_trained) -> tuple | None:
+    """The same of tokens in order, all places in characters or all in bytes."""
     media = 0 if never_trained.isdisjoint(ids) else sum(i in never_trained for i in ids)
     trained, done = 0, 1                                         # no token predicts the first
     for span in spans:

@@ -17,12 +17,14 @@ import pyarrow
 import torch
 
 from lib import samples
-from lib.files import Row
+from lib.files import Row, Source
 from lib.rows import Rows
 from lib.stage import StageError
 
-ROWS = 64                                 # that a process measures at a time; fewer need no other process
-AHEAD = 4                                 # such parts that wait for each process
+FEW, MANY = 64, 256                       # rows that a process measures at a time: many, where there are many
+PARTS = 64                                # from so many parts of FEW rows on, they become larger
+PART_BYTES = 2**22                        # of a part's rows, from which on no other row is added
+AHEAD = 4                                 # parts that wait for each process
 
 reader: Rows | None = None                # a worker's own
 
@@ -36,10 +38,9 @@ class Part:
     files: list[tuple[Path, str | None]] = field(default_factory=list)
 
 
-def measured(rows: Rows, given: Iterator[Row], processes: int | None) -> Iterator[Part]:
+def measured(rows: Rows, given: Source, processes: int | None) -> Iterator[Part]:
     """The Parts of all rows, in their order; processes: None is one for each core."""
-    given = iter(given)
-    parts = iter(lambda: list(islice(given, ROWS)), [])
+    parts = cut(given)
     first = list(islice(parts, 2))
     if len(first) < 2 or processes == 1:
         start(rows)
@@ -61,6 +62,28 @@ def measured(rows: Rows, given: Iterator[Row], processes: int | None) -> Iterato
                              "dataset_processes: 1, or fewer than now") from None
         finally:
             gc.unfreeze()
+
+
+def cut(given: Source) -> Iterator[list[Row]]:
+    """The rows in parts, which depend on the rows alone: so does what a data set's batches are."""
+    rows, size, most = [], 0, min(MANY, max(FEW, len(given) // PARTS))
+    for each in given:
+        rows.append(each)
+        size += bytes_in(each[2])
+        if len(rows) == most or size >= PART_BYTES:
+            yield rows
+            rows, size = [], 0
+    if rows:
+        yield rows
+
+
+def bytes_in(row) -> int:
+    """About how many bytes a row holds: its texts and the media in it; a line of a file is its own length."""
+    if isinstance(row, bytes | str):
+        return len(row)
+    if isinstance(row, dict):
+        return sum(map(bytes_in, row.values()))
+    return sum(map(bytes_in, row)) if isinstance(row, list) else 0
 
 
 def cores() -> int:

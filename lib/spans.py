@@ -5,6 +5,11 @@ wrote for media placeholders: [{"span": in the render, "new_span": in the text t
 "replacement": that text}].
 """
 import numpy as np
+from tokenizers import Tokenizer, decoders
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+# Byte-level vocabularies spell each byte as a printable character: the unprintable ones from U+0100 on.
+BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def moved(spans: list, replaced: list[dict]) -> list[tuple[int, int]]:
@@ -48,3 +53,13 @@ def covered(tokens: np.ndarray, spans: list, without: list) -> np.ndarray:
     def inside(ranges: list) -> np.ndarray:
         return np.any([(first <= starts) & (ends <= last) for first, last in ranges], axis=0)
     return (starts < ends) & inside(spans) & ~inside(without)
+
+
+def bytes_of(tokenizer: Tokenizer) -> dict[int, bytes]:
+    """What each token of a byte-level vocabulary spells; nothing where the vocabulary is another."""
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return {}
+    spelt = {number: bytes(map(BYTE_OF.get, token)) for token, number in tokenizer.get_vocab(False).items()
+             if BYTE_OF.keys() >= set(token)}
+    added = tokenizer.get_added_tokens_decoder()
+    return spelt | {number: token.content.encode() for number, token in added.items()}

@@ -3,10 +3,9 @@ import re
 from html import escape
 from itertools import groupby
 
-from transformers.convert_slow_tokenizer import bytes_to_unicode
-
 from lib.chat import IGNORE_INDEX
 from lib.page import cell
+from lib.spans import BYTE_OF
 
 KEY = ('<p class="note">The model learns to write the tokens on '
              '<span class="tokens"><mark><span>green</span></mark></span>, underlined. '
@@ -14,8 +13,6 @@ KEY = ('<p class="note">The model learns to write the tokens on '
              '<span class="tokens"><i>↵</i></span> is a newline, '
              '<span class="tokens"><i>·</i></span> a space that is easily missed.</p>')
 SIGNS = {" ": "<i>·</i>", "\n": "<i>↵</i>\n", "\r": "<i>␍</i>", "\t": "<i>⇥</i>"}
-# Byte-level vocabularies spell each byte as a printable character: the unprintable ones from U+0100 on.
-BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def view(tokens, input_ids, labels, media_tokens=()):

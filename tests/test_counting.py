@@ -83,6 +83,40 @@ def test_a_number_that_transformers_tells_wrong_is_not_believed(subject, monkeyp
         assert counter.row(one.text, one.spans, pictures(size)) == measured(encoder, one, [size])
 
 
+ODD_WORDS = ("plain", "été", "e\u0301te\u0301", "🦊🦊", "雪", "ﬁ Ǆ", "a\t\r\nb", "x  y", "don't", "1234", "\u200b")
+
+
+@pytest.mark.parametrize("name", variants.NAMES)
+def test_counts_of_texts_are_those_of_their_tensors(name, zoo):
+    family = registry.family_of(load_config(str(zoo(name)), None, False).model_type)
+    processor = complete(load_processor(zoo(name)), family)
+    template, encoder = Template(processor, stop_tokens(zoo(name), processor)), Encoder.of(processor, family)
+    pick, counter = random.Random(0), Counter(encoder)
+    talks = [talk for _ in range(20) for talk in template.conversations(
+        chat(*(" ".join(pick.choices(ODD_WORDS, k=5)).strip() for _ in range(2))))]
+    found = counter.texts([(talk.text, talk.spans) for talk in talks])
+    said = [measured(encoder, talk, []) for talk in talks]
+    assert [each or wanted for each, wanted in zip(found, said)] == said
+    assert len(list(filter(None, found))) > len(talks) / 2, counter.plain
+
+
+def test_texts_that_their_tokens_spell_are_tokenized_without_offsets(subject, monkeypatch):
+    encoder, one, _ = subject("qwen2_5_vl")
+    counter, asked = Counter(encoder), []
+    given = [(text, [(0, len(text))]) for text in ("été 🦊", "e\u0301", "plain")]           # the second one becomes é
+    tokens = Counter._tokens
+
+    def noted(self, texts, first, placed=True):
+        asked.append((texts, placed))
+        return tokens(self, texts, first, placed)
+    monkeypatch.setattr(Counter, "_tokens", noted)
+    found = counter.texts(given)
+    texts = [text for text, _ in given]
+    assert asked == [(texts[:1], True), (texts, False), ([texts[1]], True)]               # the first one to see that all do
+    counter.spelt = {}
+    assert counter.texts(given) == found and asked[3:] == [(texts, True)]
+
+
 def test_quick_counts_of_any_tokens_are_those_of_each_token_or_none():
     pick, told = random.Random(0), 0
     for _ in range(4000):

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lib import budget, fresh, ledger, proof, samples
+from lib import budget, files, fresh, ledger, measuring, proof, samples
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.processor import load_processor
 from lib.seen import seen
@@ -239,6 +239,18 @@ def test_several_processes_measure_what_one_does_and_what_encoding_gives(base, k
     kit.configure("dataset_processes=1", "on_bad_row=skip", "train_on_inputs=true", base=base)
     kit.script("02_data").main(["run", "--force"])
     assert kit.samples() == found and kit.rejects() == rejects
+
+
+def test_parts_for_processes_are_as_large_as_rows_allow():
+    def sizes(rows: list) -> list[int]:
+        parts = list(measuring.cut(files.numbered(Path("x"), [rows])))
+        assert [row for part in parts for _, _, row in part] == rows
+        return [len(part) for part in parts]
+    assert sizes([]) == []
+    assert sizes([CHAT] * 150) == [64, 64, 22]
+    assert sizes([b"{}"] * 20_000) == [256] * 78 + [32]
+    media = CHAT | {"images": [{"bytes": bytes(3 * 2**20)}]}
+    assert sizes([media] * 5) == [2, 2, 1]
 
 
 def test_held_out_samples_are_a_seeded_choice(kit):
