@@ -18,7 +18,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-SHORT = 640                               # tokens up to which scores stay in a CPU's cache
+SHORT = 640                               # tokens up to which a CPU has all scores at once,
+CACHED = 2**19                            # and beyond, so many in a frozen tower: 1 MiB in bfloat16
 PIECES = "flash_of_pieces"                # by "flash" in the name, towers hand over all pieces at once
 HALF = (torch.bfloat16, torch.float16)
 
@@ -71,7 +72,10 @@ def attend(library, language: set, module, query, key, value, attention_mask, dr
     known = not dropout and tokens == key.shape[2] > 1 and not any(
         options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
     rows = packed_rows if module in language and attention_mask is not None else None
-    if not known or rows is None and (query.device.type != "cpu" or tokens > SHORT):
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = attention_mask is None and is_causal
+    if not known or rows is None and (query.device.type != "cpu" or tokens > SHORT and (
+            causal or not is_of_a_frozen_tower(query, key, value, attention_mask))):
         return library(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                        is_causal=is_causal, **options)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -80,7 +84,7 @@ def attend(library, language: set, module, query, key, value, attention_mask, dr
         ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)
         flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))            # [B*T, heads, D]
         return flash(*flat, ends, max(lengths), scaling, True).view(-1, tokens, *query.shape[1::2]), None
-    if attention_mask is None and (module.is_causal if is_causal is None else is_causal):
+    if causal:
         attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
     if rows is None:
         return squares(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
@@ -110,6 +114,8 @@ def squares(query, key, value, mask, scaling: float) -> torch.Tensor:
     """Attention's output [B, H, T, D]; mask [B, 1, T, T] is bool, or added to the scores, or None."""
     batch, heads, tokens, width = query.shape
     groups = key.shape[1]
+    if query.device.type == "cpu" and tokens > SHORT and is_of_a_frozen_tower(query, key, value, mask):
+        return some_rows_at_a_time(query * scaling, key, value)
     if query.device.type != "cpu" or tokens > SHORT:
         if mask is not None:              # under one, few kernels know groups
             key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
@@ -126,6 +132,25 @@ def squares(query, key, value, mask, scaling: float) -> torch.Tensor:
         scores = scores + mask
     weights = scores.softmax(-1).view(batch * groups, -1, tokens)
     return torch.bmm(weights, value).view(batch, heads, tokens, -1)
+
+
+def is_of_a_frozen_tower(query, key, value, mask) -> bool:
+    """Whether nothing is hidden and nothing learns, and each head has a key of its own."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    return mask is None and not learns and query.shape[1] == key.shape[1]
+
+
+def some_rows_at_a_time(query, key, value) -> torch.Tensor:
+    """Attention's output [B, H, T, D] of scaled queries, without a graph: few scores are in hand at once."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    query, key, value = (x.to(dtype).contiguous() for x in (query, key, value))
+    out, most = torch.empty_like(value), max(1, CACHED // key.shape[2])
+    for n in range(query.shape[0] * query.shape[1]):
+        q, k, v, found = (x.flatten(0, 1)[n] for x in (query, key, value, out))          # [T, D]
+        for rows, place in zip(q.split(most), found.split(most)):
+            scores = rows @ k.T
+            torch.mm(torch.softmax(scores, -1, out=scores), v, out=place)
+    return out
 
 
 # ---- towers ----

@@ -19,8 +19,9 @@ from lib.stage import StageError
 
 NOT_INPUTS = ("labels", "positions", "targets", "packed_rows", "features")
 CHUNK = 256                               # rows of logits at once; of a large vocabulary, fewer,
-CHUNK_LOGITS = {"cpu": 2**23}             # so that there are no more of them: 32 MiB in float32,
-ELSEWHERE = 2**25                         # or 128 MiB, since a GPU has to read the head for each chunk
+CHUNK_LOGITS = {"cpu": 2**23}             # so that there are no more of them: 16 MiB in bfloat16,
+ELSEWHERE = 2**25                         # or 64 MiB, since a GPU has to read the head for each chunk,
+WIDE_LOGITS = {"cpu": 2**19}              # and of those, so many in float32: 2 MiB, or on a GPU all of them
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -42,12 +43,13 @@ def forward_loss(model, batch: dict, of_chunk: Callable | None = None) -> tuple[
     head, softcap = model.get_output_embeddings(), softcap_of(model)
     logits, at = head.forward, next(head.parameters()).device     # `weight` is made anew where new rows train
     vocabulary = model.config.get_text_config().vocab_size
-    most = CHUNK_LOGITS.get(at.type, ELSEWHERE) // vocabulary
-    targets, size = batch["targets"].to(at), max(1, min(CHUNK, most))
+    size, wide = (max(1, min(CHUNK, most.get(at.type, ELSEWHERE) // vocabulary))
+                  for most in (CHUNK_LOGITS, WIDE_LOGITS))
+    targets = batch["targets"].to(at)
     frozen = isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters())
     if frozen and of_chunk is None:
         return in_place_of_logits(model, batch, lambda rows: FrozenHeadLoss.apply(
-            rows.to(at), head.weight, head.bias, targets, softcap, size))
+            rows.to(at), head.weight, head.bias, targets, softcap, size, wide))
     return in_place_of_logits(model, batch, lambda rows: trained_head_loss(
         rows.to(at), logits, targets, softcap, size, of_chunk or partial(F.cross_entropy, reduction="sum")))
 
@@ -122,30 +124,35 @@ def trained_head_loss(rows, head, targets, softcap, size: int,
 class FrozenHeadLoss(torch.autograd.Function):
     """(loss sum, right count) for a head that doesn't train: each chunk's gradient is made with its logits.
 
+    The logits, in the weights' dtype, become their own gradient, `wide` rows at a time, in float32 meanwhile.
+
     Source: the idea of Cut Cross-Entropy (arXiv 2411.09009) in plain torch: d loss / d logits is softmax
-    minus one-hot, so nothing but [N, D] outlives the forward. Logits in the weights' dtype, softmax in fp32.
+    minus one-hot, so nothing but [N, D] outlives the forward.
     """
 
     @staticmethod
-    def forward(ctx, rows, weight, bias, targets, softcap, size):
+    def forward(ctx, rows, weight, bias, targets, softcap, size, wide):
         learns = ctx.needs_input_grad[0]  # not in evaluation, which then costs half
         gradient = torch.empty_like(rows) if learns else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
         right = targets.new_zeros(())
         for start in range(0, rows.shape[0], size):
             hidden, wanted = rows[start:start + size], targets[start:start + size, None]
-            logits = capped(F.linear(hidden.to(weight.dtype), weight, bias).float(), softcap)  # [size, V]
-            bend = 1 - (logits / softcap) ** 2 if learns and softcap is not None else None
-            top, answer = logits.max(-1, keepdim=True)
-            right += (answer == wanted).sum()
-            of_wanted = logits.gather(1, wanted)
-            slope = logits.sub_(top).exp_()                        # one exp and no second [size, V]
-            sums = slope.sum(-1, keepdim=True)
-            total += (sums.log() + top - of_wanted).sum()
+            chunk = F.linear(hidden.to(weight.dtype), weight, bias)            # [size, V]
+            for part, answers in zip(chunk.split(wide), wanted.split(wide)):
+                logits = capped(part.float(), softcap)                         # [wide, V]
+                bend = 1 - (logits / softcap) ** 2 if learns and softcap is not None else None
+                top, best = logits.max(-1, keepdim=True)
+                right += (best == answers).sum()
+                of_answers = logits.gather(1, answers)
+                slope = logits.sub_(top).exp_()                    # one exp and no second [wide, V]
+                sums = slope.sum(-1, keepdim=True)
+                total += (sums.log() + top - of_answers).sum()
+                if learns:
+                    slope.div_(sums).scatter_add_(1, answers, torch.full_like(sums, -1))
+                    part.copy_(slope if bend is None else slope.mul_(bend))
             if learns:
-                slope.div_(sums).scatter_add_(1, wanted, torch.full_like(sums, -1))
-                slope = slope if bend is None else slope.mul_(bend)
-                gradient[start:start + size] = slope.to(weight.dtype) @ weight
+                gradient[start:start + size] = chunk @ weight
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(right)
         return total, right
@@ -153,4 +160,4 @@ class FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_total, _):
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_total.to(gradient.dtype), None, None, None, None, None
+        return gradient * grad_total.to(gradient.dtype), *[None] * 6

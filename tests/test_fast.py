@@ -72,6 +72,25 @@ def test_plain_products_are_torchs_attention(masked, groups):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("in_pieces", [True, False])
+def test_a_frozen_towers_attention_to_many_patches_is_torchs(in_pieces, monkeypatch):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, attention.SHORT + 5, 8) for _ in range(3))
+    wanted, module = F.scaled_dot_product_attention(query, key, value, scale=0.3), torch.nn.Module()
+    module.is_causal, called = False, []
+    own = attention.some_rows_at_a_time
+    monkeypatch.setattr(attention, "some_rows_at_a_time", lambda *words: (called.append(1), own(*words))[1])
+    monkeypatch.setattr(attention, "CACHED", 2**16)                  # 101 rows of these at a time
+    if in_pieces:
+        ends = torch.tensor([0, 1, 2]) * query.shape[2]
+        flat = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
+        found = attention.pieces(None, *flat, None, scaling=0.3, cu_seq_lens_q=ends)[0].view(2, -1, 3, 8)
+    else:
+        found, _ = attention.attend(None, set(), module, query, key, value, None, scaling=0.3)
+    torch.testing.assert_close(found.transpose(1, 2), wanted, rtol=1e-5, atol=1e-5)
+    assert called
+
+
 def test_an_adapted_layer_has_the_gradients_of_its_formula():
     torch.manual_seed(0)
     x, a, b = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5, 6), (3, 6), (4, 3)))

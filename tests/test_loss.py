@@ -106,11 +106,12 @@ def test_a_soft_cap_that_the_class_ignores_is_ignored(subject):
 
 
 @pytest.mark.parametrize("roles", [["all"], ["language"]])
-@pytest.mark.parametrize("rows_at_once", [1, 3, 10**6])
-def test_where_chunks_end_changes_nothing(subject, roles, rows_at_once, monkeypatch):
+@pytest.mark.parametrize("rows_at_once, wide", [(1, 1), (3, 2), (10**6, 2), (10**6, 10**6)])
+def test_where_chunks_end_changes_nothing(subject, roles, rows_at_once, wide, monkeypatch):
     net, batch = train(subject, *roles), subject.batch()
     assert len(batch["targets"]) % 3                               # so that a last chunk is smaller
     monkeypatch.setattr(loss, "CHUNK", rows_at_once)
+    monkeypatch.setitem(loss.WIDE_LOGITS, "cpu", wide * net.config.get_text_config().vocab_size)
     assert_the_same(net, batch)
 
 
