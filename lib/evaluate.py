@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from lib import attention, features, hooks
+from lib import attention, features, hooks, last
 from lib.chat import Encoder
 from lib.plan import quiet
 from lib.processor import tokenizer_of
@@ -55,7 +55,8 @@ def held_out_answers(run) -> list[dict]:
     mine = chosen[world.rank::world.world_size]
     if samples.even:
         mine += chosen[:math.ceil(count / world.world_size) - len(mine)]
-    attention.of_batch({}), features.of_batch({})                       # what the batch before held is over
+    for part in (attention, features, last):                            # what the batch before held is over
+        part.of_batch({})
     run.model.eval()
     found = []
     for index in mine:

@@ -1,6 +1,7 @@
 """fast: the loop's inner parts, computed as the libraries compute them, in fewer and larger pieces.
 
-Attention is lib/attention.py's, LoRA's layers are lib/adapted.py's, and lib/gpu.py has what only a GPU wants.
+Attention is lib/attention.py's, LoRA's layers are lib/adapted.py's, what of the last layer is computed is
+lib/last.py's, and lib/gpu.py has what only a GPU wants.
 `rows_forward` stands in for peft's layers with some rows that train, which copy the whole matrix each time.
 
 All hold inside `paths(model, roles)` only: what is saved, shown and compared is computed by the libraries.
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lib import adapted, attention, gpu
+from lib import adapted, attention, gpu, last
 from lib.adapter import base_name
 from lib.roles import Roles
 
@@ -24,6 +25,7 @@ def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
     language = {module for name, module in model.named_modules() if roles.of(base_name(name)) == "language"}
     cuda = next(model.parameters()).is_cuda if cuda is None else cuda
     fast = {module: forward for module in model.modules() if (forward := forward_of(module, cuda))}
+    fast |= {part: partial(last.forward, fast.get(part, part.forward)) for part in last.parts(model, roles)}
     own = {module: vars(module)["forward"] for module in fast if "forward" in vars(module)}  # accelerate's
     for module, forward in fast.items():
         module.forward = forward
@@ -46,7 +48,19 @@ def forward_of(module, cuda: bool):
         return forward
     if isinstance(module, TrainableTokensLayer):
         return partial(rows_forward, module, ids_of(module))
+    if type(module) in (torch.nn.Conv2d, torch.nn.Conv3d) and not module.weight.requires_grad:
+        return partial(patches_forward, module)
     return gpu.forward_of(module) if cuda else None
+
+
+# ---- patches ----
+
+def patches_forward(module, x: torch.Tensor) -> torch.Tensor:
+    """A convolution's output; of patches [N, C, *its kernel's size], as some towers take, a product's."""
+    if x.shape[2:] != module.kernel_size or any(module.padding) or module.groups > 1:
+        return type(module).forward(module, x)
+    out = F.linear(x.flatten(1), module.weight.flatten(1), module.bias)
+    return out.view(*out.shape, *[1] * len(module.kernel_size))
 
 
 # ---- rows of new tokens ----

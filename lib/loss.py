@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from lib import attention, features
+from lib import attention, features, last
 from lib.chat import IGNORE_INDEX
 from lib.stage import StageError
 
@@ -68,7 +68,7 @@ def in_place_of_logits(model, batch: dict, compute):
     one) run as in any forward.
     """
     inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS} | features.of_batch(batch)
-    attention.of_batch(batch)
+    attention.of_batch(batch), last.of_batch(batch)
     head, result = model.get_output_embeddings(), []
 
     def instead(hidden):                  # [B, T, D]

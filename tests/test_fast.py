@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import adapted, attention, fast, gpu
+from lib import adapted, attention, fast, gpu, last, loss
 from lib.roles import Roles
 from tests.test_families import NAMES, find
 from tests.test_packing import REFUSED, gradients, packed_batch, rows_of
@@ -54,6 +54,36 @@ def test_both_fast_paths_are_taken_and_left_again(tmp_path_factory, tmp_path, mo
     called.clear()
     gradients(net, [batch])
     assert called == []
+
+
+def test_the_last_mlp_sees_only_positions_at_which_something_is_predicted(tmp_path_factory, tmp_path):
+    subject = find("qwen2_5_vl", tmp_path_factory)
+    net, _ = subject.adapter(tmp_path)
+    first, mlp = (module for name, module in net.named_modules() if adapted.is_gated(module) and ".layers." in name)
+    batch, seen = packed_batch(subject, net, rows_of(subject)), []
+    tokens = batch["input_ids"].numel()
+    with fast.paths(net, subject.roles):
+        for each in (first, mlp):
+            each.up_proj.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape[:-1].numel()))
+        loss.forward_loss(net, batch)
+        assert last.parts(net, subject.roles) == [mlp] and seen == [tokens, len(batch["targets"])]
+        last.of_batch({})                                                        # as before answers are generated
+        net(**{key: batch[key] for key in ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids")})
+        assert seen[-1] == tokens
+
+
+@pytest.mark.parametrize("kind, size", [(torch.nn.Conv3d, (2, 4, 4)), (torch.nn.Conv2d, (4, 4))])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_convolution_over_patches_is_one_product_and_any_other_its_own(kind, size, bias, monkeypatch):
+    layer = kind(3, 8, size, stride=size, bias=bias).requires_grad_(False)
+    forward, convolved = fast.forward_of(layer, cuda=False), []
+    own = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *given: (convolved.append(1), own(*given))[1])
+    for more, convolves in ((1, False), (3, True)):
+        x = torch.randn(5, 3, *(more * each for each in size))
+        torch.testing.assert_close(forward(x), own(layer, x))
+        assert bool(convolved) == convolves
+    assert fast.forward_of(kind(3, 8, size), cuda=False) is None                 # it learns
 
 
 @pytest.mark.parametrize("masked", [None, "bool", "added"])
