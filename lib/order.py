@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -54,7 +55,7 @@ def epoch(order: Order, number: int) -> list[Row]:
     generator = torch.Generator().manual_seed(order.seed * 1_000_003 + number)
     samples = torch.randperm(len(order.lengths), generator=generator).tolist()
     if order.room is not None:
-        rows = packed(samples, order.lengths, order.room, order.kinds)
+        rows = packed(samples, order.lengths, order.room, order.kinds, generator)
         return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
     if order.by_length:
         samples = grouped(samples, order, generator)
@@ -69,12 +70,16 @@ def in_turn(samples, room: int | None, chosen: Iterable[int] | None = None) -> l
     return packed(chosen, samples.input_tokens, room, samples.kinds)
 
 
-def packed(samples: Iterable[int], lengths: list[int], room: int, kinds: list[int] | None) -> list[Row]:
-    """The samples in rows of at most `room` tokens, each row of one kind."""
+def packed(samples: Iterable[int], lengths: list[int], room: int, kinds: list[int] | None,
+           generator: torch.Generator | None = None) -> list[Row]:
+    """The samples in rows of at most `room` tokens, each row of one kind; a generator deals them by chance."""
     groups: dict[int, list[int]] = {}
     for index in samples:
         groups.setdefault(kinds[index] if kinds else 0, []).append(index)
-    return [row for group in groups.values() for row in packing.fill(group, lengths, room)]
+    rows = [packing.fill(group, lengths, room) for group in groups.values()]
+    if generator is not None:
+        rows = [packing.mixed(group, lengths, room, generator) for group in rows]
+    return list(chain.from_iterable(rows))
 
 
 def grouped(samples: list[int], order: Order, generator: torch.Generator) -> list[int]:

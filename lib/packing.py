@@ -49,6 +49,26 @@ def fill(order: list[int], lengths: list[int], room: int) -> list[tuple[int, ...
     return [tuple(row) for row in rows]
 
 
+def mixed(rows: list[tuple[int, ...]], lengths: list[int], room: int, generator: torch.Generator
+          ) -> list[tuple[int, ...]]:
+    """The rows, after each sample changed places with another by chance, wherever both rows have room for it.
+
+    By itself `fill` puts samples of one length together. Those are often alike in more than that, such as in
+    their question, and a step that trains them alone is no fair share of the data.
+    """
+    rows = [list(row) for row in rows]
+    free = [room - sum(lengths[index] for index in row) for row in rows]
+    places = [(row, place) for row, samples in enumerate(rows) for place in range(len(samples))]
+    chosen = torch.randint(max(1, len(places)), (len(places),), generator=generator).tolist()
+    for (row, place), (other, its_place) in zip(places, (places[number] for number in chosen)):
+        more = lengths[rows[other][its_place]] - lengths[rows[row][place]]
+        if -free[other] <= more <= free[row]:
+            rows[row][place], rows[other][its_place] = rows[other][its_place], rows[row][place]
+            free[row] -= more
+            free[other] += more
+    return [tuple(row) for row in rows]
+
+
 @dataclass(frozen=True)
 class Positions:
     """The position ids of a sample, as its model counts them; only plain data, so that workers can have it.

@@ -3,6 +3,7 @@ import importlib
 import random
 
 import pytest
+import torch
 from datasets import load_from_disk
 
 from lib import loss, packing, registry
@@ -92,6 +93,21 @@ def test_no_sample_is_lost_and_no_row_overfull():
     assert sorted(index for row in rows for index in row) == list(range(2000))
     assert max(sum(lengths[i] for i in row) for row in rows) <= 300
     assert sum(lengths) / (300 * len(rows)) > 0.97                     # less than 3 % of the room stays empty
+
+
+def test_samples_of_one_length_are_dealt_to_all_rows_that_have_room_for_them():
+    chance, generator = random.Random(0), torch.Generator().manual_seed(0)
+    lengths = [62 + n % 2 for n in range(800)]
+    rows = packing.fill(list(range(800)), lengths, 8 * 63)
+    assert sum(len({lengths[i] for i in row}) == 1 for row in rows) > 90             # all but a few are alike
+    dealt = packing.mixed(rows, lengths, 8 * 63, generator)
+    assert sum(len({lengths[i] for i in row}) == 1 for row in dealt) < 10
+    lengths = [chance.randint(1, 330) for _ in range(2000)]                          # some longer than a row
+    rows = packing.fill(list(range(2000)), lengths, 300)
+    dealt = packing.mixed(rows, lengths, 300, generator)
+    assert len(dealt) == len(rows) and dealt != rows
+    assert sorted(index for row in dealt for index in row) == list(range(2000))
+    assert all(sum(lengths[i] for i in row) <= 300 or len(row) == 1 for row in dealt)
 
 
 def test_a_sample_longer_than_a_row_is_alone():
