@@ -56,7 +56,8 @@ def epoch(order: Order, number: int) -> list[Row]:
     samples = torch.randperm(len(order.lengths), generator=generator).tolist()
     if order.room is not None:
         rows = packed(samples, order.lengths, order.room, order.kinds, generator)
-        return [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+        place = dict(zip(samples, range(len(samples))))         # samples of one length keep their order so
+        return sorted(rows, key=lambda row: place[row[0]])
     if order.by_length:
         samples = grouped(samples, order, generator)
     return [(index,) for index in samples]

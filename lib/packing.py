@@ -51,7 +51,7 @@ def fill(order: list[int], lengths: list[int], room: int) -> list[tuple[int, ...
 
 def mixed(rows: list[tuple[int, ...]], lengths: list[int], room: int, generator: torch.Generator
           ) -> list[tuple[int, ...]]:
-    """The rows, after each sample changed places with another by chance, wherever both rows have room for it.
+    """The rows, after each sample changed places with one of another length, wherever both rows have room.
 
     By itself `fill` puts samples of one length together. Those are often alike in more than that, such as in
     their question, and a step that trains them alone is no fair share of the data.
@@ -62,7 +62,7 @@ def mixed(rows: list[tuple[int, ...]], lengths: list[int], room: int, generator:
     chosen = torch.randint(max(1, len(places)), (len(places),), generator=generator).tolist()
     for (row, place), (other, its_place) in zip(places, (places[number] for number in chosen)):
         more = lengths[rows[other][its_place]] - lengths[rows[row][place]]
-        if -free[other] <= more <= free[row]:
+        if more and -free[other] <= more <= free[row]:
             rows[row][place], rows[other][its_place] = rows[other][its_place], rows[row][place]
             free[row] -= more
             free[other] += more

@@ -114,6 +114,12 @@ def test_a_sample_longer_than_a_row_is_alone():
     assert sorted(packing.fill([0, 1, 2], [9, 4, 4], 8)) == [(0,), (1, 2)]
 
 
+def test_samples_of_one_length_are_trained_in_the_order_in_which_they_are_without_packing():
+    in_rows, alone = Order([63] * 100, 1, seed=5, room=8 * 63), Order([63] * 100, 8, seed=5)
+    for step in range(26):                                                           # two epochs of 13
+        assert [index for row in in_rows.of_step(step) for index in row] == [index for index, in alone.of_step(step)]
+
+
 def test_every_epoch_has_other_rows_but_as_many():
     chance = random.Random(1)
     order = Order([chance.randint(5, 60) for _ in range(300)], 4, seed=7, room=64)
