@@ -10,13 +10,21 @@ import torch
 
 from lib import adapted
 
+FULL = 64                                 # so many positions or a multiple: memory of few sizes is used again
+
 positions: torch.Tensor | None = None     # [N] of the [B*T] of the batch in hand; None: all are wanted
 
 
 def of_batch(batch: dict) -> None:
-    """Nothing; says where the next forward's states are wanted, and its backward's."""
+    """Nothing; says where the next forward's states are wanted, and its backward's.
+
+    They are filled up by the last position, which predicts nothing: any number of times, it changes nothing.
+    """
     global positions
     positions = batch.get("positions")
+    if positions is not None:
+        more = -len(positions) % FULL or FULL * (not len(positions))
+        positions = torch.cat([positions, positions.new_full((more,), batch["input_ids"].numel() - 1)])
 
 
 def parts(model, roles) -> list[torch.nn.Module]:

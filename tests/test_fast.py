@@ -62,11 +62,15 @@ def test_the_last_mlp_sees_only_positions_at_which_something_is_predicted(tmp_pa
     first, mlp = (module for name, module in net.named_modules() if adapted.is_gated(module) and ".layers." in name)
     batch, seen = packed_batch(subject, net, rows_of(subject)), []
     tokens = batch["input_ids"].numel()
+    assert len(batch["targets"]) < last.FULL < tokens
     with fast.paths(net, subject.roles):
         for each in (first, mlp):
             each.up_proj.register_forward_pre_hook(lambda layer, given: seen.append(given[0].shape[:-1].numel()))
         loss.forward_loss(net, batch)
-        assert last.parts(net, subject.roles) == [mlp] and seen == [tokens, len(batch["targets"])]
+        assert last.parts(net, subject.roles) == [mlp] and seen == [tokens, last.FULL]
+        loss.forward_loss(net, batch | {"positions": batch["positions"][:0], "targets": batch["targets"][:0]})[0].backward()
+        assert seen[2:] == [tokens, last.FULL]
+        assert not any(p.grad.any() for p in net.parameters() if p.grad is not None)
         last.of_batch({})                                                        # as before answers are generated
         net(**{key: batch[key] for key in ("input_ids", "pixel_values", "image_grid_thw", "mm_token_type_ids")})
         assert seen[-1] == tokens
