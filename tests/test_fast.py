@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import adapted, attention, fast, gpu, last, loss
+from lib import adapted, attention, fast, gpu, last, loss, model
 from lib.roles import Roles
 from tests.test_families import NAMES, find
 from tests.test_packing import REFUSED, gradients, packed_batch, rows_of
@@ -36,6 +36,17 @@ def test_losses_and_gradients_are_the_libraries_own(subject, tmp_path):
         wanted = gradients(net, batch)
         with fast.paths(net, subject.roles):
             assert_same(gradients(net, batch), wanted)
+
+
+@pytest.mark.parametrize("name", ["llama_text", "qwen2_5_vl", "gemma3"])
+def test_layers_that_run_again_in_the_backward_do_so_on_the_fast_paths(name, tmp_path_factory, tmp_path):
+    subject = find(name, tmp_path_factory)
+    net, _ = subject.adapter(tmp_path)
+    batches = [subject.batch(rows_of(subject)[:1])]
+    wanted = gradients(net.eval(), batches)
+    assert model.checkpoint_trained_layers(net.train(), subject.roles, {"language"}) == 1
+    with fast.paths(net, subject.roles):
+        assert_same(gradients(net, batches), wanted)
 
 
 def test_both_fast_paths_are_taken_and_left_again(tmp_path_factory, tmp_path, monkeypatch):
