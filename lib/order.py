@@ -73,7 +73,7 @@ def in_turn(samples, room: int | None, chosen: Iterable[int] | None = None) -> l
 
 def packed(samples: Iterable[int], lengths: list[int], room: int, kinds: list[int] | None,
            generator: torch.Generator | None = None) -> list[Row]:
-    """The samples in rows of at most `room` tokens, each row of one kind; a generator deals them by chance."""
+    """The samples in rows of at most `room` tokens, each of one kind; a generator deals them by chance."""
     groups: dict[int, list[int]] = {}
     for index in samples:
         groups.setdefault(kinds[index] if kinds else 0, []).append(index)
