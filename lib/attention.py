@@ -74,8 +74,8 @@ def attend(library, language: set, module, query, key, value, attention_mask, dr
     rows = packed_rows if module in language and attention_mask is not None else None
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = attention_mask is None and is_causal
-    if not known or rows is None and (query.device.type != "cpu" or tokens > SHORT and (
-            causal or not is_of_a_frozen_tower(query, key, value, attention_mask))):
+    hides = causal or attention_mask is not None
+    if not known or rows is None and not by_plain_products(query, key, value, hides):
         return library(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                        is_causal=is_causal, **options)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -114,13 +114,13 @@ def squares(query, key, value, mask, scaling: float) -> torch.Tensor:
     """Attention's output [B, H, T, D]; mask [B, 1, T, T] is bool, or added to the scores, or None."""
     batch, heads, tokens, width = query.shape
     groups = key.shape[1]
-    if query.device.type == "cpu" and tokens > SHORT and is_of_a_frozen_tower(query, key, value, mask):
-        return some_rows_at_a_time(query * scaling, key, value)
-    if query.device.type != "cpu" or tokens > SHORT:
+    if not by_plain_products(query, key, value, hides=mask is not None):
         if mask is not None:              # under one, few kernels know groups
             key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
                                               enable_gqa=key.shape[1] != heads)
+    if tokens > SHORT:
+        return some_rows_at_a_time(query * scaling, key, value)
     # Products of matrices that lie in memory as they are read: on transposed views sdpa would be faster.
     query = (query * scaling).reshape(batch * groups, heads // groups * tokens, width)
     key, value = (x.reshape(batch * groups, tokens, x.shape[-1]) for x in (key, value))
@@ -134,10 +134,14 @@ def squares(query, key, value, mask, scaling: float) -> torch.Tensor:
     return torch.bmm(weights, value).view(batch, heads, tokens, -1)
 
 
-def is_of_a_frozen_tower(query, key, value, mask) -> bool:
-    """Whether nothing is hidden and nothing learns, and each head has a key of its own."""
+def by_plain_products(query, key, value, hides: bool) -> bool:
+    """Whether that is the fastest here: on a CPU, for few tokens or in a frozen tower.
+
+    There, nothing is hidden or learnt, and each head has a key of its own.
+    """
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    return mask is None and not learns and query.shape[1] == key.shape[1]
+    alone = not hides and not learns and query.shape[1] == key.shape[1]
+    return query.device.type == "cpu" and (query.shape[2] <= SHORT or alone)
 
 
 def some_rows_at_a_time(query, key, value) -> torch.Tensor:

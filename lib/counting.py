@@ -120,7 +120,7 @@ def quick_counts(ids: list[int], offsets: list, spans: list, never_trained: froz
 
 
 def counts_in_order(ids, starts, ends, spans, never_trained) -> tuple | None:
-    """The same of tokens in order, all places in characters or all in bytes."""
+    """The same of tokens in order, by where they start and end, in characters or, as the spans, in bytes."""
     media = 0 if never_trained.isdisjoint(ids) else sum(i in never_trained for i in ids)
     trained, done = 0, 1                                         # no token predicts the first
     for span in spans:

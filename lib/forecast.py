@@ -142,8 +142,8 @@ class Step:
             stack.enter_context(patch.multiple(adapted, dequantised=unpacked))
             if self.cuda:
                 stack.enter_context(on_cuda.cuda_kernels())
-                stack.enter_context(patch.multiple(attention, flash_is_on=lambda device: True, SHORT=0,
-                                                   is_of_a_frozen_tower=lambda *given: False))
+                stack.enter_context(patch.multiple(attention, flash_is_on=lambda device: True,
+                                                   by_plain_products=lambda *given, **hides: False))
                 stack.enter_context(patch.multiple(loss, CHUNK_LOGITS={}, WIDE_LOGITS={}))
                 stack.callback(torch.set_autocast_enabled, "cuda", False)
                 torch.set_autocast_enabled("cuda", self.half is not None)

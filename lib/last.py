@@ -23,7 +23,7 @@ def of_batch(batch: dict) -> None:
     global positions
     positions = batch.get("positions")
     if positions is not None:
-        more = -len(positions) % FULL or FULL * (not len(positions))
+        more = max(FULL, len(positions) + -len(positions) % FULL) - len(positions)
         positions = torch.cat([positions, positions.new_full((more,), batch["input_ids"].numel() - 1)])
 
 
