@@ -287,13 +287,13 @@ class Made:
         self.media = [("image",) if "pixel_values" in sample else () for sample in samples]
         plain = Batcher(0, family.collate)
         self.alone = [plain([sample]) for sample in samples]
-        size, batcher = len(lengths), plain
+        size, batcher, self.positions = len(lengths), plain, None
         groups = [tuple(range(start, start + size)) for start in range(0, len(samples), size)]
         self.rows = groups if packed else [(index,) for index in range(len(samples))]
         if packed:
             needs = packing.needs(net.get_base_model(), family)
-            batcher = Batcher(0, family.collate, needs["masks"])
-            rows = [[packing.join([samples[index] for index in row], needs["positions"], family.collate)]
+            batcher, self.positions = Batcher(0, family.collate, needs["masks"]), needs["positions"]
+            rows = [[packing.join([samples[index] for index in row], self.positions, family.collate)]
                     for row in groups]
         else:
             rows = [[samples[index] for index in row] for row in groups]

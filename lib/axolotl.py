@@ -86,7 +86,7 @@ NO_MEANING = {  # a key or pattern: why it changes nothing here
     "dataset_prepared_path": "02_data keeps what it made in the run folder",
     "skip_prepare_dataset": "02_data looks at every row first, and training reads nothing else",
     "remove_unused_columns": "a sample holds what training reads and no more",
-    "pad_to_sequence_len": "padding is never trained on; a batch is as long as its longest sample",
+    "pad_to_sequence_len": "padding is never trained on; a batch ends within 7 tokens of its longest sample",
     "eot_tokens": "what ends a turn is seen in the chat template's render",
     "cut_cross_entropy": "logits exist for trained tokens only, a chunk at a time",
     "liger_*": SAME_KERNELS,

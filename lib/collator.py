@@ -1,7 +1,8 @@
 """collator: batches from encoded samples, for every family by three rules about shapes.
 
 1. What goes along the tokens, [1, T] or [4, 1, T], is padded on the right: input_ids with pad_id, labels with
-   IGNORE_INDEX, others with 0.
+   IGNORE_INDEX, others with 0. Several rows, and packed ones, are padded to a multiple of EIGHT: their scores
+   then lie in memory as kernels like them, and memory of fewer sizes is used again.
 2. Media of a "cat" family are joined along their first axis; other axes are zero-padded to the largest.
 3. Media of a "stack" family, [1, tiles, …], are zero-padded on every axis, one entry per row; a row without
    media gets an all-zero entry, which these families' models drop.
@@ -13,12 +14,15 @@ import torch.nn.functional as F
 
 from lib.chat import IGNORE_INDEX
 
+EIGHT = 8
 PER_TOKEN = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids", "position_ids")
+BESIDE_TOKENS = ("cross_attention_mask",)  # [1, T, …], by rule 3 for the rest
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat") -> dict[str, torch.Tensor]:
     """One batch {name: tensor} of encoded samples; what goes along the tokens is [B, T]."""
-    tokens = max(row["input_ids"].shape[1] for row in rows)
+    lengths = [row["input_ids"].shape[1] for row in rows]
+    tokens = padded_length(lengths, packed="attention_mask" not in rows[0])
     fill = {"input_ids": pad_id, "labels": IGNORE_INDEX}
     batch = {}
     for key in dict.fromkeys(key for row in rows for key in row):
@@ -28,15 +32,25 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat"
             batch[key] = torch.cat([F.pad(t, (0, tokens - t.shape[-1]), value=fill.get(key, 0))
                                     for t in (row.get(key, nothing) for row in rows)], dim=-2)  # [B, T]
         elif style == "stack":
-            batch[key] = cat_padded([row.get(key, nothing) for row in rows])                   # [B, tiles, …]
+            least = tokens if key in BESIDE_TOKENS else 0
+            batch[key] = cat_padded([row.get(key, nothing) for row in rows], least)            # [B, tiles, …]
         else:
             batch[key] = cat_padded(present)                                                   # [I or P, …]
     return batch
 
 
-def cat_padded(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """The tensors joined along axis 0, their other axes zero-padded at the end to the largest."""
+def padded_length(lengths: list[int], packed: bool) -> int:
+    """Tokens that each row of a batch has, with its padding; a sample alone in its batch has none."""
+    return max(lengths) + (-max(lengths) % EIGHT if packed or len(lengths) > 1 else 0)
+
+
+def cat_padded(tensors: list[torch.Tensor], least: int = 0) -> torch.Tensor:
+    """The tensors joined along axis 0, their other axes zero-padded at the end to the largest.
+
+    least: of the first of those axes, at least so many.
+    """
     largest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors))]
+    largest[:1] = [max(size, least) for size in largest[:1]]
     padded = []
     for t in tensors:
         room = [(0, target - size) for size, target in zip(t.shape[1:], largest)]

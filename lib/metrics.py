@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from lib import charts, devices, ledger, parallel, terminal
+from lib.collator import padded_length
 from lib.trackers import Tracker, numbers
 
 EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens",
@@ -21,10 +22,12 @@ def sizes(samples, rows: list[tuple[int, ...]], shares: list) -> dict[str, int]:
     """{supervised_tokens, tokens, room, images} of a step, over all ranks; room counts padding, too."""
     def tokens(row: tuple[int, ...]) -> int:
         return sum(samples.input_tokens[max(index, ~index)] for index in row)      # ~index: a blank one
-    every = [index for row in rows for index in row]
+    every, packed = [index for row in rows for index in row], samples.positions is not None
+    batches = [[*map(tokens, batch)] for share in shares for batch in share]
+    room = sum(len(lengths) * padded_length(lengths, packed) for lengths in batches)
     return {"supervised_tokens": sum(samples.supervised_tokens[index] for index in every),
             "tokens": sum(map(tokens, rows)),
-            "room": sum(max(map(tokens, batch)) * len(batch) for share in shares for batch in share),
+            "room": room,
             "images": sum(samples.media[index].count("image") for index in every)}
 
 

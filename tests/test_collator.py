@@ -74,8 +74,25 @@ def test_a_key_along_the_tokens_that_some_rows_lack_is_zero_there():
     ids = torch.tensor([[5, 6, 7]])
     typed = {"input_ids": ids[:, :2], "token_type_ids": torch.tensor([[0, 1]])}
     batch = collate([{"input_ids": ids}, typed], pad_id=9)
-    assert batch["input_ids"].tolist() == [[5, 6, 7], [5, 6, 9]]
-    assert batch["token_type_ids"].tolist() == [[0, 0, 0], [0, 1, 0]]
+    assert batch["input_ids"].tolist() == [[5, 6, 7] + [9] * 5, [5, 6] + [9] * 6]
+    assert batch["token_type_ids"].tolist() == [[0] * 8, [0, 1] + [0] * 6]
+
+
+def test_several_rows_and_packed_ones_are_padded_to_a_multiple_of_eight():
+    def columns(*lengths: int, packed: bool = False) -> int:
+        keys = ("input_ids",) if packed else ("input_ids", "attention_mask")
+        rows = [dict.fromkeys(keys, torch.ones(1, length, dtype=torch.long)) for length in lengths]
+        return collate(rows, pad_id=9)["input_ids"].shape[1]
+    assert columns(9) == 9                              # alone: it needs no mask
+    assert columns(9, 4) == columns(9, 9) == columns(9, packed=True) == 16
+    assert columns(8, 16) == columns(16, packed=True) == 16
+
+
+def test_a_mask_beside_the_tokens_is_padded_with_them():
+    rows = [{"input_ids": torch.ones(1, tokens, dtype=torch.long),
+             "cross_attention_mask": torch.ones(1, tokens, 1, 2)} for tokens in (3, 5)]
+    mask = collate(rows, pad_id=9, style="stack")["cross_attention_mask"]                # [2, 8, 1, 2]
+    assert mask.shape == (2, 8, 1, 2) and mask.sum(dim=(1, 2, 3)).tolist() == [6, 10]
 
 
 def test_a_row_without_media_has_an_all_zero_entry_in_a_stack():

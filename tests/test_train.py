@@ -337,10 +337,12 @@ def test_metrics_are_exact_and_timings_are_apart(make):
 
 
 def test_a_steps_sizes_count_all_ranks_and_the_padding_of_each_batch():
-    samples = SimpleNamespace(input_tokens=[3, 5, 4], supervised_tokens=[1, 2, 2],
+    samples = SimpleNamespace(input_tokens=[3, 5, 4], supervised_tokens=[1, 2, 2], positions=None,
                               media=[("image",), (), ("image", "audio", "image")])
     rows, shares = [(0,), (1,), (2,)], [[[(0,), (1,)]], [[(2,)], [(~0,)]]]     # the second rank has a blank
-    assert sizes(samples, rows, shares) == {"supervised_tokens": 5, "tokens": 12, "room": 10 + 4 + 3, "images": 3}
+    assert sizes(samples, rows, shares) == {"supervised_tokens": 5, "tokens": 12, "room": 16 + 4 + 3, "images": 3}
+    samples.positions = "of packed rows"
+    assert sizes(samples, rows, shares)["room"] == 16 + 8 + 8
 
 
 def test_a_role_with_a_rate_of_its_own_has_its_figure():
