@@ -129,7 +129,7 @@ def squares(query, key, value, mask, scaling: float) -> torch.Tensor:
         if mask.dtype == torch.bool:
             hidden = torch.finfo(scores.dtype).min
             mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, hidden)
-        scores = scores + mask
+        scores += mask
     weights = scores.softmax(-1).view(batch * groups, -1, tokens)
     return torch.bmm(weights, value).view(batch, heads, tokens, -1)
 
