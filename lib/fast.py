@@ -1,7 +1,7 @@
 """fast: the loop's inner parts, computed as the libraries compute them, in fewer and larger pieces.
 
 Attention is lib/attention.py's, LoRA's layers are lib/adapted.py's, what of the last layer is computed is
-lib/last.py's, and lib/gpu.py has what only a GPU wants.
+lib/last.py's, norms are lib/norms.py's, and lib/alignment.py fills up what a GPU would be slow at.
 `rows_forward` stands in for peft's layers with some rows that train, which copy the whole matrix each time.
 
 All hold inside `paths(model, roles)` only: what is saved, shown and compared is computed by the libraries.
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lib import adapted, attention, gpu, last
+from lib import adapted, alignment, attention, last, norms
 from lib.adapter import base_name
 from lib.roles import Roles
 
@@ -44,13 +44,13 @@ def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
 def forward_of(module, cuda: bool):
     """The fast forward of a module, or None."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
-    if forward := adapted.forward_of(module):
+    if forward := adapted.forward_of(module) or norms.forward_of(module, cuda):
         return forward
     if isinstance(module, TrainableTokensLayer):
         return partial(rows_forward, module, ids_of(module))
     if type(module) in (torch.nn.Conv2d, torch.nn.Conv3d) and not module.weight.requires_grad:
         return partial(patches_forward, module)
-    return gpu.forward_of(module) if cuda else None
+    return alignment.forward_of(module) if cuda else None
 
 
 # ---- patches ----

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import adapted, attention, fast, gpu, last, loss, model
+from lib import adapted, alignment, attention, fast, last, loss, model, norms
 from lib.roles import Roles
 from tests.test_families import NAMES, find
 from tests.test_packing import REFUSED, gradients, packed_batch, rows_of
@@ -219,21 +219,29 @@ def test_layers_with_dropout_or_a_variant_are_left_to_peft(tmp_path_factory, tmp
         assert not any(adapted.is_plain_lora(module) for module in net.modules())
 
 
-def test_a_gpus_norms_are_the_families_own(subject, tmp_path):
+@pytest.mark.parametrize("cuda", [False, True])
+def test_norms_are_the_families_own(subject, cuda, tmp_path):
     net, _ = subject.adapter(tmp_path)
     net.eval()
-    norms = [module for module in net.modules() if gpu.norm_kind(module) is not None]
     named = [module for module in net.modules() if "RMSNorm" in type(module).__name__ and hasattr(module, "weight")]
-    assert len(norms) == len([module for module in named if "Gated" not in type(module).__name__])
-    batch = [subject.batch(rows_of(subject)[:1])]
-    wanted = gradients(net, batch)
-    with fast.paths(net, subject.roles, cuda=True):
-        assert_same(gradients(net, batch), wanted)
-    for module in norms[:2]:
-        x = torch.randn(7, *module.weight.shape, dtype=torch.bfloat16)
-        found, wanted = gpu.forward_of(module)(x), module(x)
-        assert found.dtype == wanted.dtype or module.weight.dtype == torch.float32
-        torch.testing.assert_close(found.float(), wanted.float(), rtol=1e-2, atol=1e-2)
+    found = [module for module in net.modules() if norms.kind_of(module) is not None]
+    assert found == [module for module in named if "Gated" not in type(module).__name__]
+    if cuda:                              # without, every test of the fast paths holds these
+        batch = [subject.batch(rows_of(subject)[:1])]
+        wanted = gradients(net, batch)
+        with fast.paths(net, subject.roles, cuda=True):
+            assert_same(gradients(net, batch), wanted)
+    for dtype, part in ((torch.bfloat16, 1e-2), (torch.float32, 1e-5)):
+        for module in found[:2]:
+            x = torch.randn(7, *module.weight.shape, dtype=dtype, requires_grad=True)
+            before = x.detach().clone()
+            out, wanted = norms.forward_of(module, cuda)(x), module(x)
+            assert out.dtype == wanted.dtype or module.weight.dtype == torch.float32
+            torch.testing.assert_close(out.float(), wanted.float(), rtol=part, atol=part)
+            slopes = torch.randn_like(wanted)
+            mine, its = (torch.autograd.grad(each, x, slopes.to(each.dtype))[0] for each in (out, wanted))
+            assert (mine - its).float().norm() <= part * its.float().norm()
+            assert torch.equal(x, before)
 
 
 def test_an_odd_layer_filled_up_is_the_same_layer():
@@ -241,9 +249,9 @@ def test_an_odd_layer_filled_up_is_the_same_layer():
     layer = torch.nn.Linear(20, 13).requires_grad_(False)
     x, weight = torch.randn(2, 5, 20, requires_grad=True), layer.weight.clone()
     wanted = layer(x)
-    filled = gpu.filled_up(layer)
+    filled = alignment.filled_up(layer)
     assert filled[0].shape == (16, 24) and torch.equal(layer.weight, weight)
-    found = gpu.odd_forward(*filled, 13, x)
+    found = alignment.odd_forward(*filled, 13, x)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(out.square().sum(), x)[0] for out in (found, wanted)))
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import attention, fast, gpu, quant
+from lib import alignment, attention, fast, norms, quant
 from lib.on_cuda import taken_on_cuda
 from tests.test_families import NAMES, find
 from tests.test_packing import REFUSED, gradients, packed_batch, rows_of
@@ -101,7 +101,7 @@ def test_fused_norms_have_the_gradients_of_the_librarys():
         norm = kind(256).to(**HALF).requires_grad_(False)
         torch.nn.init.normal_(norm.weight)
         x = torch.randn(3, 50, 256, **HALF, requires_grad=True)
-        found, wanted = gpu.forward_of(norm)(x), norm(x)
+        found, wanted = norms.forward_of(norm, cuda=True)(x), norm(x)
         assert_near(found, wanted, 1e-2)
         slopes = torch.randn_like(wanted)
         assert_near(*(torch.autograd.grad(out, x, slopes)[0] for out in (found, wanted)), part=1e-2)
@@ -111,10 +111,10 @@ def test_an_odd_layer_is_filled_up_where_it_lies():
     layer = torch.nn.Linear(1280, 3420, **HALF).requires_grad_(False)
     x, weight = torch.randn(5, 1280, **HALF), layer.weight.clone()
     wanted = layer(x)
-    forward = gpu.forward_of(layer)
+    forward = alignment.forward_of(layer)
     assert torch.equal(layer.weight, weight) and layer.weight.stride() == (1280, 1)
     assert_near(forward(x), wanted, 1e-2)
-    assert gpu.forward_of(torch.nn.Linear(1280, 3424, **HALF).requires_grad_(False)) is None
+    assert alignment.forward_of(torch.nn.Linear(1280, 3424, **HALF).requires_grad_(False)) is None
 
 
 def test_a_base_in_4_bits_has_pefts_losses_and_gradients(tmp_path_factory, tmp_path):
