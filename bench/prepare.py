@@ -71,7 +71,17 @@ def write_batches(run_path: Path, folder: Path) -> None:
     for step in range(run.total_steps):
         shares = run.samples.dealt(run.order.of_step(step), run.work.config.micro_batch_size, 0, 1)
         for number in range(len(shares)):
-            save_file(next(batches), folder / f"{step:04}-{number:02}.safetensors")
+            save_file(shortest(next(batches)), folder / f"{step:04}-{number:02}.safetensors")
+
+
+def shortest(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch [B, T] as long as its longest row: what this kit pads beyond that is its own affair."""
+    from lib.collator import PER_TOKEN
+    from lib.loss import supervised_positions
+    tokens = int(batch["attention_mask"].sum(-1).max())
+    cut = {name: tensor[:, :tokens].contiguous() for name, tensor in batch.items() if name in PER_TOKEN}
+    positions, targets = supervised_positions(cut["labels"])
+    return batch | cut | {"positions": positions, "targets": targets}
 
 
 def batch_files(folder: Path) -> list[list[Path]]:

@@ -13,6 +13,7 @@ import torch
 
 from bench import accuracy, against_trl, collate, cost, gpu, load, machine, ours, prepare, real, shapes
 from lib.roles import Roles
+from lib.sampler import Batcher
 from lib.stage import StageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -228,3 +229,13 @@ def test_encoding_and_collating_have_a_share_of_a_step(tmp_path, capsys):
     collate.main([str(tmp_path / "collate"), "--sizes", "tiny", "--steps", "2"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert list(found) == ["encoding", "collating", "training"] and min(found.values()) > 0
+
+
+def test_the_other_side_gets_batches_as_long_as_their_longest_row():
+    rows = [{"input_ids": torch.arange(tokens)[None], "attention_mask": torch.ones(1, tokens, dtype=torch.long),
+             "labels": torch.arange(tokens)[None], "pixel_values": torch.ones(40, 20)} for tokens in (9, 4)]
+    batch = Batcher(0, "cat")(rows)
+    cut = prepare.shortest(batch)
+    assert batch["input_ids"].shape == (2, 16) and cut["input_ids"].shape == (2, 9)
+    assert torch.equal(cut["labels"], batch["labels"][:, :9]) and cut["pixel_values"] is batch["pixel_values"]
+    assert torch.equal(cut["labels"].flatten()[cut["positions"] + 1], cut["targets"])
