@@ -6,7 +6,7 @@ the same, on one rank or several, and resuming at step N needs N alone.
 """
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import chain
 
@@ -95,13 +95,29 @@ def grouped(samples: list[int], order: Order, generator: torch.Generator) -> lis
 
 
 def dealt(rows: list[Row], micro_batch_size: int, rank: int, world_size: int,
-          kinds: list[int] | None = None) -> list[list[Row]]:
+          kinds: list[int] | None = None, cost: Callable[[Row], float] = lambda row: 0) -> list[list[Row]]:
     """One rank's share of a step, cut into micro-batches: none at all where a last step has few rows.
 
-    Where samples have kinds, only those of one kind share a micro-batch.
+    Ranks wait for the slowest, so that they get rows of like cost in sum. Where samples have kinds, only
+    those of one kind share a micro-batch.
     """
     groups: dict[int, list[Row]] = {}
-    for row in rows[rank::world_size]:
+    for row in balanced(rows, world_size, cost)[rank]:
         groups.setdefault(kinds[row[0]] if kinds else 0, []).append(row)
     size = micro_batch_size
     return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
+
+
+def balanced(rows: list[Row], world_size: int, cost: Callable[[Row], float]) -> list[list[Row]]:
+    """The rows of each rank, in their order: as many on each, but for one.
+
+    From the costliest on, one goes to each rank, the first to the one that has least so far, and so again.
+    """
+    shares, sums, costs = [[] for _ in range(world_size)], [0.0] * world_size, [*map(cost, rows)]
+    ranked = sorted(range(len(rows)), key=lambda number: -costs[number])
+    for start in range(0, len(rows), world_size):
+        poorest = sorted(range(world_size), key=sums.__getitem__)
+        for number, rank in zip(ranked[start:start + world_size], poorest):
+            shares[rank].append(number)
+            sums[rank] += costs[number]
+    return [[rows[number] for number in sorted(share)] for share in shares]

@@ -18,6 +18,7 @@ from lib.order import Row, dealt
 from lib.stage import StageError
 from lib.store import Store
 
+TOWER = 0.5                               # FLOPs of a frozen tower for a media token, by a token's: 0.2-0.8
 AHEAD_BYTES = 2**31                       # of batches that wait for the model, over all workers
 
 
@@ -59,12 +60,19 @@ class Samples(Dataset):
         self.kinds = SHARING[self.encoder.batch](self.media)
 
     def dealt(self, rows: list[Row], micro_batch_size: int, rank: int, world_size: int) -> list[list[Row]]:
-        """`dealt`, by what the family lets share a batch."""
+        """`dealt`, by what the family lets share a batch and by what rows cost."""
+        def share_of(each: int) -> list[list[Row]]:
+            return dealt(rows, micro_batch_size, each, world_size, self.kinds, self.cost)
         if not self.even:
-            return dealt(rows, micro_batch_size, rank, world_size, self.kinds)
-        shares = [dealt(rows, micro_batch_size, each, world_size, self.kinds) for each in range(world_size)]
+            return share_of(rank)
+        shares = [*map(share_of, range(world_size))]
         blank = [(~rows[0][0],)]
         return shares[rank] + [blank] * (max(map(len, shares)) - len(shares[rank]))
+
+    def cost(self, row: Row) -> float:
+        """About what a row costs, in tokens of the language model: a tower computes its media, too."""
+        tower = TOWER if self.store is None else 0
+        return sum(self.input_tokens[index] + tower * self.media_tokens[index] for index in row)
 
     def by_dataset(self) -> dict[str, list[int]]:
         """{data set's name: its samples}; a sample is called by it and its row."""

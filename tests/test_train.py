@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import random
 import re
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -17,7 +18,7 @@ from lib import checkpoint, model, optim, rehearsal, sampler
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.golden import fingerprint, read_header
 from lib.metrics import sizes
-from lib.order import Order, dealt
+from lib.order import Order, balanced, dealt
 from lib.parallel import World
 from lib.sampler import Samples
 from lib.stage import StageError
@@ -99,6 +100,27 @@ def test_no_sample_is_dropped_and_none_comes_twice_in_an_epoch():
             assert sorted(index for step in steps for index, in order.of_step(step)) == list(range(samples))
     shares = [dealt([(i,) for i in range(7)], 2, rank, 3) for rank in range(3)]
     assert shares == [[[(0,), (3,)], [(6,)]], [[(1,), (4,)]], [[(2,), (5,)]]]
+
+
+def test_ranks_get_as_many_rows_and_of_like_cost():
+    choose = random.Random(0)
+    for ranks in range(1, 6):
+        for _ in range(40):
+            costs = [choose.randint(1, 2000) for _ in range(choose.randrange(40))]
+            rows = [(index,) for index in range(len(costs))]
+            shares = balanced(rows, ranks, lambda row: costs[row[0]])
+            numbers, sums = [*map(len, shares)], [sum(costs[index] for index, in share) for share in shares]
+            assert sorted(row for share in shares for row in share) == rows
+            assert all(share == sorted(share) for share in shares)
+            assert max(numbers) - min(numbers) <= 1
+            assert max(sums) - min(sums) <= max(costs, default=0)
+
+
+def test_a_row_with_a_picture_costs_more_than_as_many_tokens_of_text():
+    samples = SimpleNamespace(input_tokens=[100, 100, 30], media_tokens=[0, 64, 0], store=None)
+    assert [Samples.cost(samples, row) for row in ((0,), (1,), (0, 2))] == [100, 132, 130]
+    samples.store = "kept features"
+    assert Samples.cost(samples, (1,)) == 100
 
 
 def test_an_epoch_trains_every_supervised_token_once(make):
