@@ -98,8 +98,8 @@ def dealt(rows: list[Row], micro_batch_size: int, rank: int, world_size: int,
           kinds: list[int] | None = None, cost: Callable[[Row], float] = lambda row: 0) -> list[list[Row]]:
     """One rank's share of a step, cut into micro-batches: none at all where a last step has few rows.
 
-    Ranks wait for the slowest, so that they get rows of like cost in sum. Where samples have kinds, only
-    those of one kind share a micro-batch.
+    The costliest rows come first, so that a micro-batch has rows of like length. Where samples have kinds,
+    only those of one kind share one.
     """
     groups: dict[int, list[Row]] = {}
     for row in balanced(rows, world_size, cost)[rank]:
@@ -109,15 +109,16 @@ def dealt(rows: list[Row], micro_batch_size: int, rank: int, world_size: int,
 
 
 def balanced(rows: list[Row], world_size: int, cost: Callable[[Row], float]) -> list[list[Row]]:
-    """The rows of each rank, in their order: as many on each, but for one.
+    """The rows of each rank, costliest first: as many on each, but for one, and of like cost in sum.
 
-    From the costliest on, one goes to each rank, the first to the one that has least so far, and so again.
+    Ranks wait for the slowest. Each has one of the `world_size` costliest, then one of the next, and so on;
+    the costlier one goes to the rank that has less so far.
     """
-    shares, sums, costs = [[] for _ in range(world_size)], [0.0] * world_size, [*map(cost, rows)]
-    ranked = sorted(range(len(rows)), key=lambda number: -costs[number])
+    shares, sums = [[] for _ in range(world_size)], [0.0] * world_size
+    ranked = sorted(rows, key=cost, reverse=True)                  # of equal cost: in their order
     for start in range(0, len(rows), world_size):
         poorest = sorted(range(world_size), key=sums.__getitem__)
-        for number, rank in zip(ranked[start:start + world_size], poorest):
-            shares[rank].append(number)
-            sums[rank] += costs[number]
-    return [[rows[number] for number in sorted(share)] for share in shares]
+        for row, rank in zip(ranked[start:start + world_size], poorest):
+            shares[rank].append(row)
+            sums[rank] += cost(row)
+    return shares

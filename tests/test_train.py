@@ -111,7 +111,7 @@ def test_ranks_get_as_many_rows_and_of_like_cost():
             shares = balanced(rows, ranks, lambda row: costs[row[0]])
             numbers, sums = [*map(len, shares)], [sum(costs[index] for index, in share) for share in shares]
             assert sorted(row for share in shares for row in share) == rows
-            assert all(share == sorted(share) for share in shares)
+            assert all(share == sorted(share, key=lambda row: -costs[row[0]]) for share in shares)
             assert max(numbers) - min(numbers) <= 1
             assert max(sums) - min(sums) <= max(costs, default=0)
 
