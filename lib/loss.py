@@ -34,8 +34,9 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def forward_loss(model, batch: dict, of_chunk: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of token losses, number of right argmax tokens), scalars, of one forward through the root module.
+    """(sum of token losses, number of right tokens), scalars, of one forward through the root module.
 
+    A target is right if no other token has a larger logit.
     batch: the collator's tensors on the model's device, with `positions` and `targets` [N]. Divide by a token
     count outside: the right one is the whole optimizer step's. of_chunk(logits [N, V], targets [N]): the sum
     of their losses, in place of cross-entropy's.
@@ -111,7 +112,9 @@ def trained_head_loss(rows, head, targets, softcap, size: int,
     """
     def chunk_loss(hidden, wanted):
         logits = capped(head(hidden).float(), softcap)  # [size, V]
-        return of_chunk(logits, wanted), (logits.argmax(-1) == wanted).sum()
+        of_answers = logits.detach().gather(1, wanted[:, None])
+        right = (of_answers == logits.detach().amax(-1, keepdim=True)).sum()
+        return of_chunk(logits, wanted), right
 
     total, right = 0, 0
     for hidden, wanted in zip(rows.split(size), targets.split(size)):  # no rows: one chunk all the same
@@ -142,9 +145,8 @@ class FrozenHeadLoss(torch.autograd.Function):
             for part, answers in zip(chunk.split(wide), wanted.split(wide)):
                 logits = capped(part.float(), softcap)                         # [wide, V]
                 bend = 1 - (logits / softcap) ** 2 if learns and softcap is not None else None
-                top, best = logits.max(-1, keepdim=True)
-                right += (best == answers).sum()
-                of_answers = logits.gather(1, answers)
+                top, of_answers = logits.amax(-1, keepdim=True), logits.gather(1, answers)
+                right += (of_answers == top).sum()     # the largest one's place takes far longer to find
                 slope = logits.sub_(top).exp_()                    # one exp and no second [wide, V]
                 sums = slope.sum(-1, keepdim=True)
                 total += (sums.log() + top - of_answers).sum()

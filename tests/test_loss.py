@@ -1,4 +1,5 @@
 """The chunked loss is the model's own loss, in value and gradient, for every kind of head."""
+from functools import partial
 
 import pytest
 import torch
@@ -188,3 +189,15 @@ def test_hidden_state_t_predicts_token_t_plus_one():
     labels = torch.tensor([[5, -100, 7, 8], [-100, -100, -100, 9]])  # [B, T]; a first token is no target
     positions, targets = loss.supervised_positions(labels)
     assert positions.tolist() == [1, 2, 6] and targets.tolist() == [7, 8, 9]
+
+
+def test_of_equal_largest_logits_each_is_right_and_a_smaller_one_is_not():
+    weight = torch.tensor([[1.0, 0], [1, 0], [0, 1]])
+    head = torch.nn.Linear(2, 3, bias=False)
+    head.weight.data = weight
+    rows, targets = torch.tensor([[2.0, 1]] * 3), torch.tensor([0, 1, 2])
+    cross_entropy = partial(F.cross_entropy, reduction="sum")
+    frozen = loss.FrozenHeadLoss.apply(rows, weight, None, targets, None, 2, 1)
+    trained = loss.trained_head_loss(rows, head, targets, None, 2, cross_entropy)
+    assert int(frozen[1]) == int(trained[1]) == 2
+    assert float(frozen[0]) == pytest.approx(float(trained[0].detach()))
