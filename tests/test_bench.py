@@ -63,8 +63,10 @@ def test_the_other_side_is_handed_the_batches_that_05_trains_on(prepared):
         assert [len(step) for step in files] == [2, 2]
         for batch, path in zip(batches, [path for step in files for path in step], strict=True):
             handed = prepare.read(path)
+            wanted = prepare.shortest(batch)
             assert handed.keys() == batch.keys()
-            assert all(torch.equal(handed[key], batch[key]) for key in batch)
+            assert all(torch.equal(handed[key], wanted[key]) for key in batch)
+            assert handed["attention_mask"].sum() == batch["attention_mask"].sum()
 
 
 def test_needed_flops_equal_a_count_by_hand(prepared):
