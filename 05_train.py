@@ -234,8 +234,8 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
     ranks, known before the first forward: how samples are cut into micro-batches and ranks changes nothing.
     """
     config, world, samples = run.work.config, run.world, run.samples
-    began, waited, ranks = time.monotonic(), 0.0, range(world.world_size)
-    shares = [samples.dealt(rows, config.micro_batch_size, rank, world.world_size) for rank in ranks]
+    began, waited = time.monotonic(), 0.0
+    shares = samples.dealt(rows, config.micro_batch_size, world.world_size)
     sizes = metrics.sizes(samples, rows, shares)
     step_tokens = sizes["supervised_tokens"]
     found = torch.zeros(len(shares), max(map(len, shares)), 2, device=world.device)  # [rank, batch, figure]
@@ -276,7 +276,7 @@ def micro_batches(run: Run) -> Iterator[dict]:
     config, world = run.work.config, run.world
     steps = map(run.order.of_step, range(run.first_step, run.total_steps))
     mine = (batch for rows in steps
-            for batch in run.samples.dealt(rows, config.micro_batch_size, world.rank, world.world_size))
+            for batch in run.samples.dealt(rows, config.micro_batch_size, world.world_size)[world.rank])
     return iter(loader(run.samples, mine, config.dataloader_num_workers, world.device, longest_batch(run)))
 
 
@@ -292,8 +292,8 @@ def held_out_batches(run: Run) -> Callable[[], Iterable[tuple[str, dict]]]:
     config, world, mine = run.work.config, run.world, []
     for name, chosen in run.held_out.by_dataset().items():
         rows = in_turn(run.held_out, run.order.room, chosen)
-        shares = run.held_out.dealt(rows, config.micro_batch_size, world.rank, world.world_size)
-        mine += [(name, batch) for batch in shares]
+        shares = run.held_out.dealt(rows, config.micro_batch_size, world.world_size)
+        mine += [(name, batch) for batch in shares[world.rank]]
     batches = loader(run.held_out, [batch for _, batch in mine], config.dataloader_num_workers, world.device,
                      longest_batch(run))
     return lambda: zip((name for name, _ in mine), batches)

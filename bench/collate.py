@@ -47,7 +47,7 @@ def prepared(run, step: int) -> tuple[float, float]:
     """(seconds of encoding, of collating) the rows of a step."""
     encoder, encoding, collating = run.samples.encoder, 0.0, 0.0
     batcher = Batcher(encoder.pad_id, encoder.collate, run.samples.masks)
-    for rows in run.samples.dealt(run.order.of_step(step), run.work.config.micro_batch_size, 0, 1):
+    for rows in run.samples.dealt(run.order.of_step(step), run.work.config.micro_batch_size, 1)[0]:
         began = time.perf_counter()
         encoded = [run.samples[row] for row in rows]
         middle = time.perf_counter()

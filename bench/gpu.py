@@ -299,10 +299,10 @@ class Made:
             rows = [[samples[index] for index in row] for row in groups]
         self.batches = [pinned(batcher(row)) for row in rows]
 
-    def dealt(self, rows, micro_batch_size: int, rank: int, world_size: int) -> list:
-        """A step's rows in micro-batches."""
-        from lib.sampler import dealt
-        return dealt(rows, micro_batch_size, rank, world_size)
+    def dealt(self, rows, micro_batch_size: int, world_size: int) -> list:
+        """Each rank's rows of a step, in micro-batches."""
+        from lib.order import dealt
+        return dealt(rows, micro_batch_size, world_size)
 
 
 def pinned(batch: dict) -> dict:

@@ -69,8 +69,8 @@ def write_batches(run_path: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     batches = train.micro_batches(run)
     for step in range(run.total_steps):
-        shares = run.samples.dealt(run.order.of_step(step), run.work.config.micro_batch_size, 0, 1)
-        for number in range(len(shares)):
+        (share,) = run.samples.dealt(run.order.of_step(step), run.work.config.micro_batch_size, 1)
+        for number in range(len(share)):
             save_file(shortest(next(batches)), folder / f"{step:04}-{number:02}.safetensors")
 
 

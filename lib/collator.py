@@ -1,11 +1,12 @@
 """collator: batches from encoded samples, for every family by three rules about shapes.
 
 1. What goes along the tokens, [1, T] or [4, 1, T], is padded on the right: input_ids with pad_id, labels with
-   IGNORE_INDEX, others with 0. Several rows, and packed ones, are padded to a multiple of EIGHT: their scores
-   then lie in memory as kernels like them, and memory of fewer sizes is used again.
+   IGNORE_INDEX, others with 0. Several rows, and packed ones, are padded to a MULTIPLE: their scores then lie
+   in memory as kernels like them, and memory of fewer sizes is used again.
 2. Media of a "cat" family are joined along their first axis; other axes are zero-padded to the largest.
 3. Media of a "stack" family, [1, tiles, …], are zero-padded on every axis, one entry per row; a row without
-   media gets an all-zero entry, which these families' models drop.
+   media gets an all-zero entry, which these families' models drop. A mask beside the tokens, [1, T, …], is as
+   long as they are.
 
 Fork me to: batch a new kind of tensor (a fourth rule here, its name in the family's record).
 """
@@ -14,9 +15,8 @@ import torch.nn.functional as F
 
 from lib.chat import IGNORE_INDEX
 
-EIGHT = 8
+MULTIPLE = 8                              # of tokens
 PER_TOKEN = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids", "position_ids")
-BESIDE_TOKENS = ("cross_attention_mask",)  # [1, T, …], by rule 3 for the rest
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat") -> dict[str, torch.Tensor]:
@@ -32,8 +32,8 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat"
             batch[key] = torch.cat([F.pad(t, (0, tokens - t.shape[-1]), value=fill.get(key, 0))
                                     for t in (row.get(key, nothing) for row in rows)], dim=-2)  # [B, T]
         elif style == "stack":
-            least = tokens if key in BESIDE_TOKENS else 0
-            batch[key] = cat_padded([row.get(key, nothing) for row in rows], least)            # [B, tiles, …]
+            along = all(row[key].shape[1] == length for row, length in zip(rows, lengths) if key in row)
+            batch[key] = cat_padded([row.get(key, nothing) for row in rows], tokens if along else 0)
         else:
             batch[key] = cat_padded(present)                                                   # [I or P, …]
     return batch
@@ -41,7 +41,7 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat"
 
 def padded_length(lengths: list[int], packed: bool) -> int:
     """Tokens that each row of a batch has, with its padding; a sample alone in its batch has none."""
-    return max(lengths) + (-max(lengths) % EIGHT if packed or len(lengths) > 1 else 0)
+    return max(lengths) + (-max(lengths) % MULTIPLE if packed or len(lengths) > 1 else 0)
 
 
 def cat_padded(tensors: list[torch.Tensor], least: int = 0) -> torch.Tensor:

@@ -94,18 +94,20 @@ def grouped(samples: list[int], order: Order, generator: torch.Generator) -> lis
     return found
 
 
-def dealt(rows: list[Row], micro_batch_size: int, rank: int, world_size: int,
-          kinds: list[int] | None = None, cost: Callable[[Row], float] = lambda row: 0) -> list[list[Row]]:
-    """One rank's share of a step, cut into micro-batches: none at all where a last step has few rows.
+def dealt(rows: list[Row], micro_batch_size: int, world_size: int, kinds: list[int] | None = None,
+          cost: Callable[[Row], float] = lambda row: 0) -> list[list[list[Row]]]:
+    """Each rank's share of a step, cut into micro-batches: none at all where a last step has few rows.
 
     The costliest rows come first, so that a micro-batch has rows of like length. Where samples have kinds,
     only those of one kind share one.
     """
-    groups: dict[int, list[Row]] = {}
-    for row in balanced(rows, world_size, cost)[rank]:
-        groups.setdefault(kinds[row[0]] if kinds else 0, []).append(row)
-    size = micro_batch_size
-    return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
+    def cut(share: list[Row]) -> list[list[Row]]:
+        groups: dict[int, list[Row]] = {}
+        for row in share:
+            groups.setdefault(kinds[row[0]] if kinds else 0, []).append(row)
+        size = micro_batch_size
+        return [group[i:i + size] for group in groups.values() for i in range(0, len(group), size)]
+    return [*map(cut, balanced(rows, world_size, cost))]
 
 
 def balanced(rows: list[Row], world_size: int, cost: Callable[[Row], float]) -> list[list[Row]]:

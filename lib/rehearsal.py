@@ -114,7 +114,7 @@ def prove_packing(run) -> None:
 
 def batches(run, rows: list[Row]) -> Iterator[dict]:
     """This rank's micro-batches of these rows."""
-    mine = run.samples.dealt(rows, run.work.config.micro_batch_size, run.world.rank, run.world.world_size)
+    mine = run.samples.dealt(rows, run.work.config.micro_batch_size, run.world.world_size)[run.world.rank]
     return iter(loader(run.samples, mine, 0, run.world.device))
 
 

@@ -59,15 +59,11 @@ class Samples(Dataset):
         self.media = media_kinds(columns["media"])
         self.kinds = SHARING[self.encoder.batch](self.media)
 
-    def dealt(self, rows: list[Row], micro_batch_size: int, rank: int, world_size: int) -> list[list[Row]]:
+    def dealt(self, rows: list[Row], micro_batch_size: int, world_size: int) -> list[list[list[Row]]]:
         """`dealt`, by what the family lets share a batch and by what rows cost."""
-        def share_of(each: int) -> list[list[Row]]:
-            return dealt(rows, micro_batch_size, each, world_size, self.kinds, self.cost)
-        if not self.even:
-            return share_of(rank)
-        shares = [*map(share_of, range(world_size))]
-        blank = [(~rows[0][0],)]
-        return shares[rank] + [blank] * (max(map(len, shares)) - len(shares[rank]))
+        shares = dealt(rows, micro_batch_size, world_size, self.kinds, self.cost)
+        most, blank = max(map(len, shares)), [(~rows[0][0],)]
+        return [share + [blank] * (most - len(share)) for share in shares] if self.even else shares
 
     def cost(self, row: Row) -> float:
         """About what a row costs, in tokens of the language model: a tower computes its media, too."""

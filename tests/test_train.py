@@ -98,7 +98,7 @@ def test_no_sample_is_dropped_and_none_comes_twice_in_an_epoch():
         for epoch in (0, 1):
             steps = range(epoch * order.steps_per_epoch, (epoch + 1) * order.steps_per_epoch)
             assert sorted(index for step in steps for index, in order.of_step(step)) == list(range(samples))
-    shares = [dealt([(i,) for i in range(7)], 2, rank, 3) for rank in range(3)]
+    shares = dealt([(i,) for i in range(7)], 2, 3)
     assert shares == [[[(0,), (3,)], [(6,)]], [[(1,), (4,)]], [[(2,), (5,)]]]
 
 
