@@ -4,6 +4,8 @@ import json
 import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from lib.messages import RowError, normalise
@@ -302,21 +304,36 @@ SHAPES = [Shape(), Shape(system_prompt="hi"), Shape(message_property_mappings={"
           Shape("content", roles={"user": ["", "hi"]}, field_tools="content", message_field_training="type")]
 
 
-def test_any_json_value_is_a_row_or_a_row_error():
+def is_kept(row, shape: Shape) -> bool:
+    """Whether a row becomes messages, which are then whole; a RowError has to be one line each."""
+    try:
+        messages, media = normalise(row, shape)
+        tools_of(row, shape)
+    except RowError as error:
+        said = error.reason + error.fix
+        assert "\n" not in said and said.encode("utf-8")
+        return False
+    json.dumps(messages, ensure_ascii=False).encode("utf-8")
+    parts = [part for message in messages for part in message["content"]]
+    assert len(media) == sum(part in [{"type": kind} for kind in MEDIA] for part in parts)
+    assert all(part.keys() == ({"type"} if part["type"] in MEDIA else {"type", "text"}) for part in parts)
+    return True
+
+
+def test_rows_in_which_anything_is_wrong_are_rows_or_row_errors():
     choose, kept = random.Random(7), 0
     for number in range(20_000):
         row = json.loads(json.dumps(conversation(choose) if number % 2 else anything(choose)))
-        shape = SHAPES[number % 3 and number % len(SHAPES)]
-        try:
-            messages, media = normalise(row, shape)
-            tools_of(row, shape)
-        except RowError as error:
-            said = error.reason + error.fix
-            assert "\n" not in said and said.encode("utf-8")
-            continue
-        kept += 1
-        json.dumps(messages, ensure_ascii=False).encode("utf-8")
-        parts = [part for message in messages for part in message["content"]]
-        assert len(media) == sum(part in [{"type": kind} for kind in MEDIA] for part in parts)
-        assert all(part.keys() == ({"type"} if part["type"] in MEDIA else {"type", "text"}) for part in parts)
+        kept += is_kept(row, SHAPES[number % 3 and number % len(SHAPES)])
     assert kept > 500  # it isn't all garbage
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from(PLAIN),
+                    lambda inner: st.lists(inner, max_size=4)
+                    | st.dictionaries(st.sampled_from(KEYS) | st.text(), inner, max_size=5), max_leaves=20)
+
+
+@settings(max_examples=1000, derandomize=True, deadline=None, database=None)
+@given(JSON, st.sampled_from(SHAPES))
+def test_any_json_value_is_a_row_or_a_row_error(row, shape):
+    is_kept(row, shape)
