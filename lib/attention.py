@@ -2,8 +2,7 @@
 
 `attend` stands in for transformers' sdpa attention of the language model. In a packed row it computes each
 sample's own square of the scores, not the whole row's, of which the mask would hide all but those squares:
-on a GPU by one kernel for samples of all lengths, on a CPU, whose fused kernel reaches a quarter of the
-machine's matrix rate, by two plain matrix products for each.
+on a GPU by one kernel for samples of all lengths, on a CPU by lib/blocks.py for each.
 `pieces` stands in for what transformers does in a tower whose pictures or windows stand behind one another:
 one call for each of them, thousands in a step, where one for each length is enough.
 
@@ -18,8 +17,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-SHORT = 640                               # tokens up to which a CPU has all scores at once,
-CACHED = 2**19                            # and beyond, so many in a frozen tower: 1 MiB in bfloat16
+from lib import blocks
+
 PIECES = "flash_of_pieces"                # by "flash" in the name, towers hand over all pieces at once
 HALF = (torch.bfloat16, torch.float16)
 
@@ -74,8 +73,7 @@ def attend(library, language: set, module, query, key, value, attention_mask, dr
     rows = packed_rows if module in language and attention_mask is not None else None
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = attention_mask is None and is_causal
-    hides = causal or attention_mask is not None
-    if not known or rows is None and not by_plain_products(query, key, value, hides):
+    if not known or rows is None and not blocks.are_here(query):
         return library(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                        is_causal=is_causal, **options)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -112,49 +110,13 @@ def is_plainly_causal(module, rows: list[list[int]]) -> bool:
 
 def squares(query, key, value, mask, scaling: float) -> torch.Tensor:
     """Attention's output [B, H, T, D]; mask [B, 1, T, T] is bool, or added to the scores, or None."""
-    batch, heads, tokens, width = query.shape
-    groups = key.shape[1]
-    if not by_plain_products(query, key, value, hides=mask is not None):
-        if mask is not None:              # under one, few kernels know groups
-            key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
-                                              enable_gqa=key.shape[1] != heads)
-    if tokens > SHORT:
-        return some_rows_at_a_time(query * scaling, key, value)
-    # Products of matrices that lie in memory as they are read: on transposed views sdpa would be faster.
-    query = (query * scaling).reshape(batch * groups, heads // groups * tokens, width)
-    key, value = (x.reshape(batch * groups, tokens, x.shape[-1]) for x in (key, value))
-    scores = torch.bmm(query, key.transpose(1, 2)).view(batch, heads, tokens, tokens)
-    if mask is not None:
-        if mask.dtype == torch.bool:
-            hidden = torch.finfo(scores.dtype).min
-            mask = torch.zeros_like(mask, dtype=scores.dtype).masked_fill_(~mask, hidden)
-        scores += mask
-    weights = scores.softmax(-1).view(batch * groups, -1, tokens)
-    return torch.bmm(weights, value).view(batch, heads, tokens, -1)
-
-
-def by_plain_products(query, key, value, hides: bool) -> bool:
-    """Whether that is the fastest here: on a CPU, for few tokens or in a frozen tower.
-
-    There, nothing is hidden or learnt, and each head has a key of its own.
-    """
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    alone = not hides and not learns and query.shape[1] == key.shape[1]
-    return query.device.type == "cpu" and (query.shape[2] <= SHORT or alone)
-
-
-def some_rows_at_a_time(query, key, value) -> torch.Tensor:
-    """Attention's output [B, H, T, D] of scaled queries, without a graph: few scores are in hand at once."""
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    query, key, value = (x.to(dtype).contiguous() for x in (query, key, value))
-    out, most = torch.empty_like(value), max(1, CACHED // key.shape[2])
-    for n in range(query.shape[0] * query.shape[1]):
-        q, k, v, found = (x.flatten(0, 1)[n] for x in (query, key, value, out))          # [T, D]
-        for rows, place in zip(q.split(most), found.split(most)):
-            scores = rows @ k.T
-            torch.mm(torch.softmax(scores, -1, out=scores), v, out=place)
-    return out
+    if blocks.are_here(query):
+        return blocks.attend(query, key, value, mask, scaling)
+    heads, groups = query.shape[1], key.shape[1]
+    if mask is not None:                  # under one, few kernels know groups
+        key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
+                                          enable_gqa=key.shape[1] != heads)
 
 
 # ---- towers ----

@@ -14,7 +14,8 @@ from unittest.mock import patch
 
 import torch
 
-from lib import adapted, adapter, attention, fast, hollow, loss, model, on_cuda, parallel, plan, quant, saved
+from lib import adapted, adapter, attention, blocks, fast, hollow, loss, model, on_cuda, parallel, plan, quant
+from lib import saved
 from lib.roles import Roles
 
 FLOAT32 = 4                               # bytes
@@ -142,8 +143,8 @@ class Step:
             stack.enter_context(patch.multiple(adapted, dequantised=unpacked))
             if self.cuda:
                 stack.enter_context(on_cuda.cuda_kernels())
-                stack.enter_context(patch.multiple(attention, flash_is_on=lambda device: True,
-                                                   by_plain_products=lambda *given, **hides: False))
+                stack.enter_context(patch.multiple(attention, flash_is_on=lambda device: True))
+                stack.enter_context(patch.multiple(blocks, are_here=lambda query: False))
                 stack.enter_context(patch.multiple(loss, CHUNK_LOGITS={}, WIDE_LOGITS={}))
                 stack.callback(torch.set_autocast_enabled, "cuda", False)
                 torch.set_autocast_enabled("cuda", self.half is not None)
@@ -188,9 +189,9 @@ def pack(layers: list[torch.nn.Module]) -> None:
     for layer in layers:
         shape, elements = tuple(layer.weight.shape), layer.weight.numel()
         if hasattr(layer, "compute_dtype"):
-            blocks = -(-elements // 64)                              # one scale for each
+            scales = -(-elements // 64)                              # one for each block
             nested = layer.weight.compress_statistics
-            size = -(-elements // 2) + (blocks + FLOAT32 * -(-blocks // 256) if nested else FLOAT32 * blocks)
+            size = -(-elements // 2) + (scales + FLOAT32 * -(-scales // 256) if nested else FLOAT32 * scales)
         else:
             size = elements + FLOAT32 * shape[0]
         layer.weight = torch.nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), False)

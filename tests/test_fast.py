@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import adapted, alignment, attention, fast, last, loss, model, norms
+from lib import adapted, alignment, attention, blocks, fast, last, loss, model, norms
 from lib.roles import Roles
 from tests.test_families import NAMES, find
 from tests.test_packing import REFUSED, gradients, packed_batch, rows_of
@@ -101,39 +101,71 @@ def test_a_convolution_over_patches_is_one_product_and_any_other_its_own(kind, s
     assert fast.forward_of(kind(3, 8, size), cuda=False) is None                 # it learns
 
 
-@pytest.mark.parametrize("masked", [None, "bool", "added"])
+def masks_of(kind: str, tokens: int) -> torch.Tensor | None:
+    """A mask [2, 1, tokens, tokens] of a kind."""
+    rows, columns = torch.arange(tokens)[:, None], torch.arange(tokens)
+    causal = columns <= rows
+    some = (torch.rand(2, 1, tokens, tokens) > 0.4) | (columns == 0)
+    sees = {"causal": causal, "window": causal & (columns > rows - 3), "a picture both ways": causal | (columns < 6),
+            "padded": causal & (columns < torch.tensor([tokens, tokens - 4])[:, None, None, None])}
+    return {"none": None, "bool": some, "added": torch.where(some, 0.0, torch.finfo(torch.float32).min)}.get(
+        kind, sees.get(kind, causal).expand(2, 1, tokens, tokens))
+
+
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_plain_products_are_torchs_attention(masked, groups):
+@pytest.mark.parametrize("kind", ["none", "bool", "added", "causal", "window", "a picture both ways", "padded"])
+def test_attention_in_blocks_is_torchs(kind, groups, kept, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(blocks, "ROWS", 4)
+    monkeypatch.setattr(blocks, "WHOLE", 5)
+    monkeypatch.setattr(blocks, "KEPT", 9 if kept else 8)
+    monkeypatch.setattr(blocks, "FEWEST", 1)
     query = torch.randn(2, 4, 9, 8, requires_grad=True)
-    key, value = (torch.randn(2, groups, 9, 8, requires_grad=True) for _ in range(2))
-    mask = torch.rand(2, 1, 9, 9) > 0.4
-    mask[..., 0] = True
-    given = {None: None, "bool": mask, "added": torch.where(mask, 0.0, torch.finfo(torch.float32).min)}[masked]
-    wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=given, scale=0.3, enable_gqa=True)
-    found = attention.squares(query, key, value, given, 0.3)
+    key = torch.randn(2, groups, 9, 8, requires_grad=True)
+    value = torch.randn(2, groups, 9, 6, requires_grad=True)
+    mask = masks_of(kind, 9)
+    wanted = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3, enable_gqa=True)
+    found = attention.squares(query, key, value, mask, 0.3)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     for a, b in zip(*(torch.autograd.grad(out.square().sum(), (query, key, value)) for out in (found, wanted))):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("in_pieces", [True, False])
-def test_a_frozen_towers_attention_to_many_patches_is_torchs(in_pieces, monkeypatch):
+def test_blocks_see_no_column_that_a_mask_hides_from_all_of_their_rows(monkeypatch):
+    monkeypatch.setattr(blocks, "ROWS", 4)
+    monkeypatch.setattr(blocks, "FEWEST", 1)
+    query = torch.empty(2, 1, 9, 8)
+
+    def seen(kind):
+        return [(columns.start, columns.stop) for _, columns in blocks.blocks(query, masks_of(kind, 9))]
+    assert seen("none") == [(0, 9)] and seen("causal") == [(0, 4), (0, 8), (0, 9)]
+    assert seen("window") == [(0, 4), (2, 8), (6, 9)] and seen("a picture both ways") == [(0, 6), (0, 8), (0, 9)]
+    nothing = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
+    assert [columns for _, columns in blocks.blocks(query, nothing)] == [slice(0, 1)] * 3
+    assert not attention.squares(*[torch.zeros(2, 1, 9, 8)] * 3, nothing, 1.0).any()      # and no NaN
+    monkeypatch.setattr(blocks, "SCORES", 2 * 9 * 3)
+    assert [rows.stop for rows, _ in blocks.blocks(query, None)] == [3, 6, 9]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_of_weights_only_those_that_are_seen_are_kept(kept, monkeypatch):
+    monkeypatch.setattr(blocks, "KEPT", 512 if kept else 511)
+    query, key, value = (torch.randn(1, 1, 512, 4, requires_grad=True) for _ in range(3))
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor.numel()) or tensor, lambda tensor: tensor):
+        attention.squares(query, key, value, masks_of("causal", 512)[:1], 0.5)
+    assert sum(size for size in held if size < 512 * 512) - 3 * 512 * 4 == kept * 128 * (128 + 256 + 384 + 512)
+
+
+def test_pieces_are_attended_to_apart():
     torch.manual_seed(0)
-    query, key, value = (torch.randn(2, 3, attention.SHORT + 5, 8) for _ in range(3))
-    wanted, module = F.scaled_dot_product_attention(query, key, value, scale=0.3), torch.nn.Module()
-    module.is_causal, called = False, []
-    own = attention.some_rows_at_a_time
-    monkeypatch.setattr(attention, "some_rows_at_a_time", lambda *words: (called.append(1), own(*words))[1])
-    monkeypatch.setattr(attention, "CACHED", 2**16)                  # 101 rows of these at a time
-    if in_pieces:
-        ends = torch.tensor([0, 1, 2]) * query.shape[2]
-        flat = (x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value))
-        found = attention.pieces(None, *flat, None, scaling=0.3, cu_seq_lens_q=ends)[0].view(2, -1, 3, 8)
-    else:
-        found, _ = attention.attend(None, set(), module, query, key, value, None, scaling=0.3)
-    torch.testing.assert_close(found.transpose(1, 2), wanted, rtol=1e-5, atol=1e-5)
-    assert called
+    query, key, value = (torch.randn(1, 3, 24, 8) for _ in range(3))
+    ends = torch.tensor([0, 10, 14, 24])
+    found, _ = attention.pieces(None, query, key, value, None, scaling=0.3, cu_seq_lens_q=ends)
+    apart = [F.scaled_dot_product_attention(*(x[:, :, a:b] for x in (query, key, value)), scale=0.3)
+             for a, b in zip(ends, ends[1:])]
+    torch.testing.assert_close(found.transpose(1, 2), torch.cat(apart, dim=2), rtol=1e-5, atol=1e-5)
 
 
 def test_an_adapted_layer_has_the_gradients_of_its_formula():

@@ -1,0 +1,95 @@
+"""blocks: attention on a CPU, some rows of the scores at a time, and of their columns only what they see.
+
+A CPU's own fused kernel reaches a quarter of the machine's matrix rate; plain matrix products reach most of
+it. Under a causal mask they are half of the square, under a window less.
+"""
+import torch
+
+ROWS = 128                                # of the scores at once, under a mask: more of them see more columns,
+WHOLE = 640                               # without one: so few rows are no slower than all,
+FEWEST = 32                               # or, where a model has many heads, as few as this,
+SCORES = 2**24                            # so that there are no more scores: 32 MiB in bfloat16
+KEPT = 640                                # tokens up to which weights are kept for the backward, not made again
+
+
+def are_here(query: torch.Tensor) -> bool:
+    """Whether a query is where they are faster than torch's own kernel."""
+    return query.device.type == "cpu"
+
+
+def attend(query, key, value, mask, scaling: float) -> torch.Tensor:
+    """Attention's output [B, H, T, E] of query [B, H, T, D], key [B, G, T, D], value [B, G, T, E].
+
+    mask, of which one row or head may stand for all, is bool, or added to the scores, or None.
+    """
+    batch, heads, tokens, width = query.shape
+    groups = key.shape[1]
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    query = (query.to(dtype) * scaling).reshape(batch * groups, heads // groups, tokens, width)
+    key, value = (x.to(dtype).reshape(batch * groups, tokens, x.shape[-1]) for x in (key, value))
+    mask = None if mask is None else mask.expand(batch, -1, tokens, tokens)
+    return Blocks.apply(query, key, value, mask).view(batch, heads, tokens, -1)
+
+
+class Blocks(torch.autograd.Function):
+    """softmax(query key^T + mask) value, [N, R, T, E], of scaled queries [N, R, T, D], R for each key.
+
+    key [N, T, D], value [N, T, E]. With P the weights and g the output's slopes, dP = g value^T, and the
+    scores' slopes are P (dP - sum(P dP)), as softmax has them. Source: arXiv 1706.03762, equation 1.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        out, kept = value.new_empty(*query.shape[:3], value.shape[-1]), []
+        ctx.blocks = list(blocks(query, mask))
+        keeps = any(ctx.needs_input_grad) and query.shape[2] <= KEPT
+        for rows, seen in ctx.blocks:
+            weights = weights_of(query, key, mask, rows, seen)
+            out[:, :, rows] = torch.bmm(weights, value[:, seen]).view(out[:, :, rows].shape)
+            kept += [weights] * keeps
+        ctx.save_for_backward(query, key, value, mask, *kept)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, mask, *kept = ctx.saved_tensors
+        to_query = torch.empty_like(query)
+        to_key, to_value = (torch.zeros(x.shape, dtype=torch.float32) for x in (key, value))
+        for number, (rows, seen) in enumerate(ctx.blocks):
+            weights = kept[number] if kept else weights_of(query, key, mask, rows, seen)
+            q, g = (x[:, :, rows].flatten(1, 2) for x in (query, grad))
+            to_value[:, seen] += torch.bmm(weights.transpose(1, 2), g)
+            slopes = torch.bmm(g, turned(value, seen))
+            slopes = torch.ops.aten._softmax_backward_data(slopes, weights, -1, weights.dtype)
+            to_query[:, :, rows] = torch.bmm(slopes, key[:, seen]).view(to_query[:, :, rows].shape)
+            to_key[:, seen] += torch.bmm(slopes.transpose(1, 2), q)
+        return to_query, to_key.to(key.dtype), to_value.to(value.dtype), None
+
+
+def blocks(query, mask):
+    """(rows, the columns that any of them sees) of each block of the scores."""
+    tokens = query.shape[2]
+    size = max(FEWEST, min(WHOLE if mask is None else ROWS, SCORES // query.shape[:3].numel()))
+    for start in range(0, tokens, size):
+        rows, seen = slice(start, min(start + size, tokens)), slice(0, tokens)
+        if mask is not None and mask.dtype == torch.bool:
+            columns = mask[..., rows, :].flatten(0, -2).view(torch.uint8).amax(0).nonzero()
+            seen = slice(int(columns[0]), int(columns[-1]) + 1) if len(columns) else slice(0, 1)
+        yield rows, seen
+
+
+def weights_of(query, key, mask, rows: slice, seen: slice) -> torch.Tensor:
+    """The softmax of a block of the scores, [N, R * rows, columns]."""
+    scores = torch.bmm(query[:, :, rows].flatten(1, 2), turned(key, seen))
+    if mask is not None:
+        own = mask[..., rows, seen]
+        if own.dtype == torch.bool:
+            hidden = torch.finfo(scores.dtype).min
+            own = torch.zeros_like(own, dtype=scores.dtype).masked_fill_(~own, hidden)
+        scores.view(mask.shape[0], -1, *own.shape[-2:]).add_(own)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def turned(x: torch.Tensor, seen: slice) -> torch.Tensor:
+    """These rows of x [N, T, D] as columns; of a part that lies apart a product would turn its own copy."""
+    return x[:, seen].contiguous().transpose(1, 2)
