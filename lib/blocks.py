@@ -5,11 +5,11 @@ it. Under a causal mask they are half of the square, under a window less.
 """
 import torch
 
-ROWS = 128                                # of the scores at once, under a mask: more of them see more columns,
-WHOLE = 640                               # without one: so few rows are no slower than all,
-FEWEST = 32                               # or, where a model has many heads, as few as this,
-SCORES = 2**24                            # so that there are no more scores: 32 MiB in bfloat16
-KEPT = 640                                # tokens up to which weights are kept for the backward, not made again
+ROWS = 128                                # of the scores at once under a mask: more would see more columns,
+WHOLE = 640                               # or without one; but never more than
+SCORES = 2**24                            # scores, which are 32 MiB in bfloat16,
+FEWEST = 32                               # as long as there are these rows
+KEPT = 640                                # tokens up to which the backward finds the weights that it needs
 
 
 def are_here(query: torch.Tensor) -> bool:
