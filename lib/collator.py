@@ -4,6 +4,7 @@
    IGNORE_INDEX, others with 0. Several rows, and packed ones, are padded to a MULTIPLE: their scores then lie
    in memory as kernels like them, and memory of fewer sizes is used again.
 2. Media of a "cat" family are joined along their first axis; other axes are zero-padded to the largest.
+   Of a "line" family all patches lie in one line, [1, …, L], and lines are joined along their last axis.
 3. Media of a "stack" family, [1, tiles, …], are zero-padded on every axis, one entry per row; a row without
    media gets an all-zero entry, which these families' models drop. A mask beside the tokens, [1, T, …], is as
    long as they are.
@@ -35,8 +36,14 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat"
             along = all(row[key].shape[1] == length for row, length in zip(rows, lengths) if key in row)
             batch[key] = cat_padded([row.get(key, nothing) for row in rows], tokens if along else 0)
         else:
-            batch[key] = cat_padded(present)                                                   # [I or P, …]
+            batch[key] = end_to_end(present, style)                                            # [I or P, …]
     return batch
+
+
+def end_to_end(tensors: list[torch.Tensor], style: str) -> torch.Tensor:
+    """The media of several rows as those of one: lines of patches become a longer line."""
+    is_line = style == "line" and tensors[0].dim() > 2
+    return torch.cat(tensors, dim=-1) if is_line else cat_padded(tensors)
 
 
 def padded_length(lengths: list[int], packed: bool) -> int:

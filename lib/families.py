@@ -18,7 +18,8 @@ class Family:
     model_types: tuple[str, ...]
     roles: dict[str, str] = field(default_factory=dict)   # module path -> role; the longest path wins
     wrappers: tuple[str, ...] = ()       # tokens that the template, not the processor, puts around media
-    collate: str = "cat"                 # joins media along their first axis; "stack": padded, an entry a row
+    collate: str = "cat"                 # joins media along their first axis; "line": along their last one;
+    #                                      "stack": padded, an entry a row
     batch: str = "any"                   # "alike": as many pictures a row; "clips_apart": of one kind
     idle: str = ""                       # which parameters no forward reaches: a rule in roles.idle_modules
     no_lora: tuple[str, ...] = ()        # path components that LoRA leaves alone, with linear layers in them
@@ -138,6 +139,12 @@ FAMILIES = (
                         for size in ("1B", "2B", "8B", "9B", "14B", "38B", "78B")}
            | {f"OpenGVLab/InternVL3_5-{size}": f"OpenGVLab/InternVL3_5-{size}-HF"
               for size in ("1B", "2B", "4B", "8B", "14B", "38B", "30B-A3B", "241B-A28B")}),
+    Family("MiniCPM-V", ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
+           {"model.vision_tower": "vision", "model.merger": "projector", "model.language_model": "language"},
+           pixels="slices", collate="line", packing=STATE,
+           wrappers=("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"),
+           absent=CONVOLUTION | {"fla": "flash-linear-attention"},
+           note="a Qwen3.5 behind a SigLIP tower; all patches of a batch lie in one line"),
     Family("PaddleOCR-VL", ("paddleocr_vl",),
            {"model.visual": "vision", "model.projector": "projector", "model.language_model": "language"},
            pixels="area", wrappers=("<|IMAGE_START|>", "<|IMAGE_END|>")),

@@ -5,7 +5,6 @@ runs on a position that isn't trained, and never on more than a chunk of them at
 
 Fork me to: change the objective (`trained_head_loss`, which autograd follows), as a recipe's `loss` does.
 """
-import inspect
 from collections.abc import Callable
 from functools import partial
 
@@ -15,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lib import attention, features, last
 from lib.chat import IGNORE_INDEX
+from lib.logits import UNCHANGED, Finish
 from lib.stage import StageError
 
 NOT_INPUTS = ("labels", "positions", "targets", "packed_rows", "features")
@@ -41,7 +41,7 @@ def forward_loss(model, batch: dict, of_chunk: Callable | None = None) -> tuple[
     count outside: the right one is the whole optimizer step's. of_chunk(logits [N, V], targets [N]): the sum
     of their losses, in place of cross-entropy's.
     """
-    head, softcap = model.get_output_embeddings(), softcap_of(model)
+    head, finish = model.get_output_embeddings(), Finish.of(model)
     logits, at = head.forward, next(head.parameters()).device     # `weight` is made anew where new rows train
     vocabulary = model.config.get_text_config().vocab_size
     size, wide = (max(1, min(CHUNK, most.get(at.type, ELSEWHERE) // vocabulary))
@@ -50,9 +50,10 @@ def forward_loss(model, batch: dict, of_chunk: Callable | None = None) -> tuple[
     frozen = isinstance(head, torch.nn.Linear) and not any(p.requires_grad for p in head.parameters())
     if frozen and of_chunk is None:
         return in_place_of_logits(model, batch, lambda rows: FrozenHeadLoss.apply(
-            rows.to(at), head.weight, head.bias, targets, softcap, size, wide))
+            rows.to(at), head.weight, head.bias, targets, finish, size, wide))
+    of_chunk = of_chunk or partial(F.cross_entropy, reduction="sum")
     return in_place_of_logits(model, batch, lambda rows: trained_head_loss(
-        rows.to(at), logits, targets, softcap, size, of_chunk or partial(F.cross_entropy, reduction="sum")))
+        rows.to(at), logits, targets, finish, size, of_chunk))
 
 
 @torch.no_grad()
@@ -92,26 +93,12 @@ def in_place_of_logits(model, batch: dict, compute):
     return result[0]
 
 
-def softcap_of(model) -> float | None:
-    """The bound that the model puts on its logits, or None. Not every class heeds what its config says."""
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    if softcap is None:
-        return None
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return softcap if "final_logit_softcapping" in inspect.getsource(type(base).forward) else None
-
-
-def capped(logits: torch.Tensor, softcap: float | None) -> torch.Tensor:
-    """softcap * tanh(logits / softcap), the bound that Gemma models put on their logits."""
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def trained_head_loss(rows, head, targets, softcap, size: int,
+def trained_head_loss(rows, head, targets, finish: Finish, size: int,
                       of_chunk: Callable) -> tuple[torch.Tensor, torch.Tensor]:
     """(loss sum, right count) where the head trains: the backward makes its logits again, `size` rows a time.
     """
     def chunk_loss(hidden, wanted):
-        logits = capped(head(hidden).float(), softcap)  # [size, V]
+        logits = finish(head(hidden).float())             # [size, V]
         of_answers = logits.detach().gather(1, wanted[:, None])
         right = (of_answers == logits.detach().amax(-1, keepdim=True)).sum()
         return of_chunk(logits, wanted), right
@@ -134,7 +121,7 @@ class FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, weight, bias, targets, softcap, size, wide):
+    def forward(ctx, rows, weight, bias, targets, finish, size, wide):
         learns = ctx.needs_input_grad[0]  # not in evaluation, which then costs half
         gradient = torch.empty_like(rows) if learns else None
         total = torch.zeros((), dtype=torch.float32, device=rows.device)
@@ -143,8 +130,8 @@ class FrozenHeadLoss(torch.autograd.Function):
             hidden, wanted = rows[start:start + size], targets[start:start + size, None]
             chunk = F.linear(hidden.to(weight.dtype), weight, bias)            # [size, V]
             for part, answers in zip(chunk.split(wide), wanted.split(wide)):
-                logits = capped(part.float(), softcap)                         # [wide, V]
-                bend = 1 - (logits / softcap) ** 2 if learns and softcap is not None else None
+                logits = finish(part.float())                                  # [wide, V]
+                bend = finish.slope(logits) if learns else None
                 top, of_answers = logits.amax(-1, keepdim=True), logits.gather(1, answers)
                 right += (of_answers == top).sum()     # the largest one's place takes far longer to find
                 slope = logits.sub_(top).exp_()                    # one exp and no second [wide, V]
@@ -152,7 +139,7 @@ class FrozenHeadLoss(torch.autograd.Function):
                 total += (sums.log() + top - of_answers).sum()
                 if learns:
                     slope.div_(sums).scatter_add_(1, answers, torch.full_like(sums, -1))
-                    part.copy_(slope if bend is None else slope.mul_(bend))
+                    part.copy_(slope if finish == UNCHANGED else slope.mul_(bend))
             if learns:
                 gradient[start:start + size] = chunk @ weight
         ctx.save_for_backward(gradient)

@@ -16,7 +16,7 @@ import torch
 
 from lib import features
 from lib.chat import IGNORE_INDEX
-from lib.collator import PER_TOKEN, cat_padded
+from lib.collator import PER_TOKEN, cat_padded, end_to_end
 from lib.loss import supervised_states
 from lib.registry import Family
 from lib.stage import StageError
@@ -119,7 +119,7 @@ def join(rows: list[dict[str, torch.Tensor]], positions: Positions, style: str) 
             tiles = [row[key].flatten(0, 1) for row in rows if key in row]   # several clips: [2, tiles, …]
             joined[key] = cat_padded(tiles)[None]                                # [1, tiles, …]
         else:
-            joined[key] = cat_padded([row[key] for row in rows if key in row])
+            joined[key] = end_to_end([row[key] for row in rows if key in row], style)
     first = torch.tensor([0, *lengths[:-1]]).cumsum(0)
     joined["labels"][:, first] = IGNORE_INDEX           # no sample predicts the next one's first token
     return joined

@@ -245,7 +245,8 @@ def lengths(message: str) -> list[dict]:
         return []
     tokens, features = map(int, numbers.groups())
     ratio = max(tokens / max(features, 1), 1) ** 0.5
-    return [*(dict.fromkeys(LENGTHS, n) for n in (features, features // tiny.WIDTH, 16, 4)),
+    of_each = max(1, (tiny.SIDE // tiny.PATCH) ** 2 * features // max(tokens, 1))
+    return [*(dict.fromkeys(LENGTHS, n) for n in (of_each, features, features // tiny.WIDTH, 16, 4)),
             {"num_additional_image_tokens": 1}, {"patch_size": round(tiny.PATCH * ratio)},
             {"image_patch_size": round(tiny.PATCH / ratio)}]
 

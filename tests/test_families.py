@@ -43,7 +43,7 @@ LORA = {
     | {"k_proj": 2, "v_proj": 2},
     "gemma4_moe": LLAMA | {"v_proj": 1},
     "qwen3_vl_moe": dict.fromkeys(ATTENTION, 2),
-    "qwen3_5": QWEN3_5, "qwen3_5_moe": QWEN3_5,
+    "qwen3_5": QWEN3_5, "qwen3_5_moe": QWEN3_5, "minicpmv": QWEN3_5,
     "mistral4": dict.fromkeys(("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", *MLP), 2),
     "glm4v": GLM, "glm46v": GLM, "glm4v_moe": dict.fromkeys(ATTENTION, 2),
     "lfm2_vl": dict.fromkeys(("w1", "w2", "w3", "out_proj"), 4) | dict.fromkeys(("in_proj", "q_proj", "k_proj", "v_proj"), 2),

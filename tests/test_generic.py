@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from lib import trainable
+from lib import logits, loss, trainable
 from lib.stage import StageError
 from tests import classify, tiny
 from tests.test_families import SEEING
@@ -66,23 +66,49 @@ def model_that(config, source_class):
         return source_class._from_config(config)
 
 
-def test_a_model_that_scales_its_logits_is_refused_and_one_whose_factor_is_one_is_not():
-    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                 num_key_value_heads=2, vocab_size=32)
-    for factor, refused in ((8.0, True), (1.0, False)):
-        config = transformers.GraniteConfig(logits_scaling=factor, **sizes)
-        granite = model_that(config, transformers.GraniteForCausalLM)
-        if refused:
-            with pytest.raises(StageError, match=r"changes its logits .*logits_scaling = 8"):
-                trainable.refuse_other_losses(granite)
-        else:
-            trainable.refuse_other_losses(granite)
+SIZES = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+             vocab_size=32, tie_word_embeddings=False)
+
+
+@pytest.mark.parametrize("name, options", [
+    ("Granite", {"logits_scaling": 8}), ("Granite", {"logits_scaling": 1.0}), ("Cohere2", {"logit_scale": 0.0625}),
+    ("HyperCLOVAX", {"logits_scaling": 0.3}), ("Gemma2", {"final_logit_softcapping": 0.5, "head_dim": 8})])
+def test_what_a_model_makes_of_its_logits_its_loss_does_too(name, options):
+    config = getattr(transformers, f"{name}Config")(**SIZES, **options, pad_token_id=0)
+    torch.manual_seed(0)
+    net = getattr(transformers, f"{name}ForCausalLM")(config)
+    net.lm_head.weight.data = torch.randn_like(net.lm_head.weight)
+    trainable.refuse_other_losses(net)
+    ids = torch.arange(12).view(2, 6)
+    positions, targets = loss.supervised_positions(ids)
+    hidden = net.model.embed_tokens.weight
+    own = net(input_ids=ids, labels=ids, use_cache=False).loss * 10
+    (wanted,) = torch.autograd.grad(own, hidden)
+    for trains in (True, False):
+        net.lm_head.weight = torch.nn.Parameter(net.lm_head.weight.detach().clone(), trains)
+        found, _ = loss.forward_loss(net, {"input_ids": ids, "positions": positions, "targets": targets})
+        torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(torch.autograd.grad(found, hidden)[0], wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_a_model_that_does_something_else_to_its_logits_is_refused(monkeypatch):
+    net = model_that(transformers.LlamaConfig(**SIZES), transformers.LlamaForCausalLM)
+
+    def forward(self, labels=None):
+        logits = self.lm_head(0)
+        logits = logits ** self.config.power
+        return logits
+    monkeypatch.setattr(type(net), "forward", forward)
+    logits.source.cache_clear()
+    with pytest.raises(StageError, match=r"changes its logits .*\(logits \*\* self\.config\.power\)"):
+        trainable.refuse_other_losses(net)
+    logits.source.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Qwen3", "Mistral", "GPTNeoX", "Phi3"])
 def test_usual_text_models_are_not_refused(name):
     sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-                 vocab_size=32)
+                 vocab_size=32, tie_word_embeddings=False)
     config = getattr(transformers, f"{name}Config")(**sizes, pad_token_id=0)
     trainable.refuse_other_losses(model_that(config, getattr(transformers, f"{name}ForCausalLM")))
 

@@ -8,6 +8,7 @@ from datasets import load_from_disk
 
 from lib import loss, model
 from lib.chat import IGNORE_INDEX, Encoder
+from lib.logits import UNCHANGED
 from lib.roles import Roles
 from lib.sampler import Batcher
 from tests.runner import Run, colour_rows, text_rows
@@ -197,7 +198,7 @@ def test_of_equal_largest_logits_each_is_right_and_a_smaller_one_is_not():
     head.weight.data = weight
     rows, targets = torch.tensor([[2.0, 1]] * 3), torch.tensor([0, 1, 2])
     cross_entropy = partial(F.cross_entropy, reduction="sum")
-    frozen = loss.FrozenHeadLoss.apply(rows, weight, None, targets, None, 2, 1)
-    trained = loss.trained_head_loss(rows, head, targets, None, 2, cross_entropy)
+    frozen = loss.FrozenHeadLoss.apply(rows, weight, None, targets, UNCHANGED, 2, 1)
+    trained = loss.trained_head_loss(rows, head, targets, UNCHANGED, 2, cross_entropy)
     assert int(frozen[1]) == int(trained[1]) == 2
     assert float(frozen[0]) == pytest.approx(float(trained[0].detach()))

@@ -25,7 +25,7 @@ VARIANTS = {
     "qwen3_vl_lora": "qwen3_vl", "qwen3_vl_moe_lora": "qwen3_vl_moe", "qwen3_vl_moe_experts_lora": "qwen3_vl_moe",
     "qwen3_5_lora": "qwen3_5", "qwen3_5_moe_lora": "qwen3_5_moe", "glm4v_lora": "glm4v", "glm4v_moe_lora": "glm4v_moe",
     "smolvlm2_lora": "smolvlm2", "lfm2_vl_lora": "lfm2_vl", "internvl_lora": "internvl", "internvl_qlora": "internvl",
-    "paddleocr_vl_lora": "paddleocr_vl", "voxtral_lora": "voxtral",
+    "paddleocr_vl_lora": "paddleocr_vl", "minicpmv_lora": "minicpmv", "voxtral_lora": "voxtral",
     "use_documents_qlora": "qwen2_5_vl", "use_medical_lora": "gemma3", "use_inspection_lora": "qwen3_vl", "use_assistant_lora": "qwen3_vl",
 }
 PATHS = {path.stem: path for path in sorted((ROOT / "recipes").glob("*.yaml")) if not path.stem.startswith("demo")}

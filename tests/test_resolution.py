@@ -14,12 +14,13 @@ from lib.resolution import bounds_of, set_budget, with_bounds
 from lib.stage import StageError
 
 LARGE = Image.new("RGB", (400, 400), "red")
-TYPES = {"smolvlm2": "smolvlm", "pixtral": "llava", "gemma4_e2b": "gemma4"}
+TYPES = {"smolvlm2": "smolvlm", "pixtral": "llava", "gemma4_e2b": "gemma4", "minicpmv": "minicpmv4_6"}
 # variant: (a budget of pixels, tokens of a large picture without it, tokens with it), those around it included
 BOUNDED = {
     "qwen2_5_vl": (1024, 16, 4), "paddleocr_vl": (1024, 16, 4), "glm46v": (1024, 16, 4),
     "mistral3": (32 * 32, 16 + 4, 4 + 2), "gemma4_e2b": (140 * 12**2, 64 + 2, 121 + 2), "llama4": (2 * 32**2, 27, 7),
     "internvl": (32 * 32, 5 * 4 + 2, 4 + 2), "smolvlm2": (32 * 32, 33, 7), "lfm2_vl": (32 * 32, 27, 6),
+    "minicpmv": (2 * 32 * 32, 34, 6),
 }
 FIXED = ("llava", "gemma3", "gemma3n", "mllama")
 
@@ -81,7 +82,7 @@ def test_a_budget_that_no_picture_keeps_is_refused_with_the_least_that_is_kept(n
 
 
 TOKENS = {"qwen2_5_vl": 9, "paddleocr_vl": 9, "glm46v": 9, "mistral3": 12, "gemma4_e2b": 72, "llama4": 20, "internvl": 14,
-          "smolvlm2": 10, "lfm2_vl": 20}
+          "smolvlm2": 10, "lfm2_vl": 20, "minicpmv": 14}
 
 
 @pytest.mark.parametrize("name", BOUNDED)

@@ -273,7 +273,8 @@ def parts(model_type: str, picture, facts: dict) -> Parts:
         """The id of a configuration's token: what was written most often, the tokenizer's own, a spare."""
         name = re.sub(r"_(id|index)$", "", name)
         if name in ("image_token", "image_patch") and media:
-            return media[0]
+            own = getattr(processor, "image_token_id", None)
+            return own if own in media else media[0]
         known = (getattr(owner, f"{name}_id", None) for owner in (tokenizer, processor))
         return next((i for i in known if isinstance(i, int)), None) or next(spare)
 

@@ -17,7 +17,7 @@ VARIANTS = {
     "qwen": ("qwen_text", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     "mistral": ("pixtral", "mistral3", "mistral4", "magistral", "voxtral"),
     "glm": ("glm4v", "glm46v", "glm4v_moe"),
-    "others": ("smolvlm2", "lfm2_vl", "internvl", "paddleocr_vl"),
+    "others": ("smolvlm2", "lfm2_vl", "internvl", "paddleocr_vl", "minicpmv"),
 }
 NAMES = tuple(name for names in VARIANTS.values() for name in names)
 TEXT_ONLY = ("llama_text", "gemma3_text", "qwen_text")

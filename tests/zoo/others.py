@@ -1,4 +1,4 @@
-"""Families that stand alone: SmolVLM2, LFM2-VL, InternVL-3.5, PaddleOCR-VL."""
+"""Families that stand alone: SmolVLM2, LFM2-VL, InternVL-3.5, PaddleOCR-VL, MiniCPM-V."""
 
 from transformers import (
     GotOcr2ImageProcessor,
@@ -11,9 +11,14 @@ from transformers import (
     Lfm2VlProcessor,
     LlamaConfig,
     LlamaTokenizer,
+    MiniCPMV4_6Config,
+    MiniCPMV4_6ImageProcessor,
+    MiniCPMV4_6Processor,
+    MiniCPMV4_6VideoProcessor,
     PaddleOCRVLConfig,
     PaddleOCRVLImageProcessor,
     PaddleOCRVLProcessor,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Siglip2VisionConfig,
     SmolVLMConfig,
@@ -125,3 +130,25 @@ def paddleocr_vl() -> Parts:
     image_processor = PaddleOCRVLImageProcessor(**qwen.PICTURES)
     processor = PaddleOCRVLProcessor(image_processor, tokenizer)
     return Parts(config, processor, stop=("</s>",), template="paddleocr_vl")
+
+
+def minicpmv() -> Parts:
+    """MiniCPM-V 4.6: a picture whole and in slices, patches in one line, a Qwen3.5 behind its tower."""
+    named = dict(image_token="<|image_pad|>", video_token="<|video_pad|>")
+    named |= dict(image_start_token="<image>", image_end_token="</image>")
+    named |= dict(slice_start_token="<slice>", slice_end_token="</slice>")
+    named |= dict(image_id_start_token="<image_id>", image_id_end_token="</image_id>")
+    tokenizer = qwen.tokenizer_with(**named)
+    linear = dict(linear_key_head_dim=16, linear_value_head_dim=16, linear_num_key_heads=2, linear_num_value_heads=4)
+    config = MiniCPMV4_6Config(
+        text_config=Qwen3_5TextConfig(**decoder(tokenizer, num_hidden_layers=4, head_dim=32, **linear)),
+        vision_config=tower(image_size=64, patch_size=8),
+        insert_layer_id=0,
+        image_size=64,
+        image_token_id=tokenizer.image_token_id,
+        video_token_id=tokenizer.video_token_id,
+    )
+    sizes = dict(patch_size=8, scale_resolution=64, max_slice_nums=4)
+    image_processor, video_processor = MiniCPMV4_6ImageProcessor(**sizes), MiniCPMV4_6VideoProcessor(**sizes)
+    processor = MiniCPMV4_6Processor(image_processor, video_processor, tokenizer)
+    return Parts(config, processor, qwen.STOP, template="minicpmv")
