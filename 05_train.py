@@ -69,8 +69,7 @@ def main(argv=None):
             gc.freeze()                   # Python's search for garbage leaves out what stays, in every step
             with fast.paths(run.model, run.roles), features.replayed(run.model), devices.tf32(
                     work.config.tf32 and work.config.bf16 is False):
-                if work.config.sample_packing:
-                    rehearsal.prove_packing(run)
+                rehearsal.prove_rows_apart(run)
                 log = train(run)
             log.say_peak(run.forecast_gib)
             # 4. Save what was trained, and what a fresh process has to reproduce.

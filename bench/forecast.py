@@ -75,10 +75,10 @@ def case(name: str, adapter: str, folder: Path) -> tuple[dict, object, dict]:
 
 def longer(row: dict) -> dict:
     """The row with its last token repeated until there are TOKENS."""
-    from lib.collator import PER_TOKEN
+    from lib.collator import is_per_token
     more = TOKENS - row["input_ids"].shape[1]
     return {key: torch.cat([value, value[..., -1:].expand(*value.shape[:-1], more)], -1)
-            if key in PER_TOKEN and more > 0 else value for key, value in row.items()}
+            if is_per_token(key) and more > 0 else value for key, value in row.items()}
 
 
 def write(name: str, folder: Path) -> None:

@@ -76,10 +76,10 @@ def write_batches(run_path: Path, folder: Path) -> None:
 
 def shortest(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A batch [B, T] as long as its longest row: what this kit pads beyond that is its own affair."""
-    from lib.collator import PER_TOKEN
+    from lib.collator import is_per_token
     from lib.loss import supervised_positions
     tokens = int(batch["attention_mask"].sum(-1).max())
-    cut = {name: tensor[:, :tokens].contiguous() for name, tensor in batch.items() if name in PER_TOKEN}
+    cut = {name: tensor[:, :tokens].contiguous() for name, tensor in batch.items() if is_per_token(name)}
     positions, targets = supervised_positions(cut["labels"])
     return batch | cut | {"positions": positions, "targets": targets}
 

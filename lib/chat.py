@@ -152,11 +152,16 @@ class Encoder:
         if self.processor is tokenizer_of(self.processor):
             batch = dict(self.processor([text], **options))
         else:
+            if "mm_token_type_ids" in getattr(self.processor, "model_input_names", ()):
+                options["return_mm_token_type_ids"] = True
             batch = dict(self.processor(text=[text], padding_side="right", **media_arguments(given),
                                         return_text_replacement_offsets=True, **options))
         replaced = batch.pop("text_replacement_offsets", None)
         for key, value in batch.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
+            if not isinstance(value, torch.Tensor):
+                raise StageError(f"base_model: its {type(self.processor).__name__} makes {key} a "
+                                 f"{type(value).__name__}", "choose another base_model: batches hold tensors")
+            if value.is_floating_point():
                 batch[key] = value.float()
         return batch, replaced[0] if isinstance(replaced, list) and replaced else []     # or a tensor of none
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from lib.chat import IGNORE_INDEX
 
 MULTIPLE = 8                              # of tokens
-PER_TOKEN = ("input_ids", "attention_mask", "labels", "token_type_ids", "mm_token_type_ids", "position_ids")
+PER_TOKEN = ("input_ids", "attention_mask", "labels", "position_ids")     # and all token_type_ids
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat") -> dict[str, torch.Tensor]:
@@ -29,7 +29,7 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat"
     for key in dict.fromkeys(key for row in rows for key in row):
         present = [row[key] for row in rows if key in row]
         nothing = present[0][..., :1] * 0
-        if key in PER_TOKEN:
+        if is_per_token(key):
             batch[key] = torch.cat([F.pad(t, (0, tokens - t.shape[-1]), value=fill.get(key, 0))
                                     for t in (row.get(key, nothing) for row in rows)], dim=-2)  # [B, T]
         elif style == "stack":
@@ -44,6 +44,11 @@ def end_to_end(tensors: list[torch.Tensor], style: str) -> torch.Tensor:
     """The media of several rows as those of one: lines of patches become a longer line."""
     is_line = style == "line" and tensors[0].dim() > 2
     return torch.cat(tensors, dim=-1) if is_line else cat_padded(tensors)
+
+
+def is_per_token(key: str) -> bool:
+    """Whether a tensor of this name goes along the tokens."""
+    return key in PER_TOKEN or key.endswith("token_type_ids")
 
 
 def padded_length(lengths: list[int], packed: bool) -> int:

@@ -16,7 +16,7 @@ import torch
 
 from lib import features
 from lib.chat import IGNORE_INDEX
-from lib.collator import PER_TOKEN, cat_padded, end_to_end
+from lib.collator import cat_padded, end_to_end, is_per_token
 from lib.loss import supervised_states
 from lib.registry import Family
 from lib.stage import StageError
@@ -112,7 +112,7 @@ def join(rows: list[dict[str, torch.Tensor]], positions: Positions, style: str) 
     for key in dict.fromkeys(key for row in rows for key in row if key != "attention_mask"):
         if key == "features":
             joined[key] = features.together([row[key] for row in rows if key in row])
-        elif key in PER_TOKEN:
+        elif is_per_token(key):
             zeros = (torch.zeros_like(row["input_ids"]) for row in rows)
             joined[key] = torch.cat([row.get(key, zero) for row, zero in zip(rows, zeros)], dim=1)  # [1, T]
         elif style == "stack":
@@ -175,12 +175,13 @@ def needs(model, family: Family) -> dict:
     return {"positions": Positions.of(model), "masks": masks}
 
 
-def leak(model, alone: list[dict[str, torch.Tensor]], packed: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """(largest relative change of a supervised hidden state from single samples to a packed row, limit).
+def leak(model, alone: list[dict[str, torch.Tensor]], together: dict[str, torch.Tensor]
+         ) -> tuple[float, float]:
+    """(largest relative change of a supervised hidden state from single samples to a common batch, limit).
 
     Up to the limit it may be rounding: bfloat16's is around a hundredth, float32's a hundred-thousandth.
     """
     one_by_one = torch.cat([supervised_states(model, batch) for batch in alone])                  # [N, D]
     limit = 1e-3 if one_by_one.dtype == torch.float32 else 5e-2
-    change = (supervised_states(model, packed) - one_by_one).float().norm(dim=-1)
+    change = (supervised_states(model, together) - one_by_one).float().norm(dim=-1)
     return float((change / one_by_one.float().norm(dim=-1)).max()), limit

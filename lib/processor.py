@@ -2,6 +2,7 @@
 
 A text-only checkpoint has no processor of its own: there, the tokenizer is meant.
 """
+import contextlib
 import re
 from pathlib import Path
 
@@ -94,6 +95,17 @@ def adds_first_token(processor, text: str) -> bool:
     """
     tokenizer = tokenizer_of(processor)
     return processor is not tokenizer and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
+
+
+def opening_of(processor) -> str:
+    """The token that a processor itself writes before a text that doesn't start with it, as Molmo2's does."""
+    tokenizer, made = tokenizer_of(processor), None
+    first = tokenizer.bos_token or tokenizer.eos_token
+    if processor is not tokenizer and first:
+        with contextlib.suppress(ValueError, TypeError):                     # some take no text alone
+            made = processor(text=["."], add_special_tokens=False)["input_ids"][0]
+    plain, opened = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (".", f"{first}."))
+    return first if made is not None and [*made] == opened != plain else ""
 
 
 def special_tokens(processor) -> re.Pattern:

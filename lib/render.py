@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from lib.messages import RowError, has_media, text_parts, texts_of
-from lib.processor import tokenizer_of
+from lib.processor import opening_of, tokenizer_of
 from lib.stage import StageError
 
 MARK = "⟦mark⟧"                                         # stands in for a text whose place is looked for
@@ -42,6 +42,7 @@ class Renderer:
         self.tokens = dict(tokenizer_of(processor).special_tokens_map)
         self.is_usual = isinstance(processor.chat_template, str) and type(processor).apply_chat_template in (
             ProcessorMixin.apply_chat_template, PreTrainedTokenizerBase.apply_chat_template)
+        self.opening = opening_of(processor)
         self.typed: dict[str, bool] = {}                # whether a role's typed parts come out as their text
         for role in ("user", "system", "assistant", "tool"):
             self.typed[role] = self._takes_parts(role)
@@ -55,7 +56,8 @@ class Renderer:
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """The conversation's text; `prompt` adds the header that asks for a reply. RowError if refused."""
-        return self._apply([self._shaped(message) for message in messages], prompt, self.day)
+        text = self._apply([self._shaped(message) for message in messages], prompt, self.day)
+        return text if text.startswith(self.opening) else self.opening + text
 
     def skeleton(self, messages: list[dict]) -> tuple[str, list[str]]:
         """(the render with a numbered mark in place of each text that is no blank, these texts).
@@ -82,7 +84,8 @@ class Renderer:
         if self.day is None:
             return False
         shaped = [self._shaped(message) for message in messages]
-        return text != self._apply(shaped, day=self.day + ANOTHER_DAY)
+        another = self._apply(shaped, day=self.day + ANOTHER_DAY)
+        return text not in (another, self.opening + another)
 
     def _apply(self, messages: list[dict], prompt: bool = False, day: date | None = None) -> str:
         options = {**self.options, "tokenize": False, "add_generation_prompt": prompt}

@@ -10,7 +10,9 @@ import transformers
 from lib import logits, loss, trainable
 from lib.stage import StageError
 from tests import classify, tiny
-from tests.test_families import SEEING
+from tests.runner import Run, colour_rows
+from tests.test_families import SEEING, picture
+from tests.zoo.checkpoint import write
 
 FILED = json.loads(classify.FILE.read_text(encoding="utf-8"))
 TYPES = FILED["types"]
@@ -57,6 +59,34 @@ def test_a_type_tried_again_gets_the_same_entry(model_type, tmp_path):
 def test_the_readme_counts_what_the_file_holds():
     readme = " ".join((classify.FILE.parent.parent / "README.md").read_text(encoding="utf-8").split())
     assert classify.sentence(FILED) in readme
+
+
+def test_rows_that_change_one_another_in_a_batch_stop_a_training(tmp_path, monkeypatch):
+    """HunYuan-VL numbers the pictures of a batch, not of a row."""
+    base = write(tiny.parts("hunyuan_vl", picture(0), {}), tmp_path / "base", seed=0, dtype="float32")
+    run = Run(tmp_path, monkeypatch, base, colour_rows(4), val_set_size=0, micro_batch_size=2, bf16=False, max_steps=1)
+    run.upto("04_lora")
+    with pytest.raises(StageError, match="micro_batch_size: rows of one batch change one another") as caught:
+        run("05_train")
+    assert caught.value.fix == "micro_batch_size: 1"
+    run.upto("05_train", caught.value.fix.replace(": ", "="))
+    assert len([row for row in run.metrics() if "loss" in row]) == 1
+
+
+def test_a_processor_that_opens_every_text_itself_is_heard(tmp_path):
+    """Molmo2's templates write no first token, and its processor does."""
+    tried = classify.Try("molmo2", write(tiny.parts("molmo2", picture(0), {}), tmp_path, seed=0, dtype="float32"))
+    assert tried.template.opening == "<s>"
+    (row,) = tried.rows((1, "What is it?", "a red fox"))
+    text = f"<|user|>{tried.processor.image_token}\nWhat is it?<|end|><|assistant|>"
+    plain = tried.processor(text=[text], images=[picture(0)])["input_ids"]
+    assert row["input_ids"][0, :len(plain[0])].tolist() == list(plain[0])
+
+
+def test_what_is_no_tensor_is_refused_by_name(tmp_path):
+    folder = write(tiny.parts("unlimited_ocr", picture(0), {}), tmp_path, seed=0, dtype="float32")
+    with pytest.raises(StageError, match="its UnlimitedOcrProcessor makes num_local_patches a list"):
+        classify.Try("unlimited_ocr", folder).rows((1, "What is it?", "a red fox"))
 
 
 # ---- refusals that the classification asked for ----

@@ -11,6 +11,7 @@ import itertools
 import re
 import sys
 from collections import Counter
+from pathlib import Path
 
 import transformers
 from transformers import CONFIG_MAPPING
@@ -51,7 +52,7 @@ LARGEST = (
     (r"(num|n)_(routed_|local_)?experts|moe_num_experts", EXPERTS),
     (r"num_experts_per_tok|moe_k|moe_topk|top_k_experts", 2),
     (r"first_k_dense_replace|n_group|topk_group|\w*layer_id", 1),
-    (r"\w*(hidden_size|embed_dim|d_model|hidden_dim|output_dim|projection_dim|proj_dim|patch_dim"
+    (r"\w*(hidden_size|embed_dim|d_model|hidden_dim|output_dim|output_proj_dims|projection_dim|proj_dim|patch_dim"
      r"|adapter_\w+_(dim|size))", WIDTH),
 )
 DEPTH = r"\w*(num_\w*layers|n_layers|encoder_layers|decoder_layers|layers)|depth"
@@ -59,6 +60,8 @@ PLACES = r"\w*(indexes|indices|idxs|layer_ids?|_layers|vision_feature_layer)"   
 ID = re.compile(r"_token_(id|index)$|^im_\w+_id$|^image_patch_id$")
 ASKED = re.compile(r"""tokenizer(?:\.|, ["'])(?!add_|bos|eos|pad|unk|sep|cls|mask)(\w+_token(?:_id)?)\b""")
 KINDS = ("layer_types", "mlp_layer_types", "indexer_types", "layers_block_type")    # lists of layers' kinds
+UNSET = {"head_dim": HEAD, "mlp_layer_types": ["dense", "sparse"], "deepstack_layer_map": [[0, 0], [1, 1]],
+         "spatial_target_layers": [0, 1], "downsample_rate": "2/4"}      # what some types have no default for
 
 
 # ---- the configuration ----
@@ -92,6 +95,10 @@ def small(values: dict, vocabulary: int) -> dict:
             found[key] = {depth - 1: small(next(iter(value.values())), vocabulary)}
         elif isinstance(key, str) and key.startswith("rope") and isinstance(value, dict):
             found[key] = small_rope(value, values)
+        elif value is None and key in UNSET:
+            found[key] = UNSET[key]
+        elif key == "num_position_embeddings":
+            found[key] = (SIDE // PATCH) ** 2
         elif isinstance(value, dict):
             found[key] = small(value, vocabulary) if "label" not in str(key) else value
         elif isinstance(value, list) and value:
@@ -127,6 +134,8 @@ def small_list(key, value: list, depth: int) -> list:
         return [[max(1, round(side / least)) * SIDE for side in sides] for sides in value][:6]
     if type(value[0]) is int and re.fullmatch(PLACES, key):
         return [n % depth - (depth if min(value) < 0 else 0) for n in range(len(value))]
+    if key == "overlap_margins":
+        return [1] * len(value)
     if key in ("image_size", "patch_size"):
         return [SIDE if key == "image_size" else PATCH] * len(value)
     return value
@@ -168,9 +177,17 @@ PICTURES = ("size", "crop_size", "max_image_size", "high_res_size", "tile_size",
 def processor_class(model_type: str) -> type | None:
     """The class that transformers' tables name for the type, or for another with the same model class."""
     alike = [model_type, *(other for other, name in MODELS.items() if name == MODELS[model_type])]
-    name = next((PROCESSORS[other] for other in alike if PROCESSORS.get(other)), None)
+    name = next((PROCESSORS[other] for other in [*alike, *ancestors(model_type)] if PROCESSORS.get(other)), None)
     name = name or MODELS[model_type].split("For")[0].removesuffix("Thinker") + "Processor"
     return getattr(transformers, name, None)
+
+
+def ancestors(model_type: str) -> list[str]:
+    """The types on whose classes the source of this one builds, as transformers' modular files say."""
+    folder = Path(inspect.getsourcefile(getattr(transformers, MODELS[model_type]))).parent
+    modular = folder / f"modular_{folder.name}.py"
+    source = modular.read_text(encoding="utf-8") if modular.exists() else ""
+    return re.findall(r"^from \.\.(\w+)\.modeling_\1 import", source, re.M)
 
 
 def part_class(model_type: str, cls: type, table: dict) -> type:
@@ -199,6 +216,10 @@ def tokenizer_for(cls: type, more: list[str]):
 def small_pictures(cls: type):
     """An image or video processor with small pictures."""
     changes, defaults = {}, cls()
+    if getattr(defaults, "draw_on_frames", False):                 # it writes with a font of its own
+        changes["draw_on_frames"] = False
+    if getattr(defaults, "overlap_margins", None):
+        changes["overlap_margins"] = small_list("overlap_margins", defaults.overlap_margins, LAYERS)
     for key in PICTURES:
         value, pixels = getattr(defaults, key, None), {"min_pixels": SIDE**2, "max_pixels": 4 * SIDE**2}
         if isinstance(value, int):
@@ -246,7 +267,13 @@ def processor_for(model_type: str, facts: dict, more: tuple = ()):
 # ---- both ----
 
 SHARED = ("patch_size", "spatial_merge_size", "downsample_factor", "scale_factor",
-          "vision_feature_select_strategy")
+          "vision_feature_select_strategy", "downsample_rate")
+
+
+def written_of(processor, picture) -> list[int]:
+    """The ids of a turn with a picture."""
+    text = processor.apply_chat_template(TURN, tokenize=False)
+    return processor(text=[text], images=[picture], return_tensors="pt")["input_ids"][0].tolist()
 
 
 def parts(model_type: str, picture, facts: dict) -> Parts:
@@ -263,8 +290,13 @@ def parts(model_type: str, picture, facts: dict) -> Parts:
     sizes = {"patch_size": PATCH, "img_size": SIDE, "image_size": SIDE}
     processor = processor_for(model_type, sizes | shared | facts)
     tokenizer = processor.tokenizer
-    text = processor.apply_chat_template(TURN, tokenize=False)
-    written = processor(text=[text], images=[picture], return_tensors="pt")["input_ids"][0].tolist()
+    try:
+        written = written_of(processor, picture)
+    except ValueError:                    # some want a picture's own start and end around its token
+        around = [getattr(processor, f"image_{end}_token", "") for end in ("start", "end")]
+        processor.chat_template = processor.chat_template.replace(processor.image_token,
+                                                                  processor.image_token.join(around))
+        written = written_of(processor, picture)
     own = set(tokenizer("".join(TURNS) + "What?")["input_ids"])
     media = [i for i, _ in Counter(i for i in written if i not in own).most_common()]
     spare = itertools.cycle(tokenizer.convert_tokens_to_ids(SPARE))
