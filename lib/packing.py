@@ -175,13 +175,17 @@ def needs(model, family: Family) -> dict:
     return {"positions": Positions.of(model), "masks": masks}
 
 
-def leak(model, alone: list[dict[str, torch.Tensor]], together: dict[str, torch.Tensor]
-         ) -> tuple[float, float]:
+def leak(model, alone: list[dict[str, torch.Tensor]], together: dict[str, torch.Tensor],
+         typical: bool = False) -> tuple[float, float]:
     """(largest relative change of a supervised hidden state from single samples to a common batch, limit).
 
+    typical: the largest of the samples' medians, since where a router chooses, rounding may choose otherwise.
     Up to the limit it may be rounding: bfloat16's is around a hundredth, float32's a hundred-thousandth.
     """
-    one_by_one = torch.cat([supervised_states(model, batch) for batch in alone])                  # [N, D]
+    apart = [supervised_states(model, batch) for batch in alone]                 # [N, D] each
+    one_by_one = torch.cat(apart)
     limit = 1e-3 if one_by_one.dtype == torch.float32 else 5e-2
     change = (supervised_states(model, together) - one_by_one).float().norm(dim=-1)
-    return float((change / one_by_one.float().norm(dim=-1)).max()), limit
+    change /= one_by_one.float().norm(dim=-1)
+    of_samples = change.split([len(states) for states in apart])
+    return float(max(each.median() if typical else each.max() for each in of_samples)), limit

@@ -4,6 +4,7 @@ First the model's own answer: what `generate` says step by step, training has to
 once. Then the longest step that the run can meet: does it fit, and how long would all of them take? Then 30
 steps on one batch, which is learnt by heart if labels, gradients and optimizer work together.
 """
+import heapq
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -106,7 +107,8 @@ def prove_rows_apart(run) -> None:
         if row is not None:
             prove_apart(run, row, [row], "samples of a packed row see", "sample_packing: false")
     elif run.roles.guessed and config.micro_batch_size > 1:
-        most = sorted(range(len(samples)), key=samples.media_tokens.__getitem__, reverse=True)[:3]
+        count = min(3, config.micro_batch_size)
+        most = heapq.nlargest(count, range(len(samples)), key=samples.media_tokens.__getitem__)
         prove_apart(run, most, [(index,) for index in most], "rows of one batch change",
                     "micro_batch_size: 1")
 
@@ -119,7 +121,7 @@ def prove_apart(run, indices: Row, rows: list[Row], who: str, fix: str) -> None:
                         for dealt, some in [*((single, [(index,)]) for index in indices), (samples, rows)])
     run.model.eval()
     with run.autocast():
-        change, limit = packing.leak(run.model, alone, together)
+        change, limit = packing.leak(run.model, alone, together, typical=len(rows) > 1)
     run.model.train()
     if change > limit:
         run.world.stop(f"{fix.partition(':')[0]}: {who} one another: hidden states of "
