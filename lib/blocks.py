@@ -46,7 +46,8 @@ class Blocks(torch.autograd.Function):
         for rows, seen in ctx.blocks:
             weights = weights_of(query, key, mask, rows, seen)
             out[:, :, rows] = torch.bmm(weights, value[:, seen]).view(out[:, :, rows].shape)
-            kept += [weights] * keeps
+            if keeps:
+                kept.append(weights)
         ctx.save_for_backward(query, key, value, mask, *kept)
         return out
 

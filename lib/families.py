@@ -35,6 +35,7 @@ class Family:
     packing: str = ""                    # why samples can't share a row
     block_masks: tuple[str, ...] = ()    # layers where a picture's tokens see all of it: own masks, if packed
     pixels: str = ""                     # how pictures are bounded: a strategy in lib/resolution.py
+    unbounded: str = "makes every picture of one size"    # why they can't be, where there is none
     template: str = ""                   # a file in lib/templates, where the published checkpoint has none
     template_names: tuple[str, ...] = () # what Axolotl's recipes call its own chat template
     special_tokens: dict[str, str] = field(default_factory=dict)    # {name: token} that its tokenizer lacks
@@ -141,7 +142,8 @@ FAMILIES = (
               for size in ("1B", "2B", "4B", "8B", "14B", "38B", "30B-A3B", "241B-A28B")}),
     Family("MiniCPM-V", ("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
            {"model.vision_tower": "vision", "model.merger": "projector", "model.language_model": "language"},
-           pixels="slices", collate="line", packing=STATE,
+           unbounded="sizes pictures by their shape, and no setting of its processor bounds them",
+           collate="line", packing=STATE,
            wrappers=("<image>", "</image>", "<slice>", "</slice>", "<image_id>", "</image_id>"),
            absent=CONVOLUTION | {"fla": "flash-linear-attention"},
            note="a Qwen3.5 behind a SigLIP tower; all patches of a batch lie in one line"),

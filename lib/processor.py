@@ -99,13 +99,15 @@ def adds_first_token(processor, text: str) -> bool:
 
 def opening_of(processor) -> str:
     """The token that a processor itself writes before a text that doesn't start with it, as Molmo2's does."""
-    tokenizer, made = tokenizer_of(processor), None
+    tokenizer = tokenizer_of(processor)
     first = tokenizer.bos_token or tokenizer.eos_token
-    if processor is not tokenizer and first:
-        with contextlib.suppress(ValueError, TypeError):                     # some take no text alone
-            made = processor(text=["."], add_special_tokens=False)["input_ids"][0]
+    if processor is tokenizer or not first:
+        return ""
     plain, opened = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (".", f"{first}."))
-    return first if made is not None and [*made] == opened != plain else ""
+    with contextlib.suppress(ValueError, TypeError, AttributeError):             # some take no text alone
+        made = processor(text=["."], add_special_tokens=False)["input_ids"][0]
+        return first if [*made] == opened != plain else ""
+    return ""
 
 
 def special_tokens(processor) -> re.Pattern:

@@ -56,8 +56,7 @@ class Renderer:
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """The conversation's text; `prompt` adds the header that asks for a reply. RowError if refused."""
-        text = self._apply([self._shaped(message) for message in messages], prompt, self.day)
-        return text if text.startswith(self.opening) else self.opening + text
+        return self._opened([self._shaped(message) for message in messages], prompt, self.day)
 
     def skeleton(self, messages: list[dict]) -> tuple[str, list[str]]:
         """(the render with a numbered mark in place of each text that is no blank, these texts).
@@ -84,8 +83,11 @@ class Renderer:
         if self.day is None:
             return False
         shaped = [self._shaped(message) for message in messages]
-        another = self._apply(shaped, day=self.day + ANOTHER_DAY)
-        return text not in (another, self.opening + another)
+        return text != self._opened(shaped, day=self.day + ANOTHER_DAY)
+
+    def _opened(self, messages: list[dict], prompt: bool = False, day: date | None = None) -> str:
+        text = self._apply(messages, prompt, day)
+        return text if text.startswith(self.opening) else self.opening + text
 
     def _apply(self, messages: list[dict], prompt: bool = False, day: date | None = None) -> str:
         options = {**self.options, "tokenize": False, "add_generation_prompt": prompt}

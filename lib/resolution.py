@@ -25,7 +25,7 @@ def require_bounds(processor, family: Family, knob: str) -> None:
     """A StageError where no budget can be set."""
     images = getattr(processor, "image_processor", None)
     if images is None or family.pixels not in STRATEGIES or family.pixels == "edge" and not edge_of(images):
-        raise StageError(f"{knob}: {family.name} makes every picture of one size", f"remove {knob}")
+        raise StageError(f"{knob}: {family.name} {family.unbounded}", f"remove {knob}")
 
 
 def set_budget(processor, family: Family, least: int | None, most: int | None) -> None:
@@ -121,22 +121,9 @@ def levels(images, least: None, most: int) -> None:
     images.max_soft_tokens = fitting[-1]
 
 
-def slices(images, least: None, most: int) -> None:
-    """A whole picture of about `scale_resolution` squared, and `max_slice_nums` parts of as many pixels."""
-    token = images.patch_size * (2 if images.downsample_mode == "4x" else 4)     # of one side
-    side = images.scale_resolution
-    if most < 2 * token**2:               # an odd shape, rounded to whole tokens, may take twice as many
-        raise TooFew(most, 2 * token**2)
-    images.max_slice_nums = min(most // side**2 - 1, images.max_slice_nums)
-    if images.max_slice_nums < 2:
-        images.slice_mode = False
-        images.scale_resolution = min(math.isqrt(most // 2) // token * token, side)
-
-
 STRATEGIES = {"area": (area, True), "area_of_two": (area_of_two, True), "edge": (edge, False),
               "edge_of_tiles": (edge_of_tiles, False), "tiles": (tiles, False),
-              "tiles_or_tokens": (tiles_or_tokens, False), "levels": (levels, False),
-              "slices": (slices, False)}
+              "tiles_or_tokens": (tiles_or_tokens, False), "levels": (levels, False)}
 
 
 def edge_of(images) -> int | None:

@@ -129,11 +129,10 @@ class Try(Subject):
     def batched_logits_equal_single_ones(self):
         rows = [self.row, *self.rows((2, "Two here?", "yes")), *([] if self.notes else [self.words])]
         single = [self.logits(row)[0] for row in rows]
-        for order in (range(len(rows)), range(len(rows))[::-1]):
-            for row, n in zip(self.logits(*(rows[n] for n in order)), order):
-                if difference(row[:len(single[n])], single[n]) > 1e-4:
-                    return self.batches_of_several_are_refused(rows)
-        return None
+        if any(difference(row[:len(single[n])], single[n]) > 1e-4
+               for order in (range(len(rows)), range(len(rows))[::-1])
+               for row, n in zip(self.logits(*(rows[n] for n in order)), order)):
+            self.batches_of_several_are_refused(rows)
 
     def batches_of_several_are_refused(self, rows):
         """By lib/rehearsal.py, before the first step."""

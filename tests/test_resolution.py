@@ -20,7 +20,6 @@ BOUNDED = {
     "qwen2_5_vl": (1024, 16, 4), "paddleocr_vl": (1024, 16, 4), "glm46v": (1024, 16, 4),
     "mistral3": (32 * 32, 16 + 4, 4 + 2), "gemma4_e2b": (140 * 12**2, 64 + 2, 121 + 2), "llama4": (2 * 32**2, 27, 7),
     "internvl": (32 * 32, 5 * 4 + 2, 4 + 2), "smolvlm2": (32 * 32, 33, 7), "lfm2_vl": (32 * 32, 27, 6),
-    "minicpmv": (2 * 32 * 32, 34, 6),
 }
 FIXED = ("llava", "gemma3", "gemma3n", "mllama")
 
@@ -66,6 +65,13 @@ def test_a_family_with_pictures_of_one_size_refuses_a_budget_by_name(name, proce
     assert caught.value.what == f"image_max_pixels: {family.name} makes every picture of one size"
 
 
+@pytest.mark.parametrize("knob", ["image_max_pixels", "max_image_tokens"])
+def test_pictures_that_no_setting_bounds_are_said_to_be_so(knob, processor_of):
+    processor, family = processor_of("minicpmv")
+    with pytest.raises(StageError, match=f"{knob}: MiniCPM-V sizes pictures by their shape, and no setting"):
+        set_budget(processor, family, None, 4096) if knob == "image_max_pixels" else set_token_budget(processor, family, 64)
+
+
 @pytest.mark.parametrize("name", [name for name in BOUNDED if name not in ("qwen2_5_vl", "paddleocr_vl", "glm46v")])
 def test_a_family_without_a_lower_bound_refuses_one_by_name(name, processor_of):
     processor, family = processor_of(name)
@@ -82,7 +88,7 @@ def test_a_budget_that_no_picture_keeps_is_refused_with_the_least_that_is_kept(n
 
 
 TOKENS = {"qwen2_5_vl": 9, "paddleocr_vl": 9, "glm46v": 9, "mistral3": 12, "gemma4_e2b": 72, "llama4": 20, "internvl": 14,
-          "smolvlm2": 10, "lfm2_vl": 20, "minicpmv": 14}
+          "smolvlm2": 10, "lfm2_vl": 20}
 
 
 @pytest.mark.parametrize("name", BOUNDED)
