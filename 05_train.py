@@ -17,6 +17,7 @@ Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the sche
 import gc
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -37,6 +38,7 @@ from lib.order import Order, Row, in_turn
 from lib.registry import family_of
 from lib.roles import Roles
 from lib.sampler import Samples, loader, to_device
+from lib.steps import LATE, Sent, Step, figures_of
 from lib.store import keep_features
 from lib.trackers import trackers_of
 
@@ -98,6 +100,7 @@ class Run:
     forecast_gib: float | None = None                              # of the peak; None: there is none
     skipped: int = 0                                               # steps whose loss was not finite
     now: tuple[int, list[Row]] = (0, ())                           # step and micro-batch, for messages
+    read_at: float = 0.0                                           # when a step's figures were, last
 
 
 def load(work: stage.Work, world: parallel.World) -> Run:
@@ -191,12 +194,16 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
 def train(run: Run) -> Log:
     """The log of all optimizer steps from the first one to do, with evaluation and checkpoints on the way."""
     config, per_epoch, total = run.work.config, run.order.steps_per_epoch, run.total_steps
+    evaluates = partial(due, per_epoch, config.evals_per_epoch, config.eval_steps)
+    keeps = partial(due, per_epoch, config.saves_per_epoch, config.save_steps)
     tell = trackers_of(config, run.work.run) if run.world.is_leader else []
     log = Log(run.work.path, run.world, per_epoch, run.first_step, tell)
     run.skipped = sum("skipped" in row for row in log.notable)
     batches, held_out = micro_batches(run), held_out_batches(run)
     progress = terminal.Progress("training", total, done=run.first_step)
     saves = checkpoint.Writer(run.work.path, config.save_total_limit)
+    late = LATE.get(run.world.device.type, 0)
+    unread, signals = deque(), deque()                            # what a GPU may still be working on
     with stage.asked_to_stop() as asked, progress, saves:         # noted also while a checkpoint is written
         if run.first_step == 0:
             evaluate(run, held_out, log, step=0)
@@ -206,37 +213,47 @@ def train(run: Run) -> Log:
                 terminal.say(f"early stopping: {best}, {config.early_stopping_patience} evaluations ago")
                 break
             rate = optim.learning_rate(config, step, total)
-            figures = optimizer_step(run, step, run.order.of_step(step), batches, rate)
-            log.step(step + 1, figures)
-            if (step + 1) % config.logging_steps == 0:
-                progress.update(step + 1, **log.line())
-            if due(step + 1, per_epoch, config.evals_per_epoch, total, config.eval_steps):
-                evaluate(run, held_out, log, step + 1)
+            unread.append(optimizer_step(run, step, run.order.of_step(step), batches, rate))
+            done, evaluates_now = step + 1, evaluates(step + 1, total)
+            write_down(run, unread, 0 if evaluates_now else late, log, progress)
+            if evaluates_now:
+                evaluate(run, held_out, log, done)
             saves.look()
-            stop = run.world.most(asked.signal)
-            end = step + 1 if log.patience_is_over(config) else total
-            if (due(step + 1, per_epoch, config.saves_per_epoch, end, config.save_steps)
-                    or stop or step + 1 in to_keep(run, log)):
-                save_checkpoint(run, saves, log, step + 1)
+            signals.append(Sent(run.world.most(asked.signal)))
+            stop = signals.popleft().read() if len(signals) > late else 0
+            end = done if log.patience_is_over(config) else total
+            if keeps(done, end) or stop or done in to_keep(run, log):
+                write_down(run, unread, 0, log, progress)
+                save_checkpoint(run, saves, log, done)
             if stop:
                 saves.wait()
                 run.world.barrier()
                 raise KeyboardInterrupt(stop)
+        write_down(run, unread, 0, log, progress)
     log.draw()
     return log
 
 
-def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict], rate: float) -> dict:
-    """Figures of one optimizer step: each micro-batch forward and backward, a sum over ranks, one update.
+def write_down(run: Run, unread: deque[Step], left: int, log: Log, progress: terminal.Progress) -> None:
+    """Nothing; all unread steps but the last `left` are in the log, and shown."""
+    while len(unread) > left:
+        step = unread.popleft()
+        log.step(step.number + 1, figures_of(run, step))
+        if log.steps % run.work.config.logging_steps == 0:
+            progress.update(log.steps, **log.line())
+
+
+def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict], rate: float) -> Step:
+    """One optimizer step: each micro-batch forward and backward, a sum over ranks, one update.
 
     The loss is the sum of token losses over the supervised tokens of the whole step, all micro-batches and
     ranks, known before the first forward: how samples are cut into micro-batches and ranks changes nothing.
+    Where a loss or the gradient is no finite number, the update is left out.
     """
     config, world, samples = run.work.config, run.world, run.samples
     began, waited = time.monotonic(), 0.0
     shares = samples.dealt(rows, config.micro_batch_size, world.world_size)
     sizes = metrics.sizes(samples, rows, shares)
-    step_tokens = sizes["supervised_tokens"]
     found = torch.zeros(len(shares), max(map(len, shares)), 2, device=world.device)  # [rank, batch, figure]
     torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)   # dropout repeats when resumed
     for number, micro_batch in enumerate(shares[world.rank]):
@@ -245,29 +262,24 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
         waited += time.monotonic() - asked
         with run.autocast():
             loss, right = run.loss(run.model, to_device(batch, world.device))
-        run.scaler.scale(loss / step_tokens).backward()
+        run.scaler.scale(loss / sizes["supervised_tokens"]).backward()
         found[world.rank, number] = torch.stack([loss.detach(), right])
+    world.sum(found)
     world.sum_gradients(run.parameters.values())
     run.scaler.unscale_(run.optimizer)
     norms = optim.clip_gradients(run.parameters, run.role_of, config.max_grad_norm)
-    found = world.sum(found).tolist()                             # the step's one wait for the device
-    norms = {name: float(norm) for name, norm in norms.items()}
-    overflow = run.scaler.overflowed(found, norms["grad_norm"])   # only in float16
-    scaling = run.scaler.figures()
-    skipped = [] if overflow else faults.not_finite(run, step, shares, found, norms["grad_norm"])
-    if not (skipped or overflow):
+    finite = found.isfinite().all() & norms["grad_norm"].isfinite().to(world.device)
+    if run.watch.waiting and finite:      # asking a GPU waits for it: only in the first two steps or so
         kinds = {kind for row in rows for index in row for kind in samples.media[index]}
         run.watch.look(run.parameters, world, kinds)
-        for group in run.optimizer.param_groups:
-            group["lr"] = rate * group["share"]
-        run.optimizer.step()
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate * group["share"]
+    scale = run.scaler.scale(torch.ones((), device=world.device))
+    optim.update(run.optimizer, finite)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    loss, right = (sum(micro_batch[i] for share in found for micro_batch in share) for i in (0, 1))
-    norms = dict.fromkeys(norms) if overflow else norms            # infinity is no JSON
-    return {"loss": loss / step_tokens, "token_accuracy": right / step_tokens, **optim.rates(config, rate),
-            **norms, **sizes, **scaling,
-            "waited": waited, "seconds": time.monotonic() - began, "skipped": skipped}
+    return Step(step, shares, sizes, optim.rates(config, rate), Sent(scale), Sent(found),
+                {name: Sent(norm) for name, norm in norms.items()}, began, waited)
 
 
 def micro_batches(run: Run) -> Iterator[dict]:
@@ -298,7 +310,7 @@ def held_out_batches(run: Run) -> Callable[[], Iterable[tuple[str, dict]]]:
     return lambda: zip((name for name, _ in mine), batches)
 
 
-def due(step: int, steps_per_epoch: int, per_epoch: int, total: int, every: int | None = None) -> bool:
+def due(steps_per_epoch: int, per_epoch: int, every: int | None, step: int, total: int) -> bool:
     """Whether what happens `per_epoch` times an epoch, or `every` so many steps, happens after this step."""
     if every is not None:
         return step == total or step % every == 0

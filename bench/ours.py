@@ -17,6 +17,7 @@ from pathlib import Path
 from bench.machine import Meter, now
 from bench.prepare import loaded
 from lib import fast, features, optim, parallel
+from lib.steps import figures_of
 
 
 def nothing(run, step: int) -> None:
@@ -56,7 +57,8 @@ def take(train, run, steps: int, batches, after: Callable = nothing) -> Meter:
     for step in range(steps):
         began, cpu = now(run.world.device), time.process_time()
         rate = optim.learning_rate(config, step, run.total_steps)
-        figures = train.optimizer_step(run, step, run.order.of_step(step), batches, rate)
+        taken = train.optimizer_step(run, step, run.order.of_step(step), batches, rate)
+        figures = figures_of(run, taken)
         seconds, cpu_seconds = now(run.world.device) - began, time.process_time() - cpu
         meter.step(seconds=seconds - figures["waited"], cpu_seconds=cpu_seconds, waited=figures["waited"],
                    loss=figures["loss"], grad_norm=figures["grad_norm"], tokens=figures["supervised_tokens"])

@@ -105,16 +105,16 @@ class Scaler(torch.amp.GradScaler):
         """What a checkpoint holds of it, in plain numbers; {} for other types."""
         return super().state_dict() | {"overflows": self.overflows} if self.is_enabled() else {}
 
-    def overflowed(self, found: list, norm: float) -> bool:
+    def overflowed(self, scale: float, found: list, norm: float) -> bool:
         """Whether only scaling made a gradient infinite: losses are finite, and the scale can be smaller."""
         finite = all(math.isfinite(loss) for share in found for loss, _ in share)
-        over = self.is_enabled() and finite and not math.isfinite(norm) and self.get_scale() > 1
+        over = self.is_enabled() and finite and not math.isfinite(norm) and scale > 1
         self.overflows += over
         return over
 
-    def figures(self) -> dict[str, float]:
-        """The step's figures for metrics.jsonl; {} for other types."""
-        return {"loss_scale": self.get_scale(), "overflows": self.overflows} if self.is_enabled() else {}
+    def figures(self, scale: float) -> dict[str, float]:
+        """The figures of a step with this scale for metrics.jsonl; {} for other types."""
+        return {"loss_scale": scale, "overflows": self.overflows} if self.is_enabled() else {}
 
 
 def warmup_steps(knobs, total_steps: int) -> int:
@@ -153,6 +153,19 @@ def clip_gradients(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
     total = torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms.values()]))
     torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, total)
     return {"grad_norm": total, **(norms if len(norms) > 1 else {})}
+
+
+def update(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
+    """Nothing; the optimizer's step, unless its gradients aren't finite (a bool, on the device).
+
+    torch's fused optimizers look for themselves, on the device; for any other the host has to wait.
+    """
+    if getattr(optimizer, "_step_supports_amp_scaling", False):    # as torch's GradScaler asks
+        optimizer.found_inf = (~finite).float()
+        optimizer.step()
+        del optimizer.found_inf
+    elif finite:
+        optimizer.step()
 
 
 LEARNS_FROM = {"vision": {"image", "video"}, "audio": {"audio"},    # without such a medium, no gradient

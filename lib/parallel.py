@@ -81,13 +81,13 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def most(self, number: int) -> int:
-        """The greatest of the ranks' numbers."""
+    def most(self, number: int) -> torch.Tensor:
+        """The greatest of the ranks' numbers, a scalar: where it is worked out, nobody waits for it yet."""
         if self.world_size == 1:
-            return number
-        found = torch.tensor(number, device=self.device)
+            return torch.tensor(number)
+        found = torch.full((), number, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return found
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum .grad over ranks, in the same order on every rank.

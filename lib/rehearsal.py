@@ -14,13 +14,14 @@ from lib import devices, optim, packing, terminal
 from lib.collator import collate, is_per_token
 from lib.order import Row, in_turn
 from lib.sampler import loader, to_device
+from lib.steps import Step, figures_of
 
 RATE = {"adapter": 2e-3, "model": 1e-4}   # at least, so that 30 steps suffice where the recipe is cautious
 STEPS, ENOUGH = 30, 0.1                   # loss per token
 ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; the lead that rounding can't undo; share to predict
 
 
-def check(run, optimizer_step: Callable[..., dict]) -> None:
+def check(run, optimizer_step: Callable[..., Step]) -> None:
     """Nothing; says what a step costs and that one batch is learnt, or stops and says what is wrong."""
     config, samples, world = run.work.config, run.samples, run.world
     own_answer(run)
@@ -28,7 +29,7 @@ def check(run, optimizer_step: Callable[..., dict]) -> None:
                  for row in in_turn(samples, run.order.room)}
     longest = sorted(tokens_of, key=tokens_of.get, reverse=True)[:run.order.global_batch_size]
     rate = optim.learning_rate(config, 0, run.total_steps)
-    figures = optimizer_step(run, 0, longest, batches(run, longest), rate)
+    figures = figures_of(run, optimizer_step(run, 0, longest, batches(run, longest), rate))
     tokens, seconds = sum(tokens_of[row] for row in longest), figures["seconds"]
     peak_gib, at_most = devices.peak_memory_gib(world.device), terminal.duration(seconds * run.total_steps)
     terminal.say(f"the longest step: {tokens:,} tokens in {terminal.duration(seconds)}, peak memory "
@@ -38,7 +39,8 @@ def check(run, optimizer_step: Callable[..., dict]) -> None:
     losses = []
     with terminal.Progress("one batch", STEPS) as progress:
         for step in range(1, STEPS + 1):
-            losses.append(optimizer_step(run, step, few, batches(run, few), rate)["loss"])
+            taken = optimizer_step(run, step, few, batches(run, few), rate)
+            losses.append(figures_of(run, taken)["loss"])
             progress.update(step, loss=f"{losses[-1]:.4f}")
     said = f"{STEPS} steps on one batch, at a rate of {rate:g}: loss {losses[0]:.3f} -> {losses[-1]:.3f}"
     if losses[-1] >= ENOUGH:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib import faults, stage
+from lib import faults, stage, steps
 from lib.chat import Encoder
 from lib.parallel import World
 from lib.stage import StageError
@@ -46,7 +46,9 @@ def poisoned(make, zoo, tmp_path):
     return base
 
 
-def test_a_step_without_a_finite_loss_is_left_out_and_written_down(make, poisoned):
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_step_without_a_finite_loss_is_left_out_and_written_down(late, make, poisoned, monkeypatch):
+    monkeypatch.setitem(steps.LATE, "cpu", late)                   # as on a GPU
     run = make(ROWS, poisoned, skip_nonfinite=1)
     run("05_train")
     skipped = [line for line in run.metrics() if "skipped" in line]

@@ -411,12 +411,12 @@ def test_the_loss_curve_is_a_drawing(make):
 
 def test_evaluations_and_checkpoints_come_as_often_as_asked():
     due = importlib.import_module("05_train").due
-    assert [step for step in range(1, 11) if due(step, 5, 1, 10)] == [5, 10]
-    assert [step for step in range(1, 11) if due(step, 5, 2, 10)] == [3, 5, 8, 10]
-    assert [step for step in range(1, 8) if due(step, 5, 1, 7)] == [5, 7]
-    assert [step for step in range(1, 8) if due(step, 5, 0, 7)] == []
-    assert [step for step in range(1, 8) if due(step, 5, 1, 7, every=3)] == [3, 6, 7]
-    assert [step for step in range(1, 8) if due(step, 5, 0, 7, every=3)] == [3, 6, 7]
+    assert [step for step in range(1, 11) if due(5, 1, None, step, 10)] == [5, 10]
+    assert [step for step in range(1, 11) if due(5, 2, None, step, 10)] == [3, 5, 8, 10]
+    assert [step for step in range(1, 8) if due(5, 1, None, step, 7)] == [5, 7]
+    assert [step for step in range(1, 8) if due(5, 0, None, step, 7)] == []
+    assert [step for step in range(1, 8) if due(5, 1, 3, step, 7)] == [3, 6, 7]
+    assert [step for step in range(1, 8) if due(5, 0, 3, step, 7)] == [3, 6, 7]
 
 
 def test_without_held_out_rows_nothing_is_evaluated(make):
