@@ -170,7 +170,7 @@ class Recipe:
     full_finetune: bool | None       = knob(None, "01", "says once more that adapter is empty")
 
     # The training
-    micro_batch_size: int            = knob(1, "05", "samples in one forward pass of one rank", low=1)
+    micro_batch_size: int            = knob(1, "05", "rows in one forward pass of one rank", low=1)
     gradient_accumulation_steps: int = knob(1, "05", "forward passes in an optimizer step", low=1)
     num_epochs: int | float          = knob(1, "05", "passes over the data", above=0)
     max_steps: int | None            = knob(None, "05", "optimizer steps, in place of num_epochs", low=1)

@@ -147,7 +147,7 @@ def prompt_about(files: list[str], question: str, encoder: Encoder, template: Te
     try:
         if unknown := set(kinds) - set(template.placeholders):
             raise RowError(f"base_model takes no {unknown.pop()}", "ask about another file")
-        opened = [media.read_medium(file, Path(), kind, encoder.sampling)[1]
+        opened = [media.read_medium(file, Path(), kind, encoder.decoding)[1]
                   for file, kind in zip(files, kinds)]
         text = template.render([*before, {"role": "user", "content": content}], prompt=True)
         encoder.encode(text, [], opened)                       # refused here, before the model is loaded

@@ -95,7 +95,7 @@ def _answer(text):
 
 
 def figure(rows, title, caption):
-    """A standalone SVG of up to eight rows, as answers() takes them: the figure of a README."""
+    """A standalone SVG of up to eight rows, as `cards` takes them: the figure of a README."""
     rows = rows[:8]
     columns = min(4, len(rows)) or 1
     shared = _shared_question(rows)

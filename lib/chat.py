@@ -13,7 +13,7 @@ import torch
 
 from lib import registry
 from lib.ledger import read_json, write_json
-from lib.media import Sampling, kind_of, open_medium
+from lib.media import Decoding, kind_of, open_medium
 from lib.messages import NOUNS, RowError
 from lib.processor import (
     KINDS, adds_first_token, load_processor, media_arguments, placeholders, special_tokens, tokenizer_of)
@@ -35,7 +35,7 @@ class Encoder:
     longest_sound_seconds: what the processor would cut off silently, so that it is refused.
     one_kind: whether pictures and clips can't stand in one row.
     pixels: how the processor's pictures are bounded, for lib/resolution.py.
-    sampling: how sounds and clips are decoded.
+    decoding: how media are decoded.
     """
     processor: object
     collate: str
@@ -45,11 +45,11 @@ class Encoder:
     longest_sound_seconds: float | None = None
     one_kind: bool = False
     pixels: str = ""
-    sampling: Sampling = field(default_factory=Sampling)
+    decoding: Decoding = field(default_factory=Decoding)
 
     @classmethod
-    def of(cls, processor, family: registry.Family, lacks: tuple[str, ...] = (), **sampling) -> "Encoder":
-        """The encoder of a family's processor; `sampling` are those fields of media.Sampling for clips."""
+    def of(cls, processor, family: registry.Family, lacks: tuple[str, ...] = (), **decoding) -> "Encoder":
+        """The encoder of a family's processor; decoding: fields of its media.Decoding."""
         tokenizer = tokenizer_of(processor)
         if processor is not tokenizer and not placeholders(processor):
             raise StageError(f"base_model: its {type(processor).__name__} doesn't say which token stands for "
@@ -61,13 +61,13 @@ class Encoder:
         rate = {"sampling_rate": extractor.sampling_rate for extractor in extractors if extractor}
         return cls(processor, family.collate, family.batch, tuple(sorted(ids)), lacks,
                    family.longest_sound_seconds, family.one_kind, family.pixels,
-                   Sampling(**rate, **sampling))
+                   Decoding(**rate, **decoding))
 
     def save(self, folder: Path) -> None:
         """Write processor and encoder facts, so that `load` gives the same encoder in any later process."""
         self.processor.save_pretrained(folder)
         facts = {fact.name: getattr(self, fact.name) for fact in fields(self) if fact.name != "processor"}
-        facts["sampling"] = asdict(self.sampling)
+        facts["decoding"] = asdict(self.decoding)
         write_json(folder / "encoder.json", facts)
 
     @classmethod
@@ -75,7 +75,7 @@ class Encoder:
         """The encoder that 02 saved in its processor folder."""
         facts = {name: tuple(fact) if isinstance(fact, list) else fact
                  for name, fact in read_json(folder / "encoder.json").items()}
-        facts["sampling"] = Sampling(**facts["sampling"])
+        facts["decoding"] = Decoding(**facts["decoding"])
         return cls(load_processor(folder, trust_remote_code=trust_remote_code), **facts)
 
     @property
@@ -95,7 +95,7 @@ class Encoder:
 
     def open(self, records: list[dict]) -> list:
         """The decoded media of a sample's records: pictures, samples of sounds, clips."""
-        return [open_medium(record, self.sampling) for record in records]
+        return [open_medium(record, self.decoding) for record in records]
 
     def encode(self, text: str, spans: list[tuple[int, int]], media: list) -> dict[str, torch.Tensor]:
         """The tensors of a text with trained character spans and its media, in the order of their places."""
@@ -179,7 +179,7 @@ class Encoder:
             if given[kind]:
                 raise RowError(f"the row has a {NOUNS[kind]}, and base_model has no tower for one",
                                f"name a base_model that takes {NOUNS[kind]}s, or remove the row")
-        longest = max(map(len, given["audio"]), default=0) / self.sampling.sampling_rate
+        longest = max(map(len, given["audio"]), default=0) / self.decoding.sampling_rate
         if self.longest_sound_seconds and longest > self.longest_sound_seconds:
             raise RowError(f"{longest:.1f} seconds of sound; base_model takes {self.longest_sound_seconds:g}",
                            "cut the sound into shorter ones, each with its own answer")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from lib.ledger import read_json
+from lib.order import sample_of
 from lib.stage import StageError
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
@@ -27,13 +28,18 @@ def not_finite(run, step: int, shares: list, found: list, norm: float) -> list[s
         return []
     what = f"a loss that is not finite, on {len(bad)} samples" if bad else f"gradient norm {norm}"
     every = [index for share in shares for batch in share for row in batch for index in row]
-    ids = [run.samples.ids[index] for index in (bad or every)]
+    ids = names(run, bad or every)
     run.skipped += 1
     if run.skipped > (limit := run.work.config.skip_nonfinite):
         before = f" ({limit} such steps were skipped before)" if limit else ""
         run.world.stop(f"step {step + 1}: {what}: {', '.join(ids[:NAMED])}{before}",
                        "look at these rows; else lower learning_rate, or let skip_nonfinite steps go by")
     return ids
+
+
+def names(run, indices: list[int]) -> list[str]:
+    """The ids of a step's samples, each once."""
+    return [run.samples.ids[index] for index in dict.fromkeys(map(sample_of, indices))]
 
 
 @contextmanager
@@ -63,7 +69,7 @@ def is_no_memory(error: Exception) -> bool:
 def out_of_memory(run) -> StageError:
     """Which samples were too much, how long they are, and the three knobs that help most."""
     step, rows = run.now
-    lengths = {index: run.samples.input_tokens[index] for row in rows for index in row}
+    lengths = {index: run.samples.input_tokens[index] for row in rows for index in map(sample_of, row)}
     named = ", ".join(f"{run.samples.ids[index]} ({tokens:,} tokens)" for index, tokens in
                       sorted(lengths.items(), key=lambda pair: -pair[1])[:NAMED])
     has_media = any(run.samples.media_tokens[index] for index in lengths)
@@ -104,7 +110,7 @@ def relief(knobs, longest_tokens: int, has_media: bool, forecast: dict | None = 
 def dead_worker(run, said: str) -> StageError:
     """Which samples were waited for when a worker died, and what to do."""
     step, rows = run.now
-    named = ", ".join(run.samples.ids[index] for row in rows for index in row)
+    named = ", ".join(names(run, [index for row in rows for index in row]))
     how = said.splitlines()[0].rstrip(" .")
     return StageError(f"{how}, at or soon after {named or 'the first sample'} in step {step + 1}",
                       "host memory is the usual cause: run again with fewer dataloader_num_workers "

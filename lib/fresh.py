@@ -89,7 +89,7 @@ def lossless(medium, stem: Path, encoder: Encoder) -> dict:
     if kind == "image":
         medium.save(path)
     elif kind == "audio":
-        path.write_bytes(sounds.as_wav(medium, encoder.sampling.sampling_rate))
+        path.write_bytes(sounds.as_wav(medium, encoder.decoding.sampling_rate))
     else:
         np.save(path, medium.frames, allow_pickle=False)
     return {"kind": kind, "path": str(path), "metadata": medium.metadata if kind == "video" else None}

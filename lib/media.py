@@ -26,7 +26,7 @@ KIND_OF = {suffix: "audio" for suffix in (".wav", ".flac", ".ogg", ".mp3", ".m4a
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Decoding:
     """How media are read: samples a second; frames a second (None: all), and how many at most.
 
     Every picture is fitted into image_width x image_height, where these are given.
@@ -39,7 +39,7 @@ class Sampling:
     image_resize_algorithm: str = "bilinear"
 
 
-def read_medium(source, root: Path, kind: str = "image", sampling=Sampling()) -> tuple[dict, object]:
+def read_medium(source, root: Path, kind: str = "image", decoding=Decoding()) -> tuple[dict, object]:
     """(media record, what `open_medium` gives) of a path, bytes, a data uri, {path, bytes}, a PIL image …
 
     A sound may be {array, sampling_rate}; a clip an array, or a list of its frames in any of these forms.
@@ -51,29 +51,29 @@ def read_medium(source, root: Path, kind: str = "image", sampling=Sampling()) ->
     else:
         path, data = locate(source, root, kind)
     raw = data if data is not None else read_file(path)
-    medium = decode(raw, path or f"{NOUNS[kind]} in the row", kind, sampling)
+    medium = decode(raw, path or f"{NOUNS[kind]} in the row", kind, decoding)
     record = {"kind": kind, "path": str(path) if data is None else None, "bytes": data,
               "sha256": hashlib.sha256(raw).hexdigest(), "width": None, "height": None, "seconds": None}
     if kind == "image":
         record |= {"width": medium.width, "height": medium.height}
     elif kind == "audio":
-        record |= {"seconds": len(medium) / sampling.sampling_rate}
+        record |= {"seconds": len(medium) / decoding.sampling_rate}
     else:
         height, width = medium.frames.shape[1:3]
         record |= {"width": width, "height": height, "seconds": medium.seconds}
     return record, medium
 
 
-def open_medium(record: dict, sampling: Sampling):
+def open_medium(record: dict, decoding: Decoding):
     """A sample's medium by its record: an RGB image, samples [N] in float32, or a Clip."""
     path, data = record["path"], record["bytes"]
     raw = data if data is not None else read_file(Path(path))
-    return decode(raw, path or record["sha256"], record["kind"], sampling)
+    return decode(raw, path or record["sha256"], record["kind"], decoding)
 
 
 def poster(record: dict) -> Image.Image:
     """A picture for people: the picture itself, a clip's first frame, or how loud a sound is."""
-    medium = open_medium(record, Sampling(video_max_frames=1))
+    medium = open_medium(record, Decoding(video_max_frames=1))
     if record["kind"] == "audio":
         name = Path(record["path"] or "in the row").name
         return sounds.poster(medium, f"{name}, {record['seconds']:.1f} s")
@@ -104,24 +104,24 @@ def is_playlist(raw: bytes | None) -> bool:
     return raw is not None and raw.startswith(b'["')
 
 
-def decode(raw: bytes, name, kind: str = "image", sampling: Sampling = Sampling()):
+def decode(raw: bytes, name, kind: str = "image", decoding: Decoding = Decoding()):
     """A picture as `to_rgb` gives it, a sound's samples or a Clip; a MediaError if that can't be had."""
     if not raw:
         raise MediaError(name, "empty file (0 bytes)")
     try:
         if kind == "audio":
-            return sounds.decode(raw, sampling.sampling_rate)
+            return sounds.decode(raw, decoding.sampling_rate)
         if is_playlist(raw):
             return clips.of_frames([decode(read_file(Path(path)), path) for path in json.loads(raw)],
-                                   sampling.video_fps)
+                                   decoding.video_fps)
         if kind == "video":
-            return clips.decode(raw, sampling.video_fps, sampling.video_max_frames)
+            return clips.decode(raw, decoding.video_fps, decoding.video_max_frames)
         image = Image.open(io.BytesIO(raw))
         if image.width * image.height > MAX_PIXELS:
             raise MediaError(name, f"{image.width}x{image.height} pixels, over the limit of {MAX_PIXELS:,}")
         upright = to_rgb(ImageOps.exif_transpose(image))                    # an animation's first frame
-        return upright if sampling.image_width is None else fitted(
-            upright, (sampling.image_width, sampling.image_height), sampling.image_resize_algorithm)
+        return upright if decoding.image_width is None else fitted(
+            upright, (decoding.image_width, decoding.image_height), decoding.image_resize_algorithm)
     except MediaError:
         raise
     except UnidentifiedImageError:

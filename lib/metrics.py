@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lib import charts, devices, ledger, parallel, terminal
 from lib.collator import padded_length
+from lib.order import sample_of
 from lib.trackers import Tracker, numbers
 
 EXACT = ("loss", "token_accuracy", "learning_rate", "grad_norm", "supervised_tokens",
@@ -21,7 +22,7 @@ EXACT_BY_ROLE = ("learning_rate_", "grad_norm_")
 def sizes(samples, rows: list[tuple[int, ...]], shares: list) -> dict[str, int]:
     """{supervised_tokens, tokens, room, images} of a step, over all ranks; room counts padding, too."""
     def tokens(row: tuple[int, ...]) -> int:
-        return sum(samples.input_tokens[max(index, ~index)] for index in row)      # ~index: a blank one
+        return sum(samples.input_tokens[sample_of(index)] for index in row)
     every, packed = [index for row in rows for index in row], samples.positions is not None
     batches = [[*map(tokens, batch)] for share in shares for batch in share]
     room = sum(len(lengths) * padded_length(lengths, packed) for lengths in batches)

@@ -64,6 +64,7 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
         vocabulary.grow(model, plan["new_rows"])
     if plan["quantisation"]:
         quant.check(model, plan)
+        quant.keep_gradients(model)
     if spread:
         devices.refuse_offload(model.hf_device_map)
     elif not plan["quantisation"]:

@@ -14,8 +14,13 @@ import torch
 
 from lib import packing
 
-Row = tuple[int, ...]
+Row = tuple[int, ...]                     # of samples; ~index is sample `index` with nothing of it trained
 WINDOW = 64                               # steps among which group_by_length sorts
+
+
+def sample_of(index: int) -> int:
+    """The sample that stands at a place of a row, be it trained or not."""
+    return max(index, ~index)
 
 
 @dataclass(frozen=True, eq=False)

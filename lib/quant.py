@@ -151,7 +151,6 @@ def check(model, plan: dict) -> None:
     if wrong := found_linears(model) ^ set(plan["quantisation"]["linears"]):
         raise StageError(f"quantisation: {len(wrong)} layers are not as planned, such as {sorted(wrong)[0]}",
                          "run 03_load_model.py again; else the roles in lib/families.py are wrong")
-    keep_gradients(model)
 
 
 def keep_gradients(model) -> None:

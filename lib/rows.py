@@ -115,7 +115,7 @@ class Rows:
                 if url := url_of(source):
                     record, medium = self.read_fetched(url, kind)
                 else:
-                    record, medium = media.read_medium(source, self.root, kind, self.encoder.sampling)
+                    record, medium = media.read_medium(source, self.root, kind, self.encoder.decoding)
             except MediaError as error:
                 if isinstance(error.name, Path) and error.name.is_file():
                     self.uses(error.name)
@@ -131,7 +131,7 @@ class Rows:
         served, shown = "", shortened(url)
         try:
             path, served = self.fetcher.path_of(url)
-            return media.read_medium(path, Path(), kind, self.encoder.sampling)
+            return media.read_medium(path, Path(), kind, self.encoder.decoding)
         except FetchError as error:
             raise MediaError(shown, str(error)) from None
         except MediaError as error:

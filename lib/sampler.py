@@ -14,7 +14,7 @@ from lib import features, packing
 from lib.chat import IGNORE_INDEX, Encoder
 from lib.collator import collate
 from lib.loss import supervised_positions
-from lib.order import Row, dealt
+from lib.order import Row, dealt, sample_of
 from lib.stage import StageError
 from lib.store import Store
 
@@ -90,7 +90,7 @@ class Samples(Dataset):
     def encoded(self, index: int) -> dict[str, torch.Tensor]:
         """A sample's tensors; a StageError where they are not what 02 measured. ~index: none is trained."""
         if index < 0:
-            row = self.encoded(~index)
+            row = self.encoded(sample_of(index))
             return row | {"labels": torch.full_like(row["labels"], IGNORE_INDEX)}
         row = self.encoder(self.records[index])
         found = row["input_ids"].shape[1], int((row["labels"][:, 1:] != IGNORE_INDEX).sum())

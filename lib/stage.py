@@ -31,7 +31,7 @@ class Knobs(SimpleNamespace):
     """The knobs that a stage declared, as attributes; `vars(knobs)` is all of them."""
 
     def __getattr__(self, knob: str):
-        fix = "add the stage to that knob's stages=(...) in 01_config.py"
+        fix = "add its number to those that read the knob, the second argument of its line in 01_config.py"
         raise AttributeError(f"{knob} is not declared for this stage: {fix}")
 
     def __setattr__(self, knob: str, value) -> None:

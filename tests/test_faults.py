@@ -127,7 +127,7 @@ def test_another_error_is_not_taken_for_a_want_of_memory():
 # ---- a worker ----
 
 def test_a_dataloader_worker_that_dies_is_said_with_the_samples_it_was_needed_for(make):
-    run = make(dataloader_num_workers=1)
+    run = make(dataloader_num_workers=1, num_epochs=4)            # more than a worker has ready
 
     def kill_workers():
         for worker in multiprocessing.active_children():

@@ -15,7 +15,7 @@ from PIL import Image
 
 from lib import media
 from lib.clips import Clip
-from lib.media import MediaError, Sampling, open_medium, poster, read_medium
+from lib.media import MediaError, Decoding, open_medium, poster, read_medium
 
 RED, GREEN, WHITE, BLACK, GREY = (255, 0, 0), (0, 255, 0), (255, 255, 255), (0, 0, 0), (128, 128, 128)
 
@@ -124,7 +124,7 @@ def test_a_picture_by_path_is_found_beside_the_data_file_and_stays_a_path(source
     record, image = read_medium(source, tmp_path)
     assert record == {"kind": "image", "path": str(tmp_path / "a.png"), "bytes": None,
                       "sha256": hashlib.sha256(PNG).hexdigest(), "width": 1, "height": 1, "seconds": None}
-    assert pixels(image) == pixels(open_medium(record, Sampling())) == [RED]
+    assert pixels(image) == pixels(open_medium(record, Decoding())) == [RED]
 
 
 @pytest.mark.parametrize("source", [
@@ -135,7 +135,7 @@ def test_a_picture_by_path_is_found_beside_the_data_file_and_stays_a_path(source
 def test_a_picture_in_the_row_is_kept_as_bytes(source, tmp_path):
     record, image = read_medium(source, tmp_path)
     assert record["path"] is None and record["sha256"] == hashlib.sha256(record["bytes"]).hexdigest()
-    assert pixels(image) == pixels(open_medium(record, Sampling())) == [RED]
+    assert pixels(image) == pixels(open_medium(record, Decoding())) == [RED]
 
 
 BAD = {  # what a row gives: what is said
@@ -210,8 +210,8 @@ def sound_file(samples: np.ndarray, rate: int, kind: str = "WAV", **options) -> 
 
 def heard(source, root=Path(), rate=16_000) -> np.ndarray:
     """The samples that a source gives, the same through its record."""
-    record, samples = read_medium(source, root, "audio", Sampling(rate))
-    assert np.array_equal(samples, open_medium(record, Sampling(rate))) and samples.dtype == np.float32
+    record, samples = read_medium(source, root, "audio", Decoding(rate))
+    assert np.array_equal(samples, open_medium(record, Decoding(rate))) and samples.dtype == np.float32
     assert record["seconds"] == len(samples) / rate and record["kind"] == "audio" and record["width"] is None
     return samples
 
@@ -313,8 +313,8 @@ def clip_file(frames: np.ndarray, rate: int = 8, container: str = "mp4", codec: 
 
 def seen(source, root=Path(), fps=None, at_most=None) -> Clip:
     """The clip that a source gives, the same through its record."""
-    sampling = Sampling(video_fps=fps, video_max_frames=at_most)
-    record, clip = read_medium(source, root, "video", sampling)
+    decoding = Decoding(video_fps=fps, video_max_frames=at_most)
+    record, clip = read_medium(source, root, "video", decoding)
     again = open_medium(record, sampling)
     assert np.array_equal(clip.frames, again.frames) and clip.indices == again.indices
     assert (record["height"], record["width"]) == clip.frames.shape[1:3] and record["seconds"] == clip.seconds

