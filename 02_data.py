@@ -23,6 +23,7 @@ from lib.ledger import read_json
 from lib.measuring import measured
 from lib.messages import count
 from lib.plan import load_config
+from lib.paths import OWN_TEMPLATE
 from lib.processor import complete, load_processor, stop_tokens, tokenizer_of
 from lib.resolution import require_bounds, set_budget
 from lib.rows import Rows
@@ -52,7 +53,7 @@ def main(argv=None):
     # 3. Read, render and measure every row; the bad ones are listed, and none is dropped without a word.
     specs = config.datasets + (config.test_datasets or [])
     names, rejects = samples.names_of(specs), summary.Rejects(work.path / "rejects.jsonl")
-    readers = [Rows.of(spec, name, work, templates[spec["chat_template"]], encoder)
+    readers = [Rows.of(spec, name, work, templates[template_of(spec, config)], encoder)
                for spec, name in zip(specs, names)]
     tables = [samples.mapped(measure(reader, work, rejects), work.path / f"{reader.name}.arrow")
               for reader in readers]
@@ -90,10 +91,9 @@ def show(work, number: int) -> None:
 # ---- the processor ---------------------------------------------------------------------------------------
 
 
-def load_templates_and_encoder(work) -> tuple[dict[str | None, Template], Encoder]:
-    """The base model's, with the recipe's options, as 02_data/processor gives them to every later stage.
-
-    The template is under None; beside it, each that an entry of `datasets` names.
+def load_templates_and_encoder(work) -> tuple[dict[str, Template], Encoder]:
+    """(each chat template that the recipe names, the base model's encoder with the recipe's options), as
+    02_data/processor gives it to every later stage, with the first data set's template.
     """
     config, base_model = work.config, Path(work.config.base_model)
     if base_model.is_dir():
@@ -110,10 +110,14 @@ def load_templates_and_encoder(work) -> tuple[dict[str | None, Template], Encode
     processor = complete(load_processor(config.base_model, config.processor_type, **options), family)
     if new := add_tokens(processor, config):
         terminal.say(f"{count(len(new), 'new token')}, from id {new[0]} on")
-    own = processor.chat_template
-    if config.chat_template:
-        text = jinja_of(config.chat_template, own, family, work)
-        processor.chat_template = tokenizer_of(processor).chat_template = text
+    own, specs = processor.chat_template, config.datasets + (config.test_datasets or [])
+    named = {template_of(spec, config) for spec in specs}
+    texts = {given: jinja_of(given, own, family, work) for given in named}
+    first = template_of(config.datasets[0], config)
+    if first != OWN_TEMPLATE:
+        processor.chat_template = tokenizer_of(processor).chat_template = texts[first]
+    if len(texts) > 1:
+        terminal.say(f"{len(texts)} chat templates: what is saved, asked and served has the first data set's")
     set_budget(processor, family, config.image_min_pixels, config.image_max_pixels)
     set_token_budget(processor, family, config.max_image_tokens)
     if config.excess_length_strategy == "shrink_media":
@@ -126,16 +130,23 @@ def load_templates_and_encoder(work) -> tuple[dict[str | None, Template], Encode
     Encoder.of(processor, family, lacks, **sampling).save(work.path / "processor")
     encoder = Encoder.load(work.path / "processor", config.trust_remote_code)
     stops = stop_tokens(config.base_model, processor, config.revision)
-    templates = {None: Template(encoder.processor, stops, config.template_date)}
-    for given in {spec["chat_template"] for spec in config.datasets + (config.test_datasets or [])} - {None}:
+    templates = {}
+    for given, text in texts.items():
         other = copy.copy(encoder.processor)
-        other.chat_template = jinja_of(given, own, family, work)
+        other.chat_template = text
         templates[given] = Template(other, stops, config.template_date)
     return templates, encoder
 
 
+def template_of(spec: dict, config) -> str:
+    """The chat template of an entry of `datasets`: its own, or that of all."""
+    return spec["chat_template"] or config.chat_template or OWN_TEMPLATE
+
+
 def jinja_of(given: str, own: str, family: registry.Family, work) -> str:
     """A chat template: the Jinja itself, that of the file that is named, the checkpoint's own for a name."""
+    if given == OWN_TEMPLATE:
+        return own
     if given in registry.template_names():
         registry.check_template_name(given, family)
         terminal.say(f"chat_template: {given} means the checkpoint's own")

@@ -29,6 +29,12 @@ def put_on(model, plan: dict, knobs, real: bool = True) -> tuple[object, dict[st
     if both := sorted({*names} & {*(rows or ())}):
         raise StageError(f"lora_target_roles, lora_target_modules: {both[0]} can't have LoRA, since its rows "
                          "of new tokens train", "leave embedding and head out")
+    if plan["tied_head"]:
+        ends = {model.get_input_embeddings(), model.get_output_embeddings()}
+        if tied := [name for name in names if model.get_submodule(name) in ends]:
+            raise StageError(f"lora_target_roles, lora_target_modules: {tied[0]} shares its weight, head and "
+                             f"embedding of {plan['class']}: merged, LoRA on one would change both",
+                             "leave embedding and head out; full fine-tuning trains them as one")
     targets = as_regex(names, [name for name, _ in model.named_modules()]) if names else []
     parameters = as_ends(experts, [name for name, _ in model.named_parameters()])
     config = lora_config(knobs, targets, parameters, rows)

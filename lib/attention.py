@@ -33,12 +33,15 @@ def of_batch(batch: dict) -> None:
 
 
 @contextmanager
-def paths(model, language: set) -> Iterator[None]:
-    """Inside, attention in these modules of the language model, and in towers of pieces, is the fast one."""
+def paths(model, language: set, guessed: bool) -> Iterator[None]:
+    """Inside, attention in these modules of the language model, and in towers of pieces, is the fast one.
+
+    guessed: whether the family has no record, which would say that its masks are more than causal.
+    """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KERNELS
     towers = [module.config for module in model.modules() if hands_over_pieces(module)]
     library = KERNELS["sdpa"]
-    KERNELS["sdpa"], KERNELS[PIECES] = partial(attend, library, language), pieces
+    KERNELS["sdpa"], KERNELS[PIECES] = partial(attend, library, language, guessed), pieces
     for config in towers:
         config._attn_implementation = PIECES
     try:
@@ -61,8 +64,8 @@ def hands_over_pieces(module) -> bool:
 
 # ---- the language model ----
 
-def attend(library, language: set, module, query, key, value, attention_mask, dropout=0.0, scaling=None,
-           is_causal=None, **options):
+def attend(library, language: set, guessed: bool, module, query, key, value, attention_mask, dropout=0.0,
+           scaling=None, is_causal=None, **options):
     """(attention's output [B, T, H, D], None), by `flash` or `squares` where they hold, else by the library.
 
     query [B, H, T, D], key and value [B, G, T, D] for G groups of heads, attention_mask [B, 1, T, T] or None.
@@ -77,7 +80,7 @@ def attend(library, language: set, module, query, key, value, attention_mask, dr
         return library(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                        is_causal=is_causal, **options)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if rows is not None and has_flash(query) and is_plainly_causal(module, rows):
+    if rows is not None and has_flash(query) and not guessed and is_plainly_causal(module, rows):
         lengths = [length for row in rows for length in (*row, tokens - sum(row)) if length]
         ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)
         flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))            # [B*T, heads, D]

@@ -31,7 +31,7 @@ def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
         module.forward = forward
     watch = register_optimizer_step_post_hook(lambda *_: adapted.Cast.forget())
     try:
-        with attention.paths(model, language):
+        with attention.paths(model, language, roles.guessed):
             yield
     finally:
         watch.remove()

@@ -110,6 +110,9 @@ def checked(found: dict, rows: list[dict], plan: dict) -> dict:
             raise StageError(f"{name}: logits in a fresh process differ by {difference:.3g} of {largest:.3g} "
                              f"from those {those}", fix)
         if not export["max_logit_difference"] <= largest * ROUNDED:
+            if plan["dtype"] == "float32":
+                raise StageError(f"{name}: its logits differ by {export['max_logit_difference']:.3g} of "
+                                 f"{largest:.3g} from those of base and adapter", fix)
             terminal.warn(f"{name}: rounding the sums to {plan['dtype']} moves its logits by up to "
                           f"{export['max_logit_difference']:.3g} of {largest:.3g}; its weights are right")
     references = [row["reference"] for row in rows]

@@ -74,7 +74,19 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
         model.get_submodule(family.uncast).register_forward_pre_hook(cast_to_own_type)
     if adapter_path and mode != "reference":
         model = attach(model, adapter_path, trainable=mode == "train")
+    for module in model.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            keep_statistics(module)
     return model.train(mode == "train")
+
+
+def keep_statistics(module: torch.nn.Module) -> None:
+    """Nothing; a batch norm goes by the checkpoint's means and variances, in training, too.
+
+    Else a sample's loss would depend on those beside it, and the means move, which no adapter holds.
+    """
+    module.eval()
+    module.train = lambda mode=True: module
 
 
 def cast_to_own_type(module, given: tuple) -> tuple:

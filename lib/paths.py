@@ -14,6 +14,7 @@ from lib.ledger import HOOK
 
 DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".txt")
 BUILDERS = ("json", "parquet", "arrow", "csv", "imagefolder", "audiofolder", "videofolder")     # of datasets
+OWN_TEMPLATE = "tokenizer_default"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -88,13 +89,13 @@ def is_data_id(text: str) -> bool:
     return is_id and path.suffix not in DATA_SUFFIXES and not os.path.isdir(path.parent)
 
 
-def chat_template(text: str) -> str | None:
-    """The path of a .jinja file, Jinja text, or a family's name; None for the checkpoint's own template.
+def chat_template(text: str) -> str:
+    """The path of a .jinja file, Jinja text, a family's name, or OWN_TEMPLATE: the checkpoint's.
 
     Whether the checkpoint is of that family, 02 sees, which has its config.
     """
     if text == "tokenizer_default" or text.startswith("tokenizer_default_fallback_"):
-        return None
+        return OWN_TEMPLATE
     if text in registry.template_names() or "{{" in text or "{%" in text:
         return text
     path = Path(text)

@@ -38,7 +38,7 @@ def extremes(samples) -> dict[str, list[dict]]:
 
 
 def write_previews(folder: Path, encoder: Encoder, train, held_out, report: dict, knobs) -> None:
-    """preview.jsonl (the first samples, token by token) and preview.html (what to look at before training)."""
+    """preview.jsonl (the first samples, token by token), preview.html (what to look at before training)."""
     cards = Cards(encoder, knobs.report_media)
     firsts = "".join(map(cards.of, train.take(min(FIRST, len(train)))))        # which fills cards.rows
     (folder / "preview.jsonl").write_text(in_lines(cards.rows.values()), encoding="utf-8")

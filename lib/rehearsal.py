@@ -101,12 +101,13 @@ def prove_rows_apart(run) -> None:
     config, samples = run.work.config, run.samples
     if config.sample_packing:
         order = run.order
-        rows = sum(len(order.of_step(step)) for step in range(order.steps_per_epoch))
-        full = sum(samples.input_tokens) / (rows * order.room)
-        terminal.say(f"packed: {len(samples):,} samples in {rows:,} rows of at most {order.room:,} tokens, "
-                     f"{1 - full:.1%} of which stay empty")
-        row = next((row[:3] for row in order.of_step(0) if len(row) > 1), None)
-        if row is not None:
+        rows = [row for step in range(order.steps_per_epoch) for row in order.of_step(step)]
+        full = sum(samples.input_tokens) / (len(rows) * order.room)
+        terminal.say(f"packed: {len(samples):,} samples in {len(rows):,} rows of at most {order.room:,} "
+                     f"tokens, {1 - full:.1%} of which stay empty")
+        if shared := [row for row in rows if len(row) > 1]:
+            row = max(shared, key=lambda row: sum(samples.media_tokens[index] > 0 for index in row))
+            row = tuple(sorted(row, key=lambda index: -samples.media_tokens[index])[:3])
             prove_apart(run, row, [row], "samples of a packed row see", "sample_packing: false")
     elif run.roles.guessed and config.micro_batch_size > 1:
         count = min(3, config.micro_batch_size)

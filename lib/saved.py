@@ -17,8 +17,10 @@ from lib.stage import StageError
 WEIGHTS = "adapter_model.safetensors"
 KNOBS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",     # knob: peft's name
          "peft_use_dora": "use_dora", "peft_use_rslora": "use_rslora"}
-FOREIGN = ("bias", "modules_to_save", "rank_pattern", "alpha_pattern", "layers_to_transform",
-           "layers_pattern", "exclude_modules", "lora_bias", "layer_replication")    # no adapter of the kit's
+FOLLOWED = {*KNOBS.values(), "target_modules", "target_parameters", "trainable_token_indices"}
+NO_MATTER = {"task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+             "inference_mode", "runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"}
+FROM_ZERO = (True, False, "gaussian", "orthogonal", "eva")         # the others also change the base's weights
 
 
 def attach(model, folder: Path, trainable: bool = True):
@@ -69,7 +71,7 @@ def continued(knobs):
         raise StageError(f"{name} is damaged: {first_line(error)}", "copy it there again") from None
     if config.peft_type != "LORA":
         raise StageError(f"{name} is of the kind {config.peft_type}", "name a LoRA adapter")
-    if odd := [key for key in FOREIGN if getattr(config, key) not in (None, False, "none", {})]:
+    if odd := foreign_settings(config):
         raise StageError(f"{name} has {odd[0]}, which isn't trained here", "name an adapter without it")
     own = {knob: getattr(config, key) for knob, key in KNOBS.items()}
     others = [f"{knob} {value} (the recipe: {getattr(knobs, knob)})" for knob, value in own.items()
@@ -80,6 +82,15 @@ def continued(knobs):
     own |= {"lora_target_modules": targets, "lora_target_parameters": parts}
     own |= {} if targets else {"lora_target_roles": ["experts"]}
     return type(knobs)(**vars(knobs) | own)
+
+
+def foreign_settings(config) -> list[str]:
+    """What an adapter's configuration says besides what is followed here, and isn't as it is by default."""
+    rest = vars(config).keys() - FOLLOWED - NO_MATTER - {"init_lora_weights"}
+    odd = [key for key in vars(type(config)()) if key in rest and getattr(config, key) not in (
+        None, False, "none", {}, [])]
+    start = config.init_lora_weights
+    return odd + ([] if start in FROM_ZERO else [f"init_lora_weights: {start}"])
 
 
 def refuse_foreign(model, folder: Path) -> None:

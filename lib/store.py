@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from lib import features, ledger, terminal
@@ -35,8 +36,11 @@ class Store:
     @classmethod
     def of(cls, work) -> "Store":
         """A run's store, for the processor that 02 saved and the base model of 03's plan."""
-        plan = ledger.read_json(work.input("03_load_model") / "model.json")
-        salt = hashlib.sha256(json.dumps([plan["base_model"], plan["revision"], plan["dtype"]]).encode())
+        planned = work.input("03_load_model")
+        plan, files = (ledger.read_json(planned / name) for name in ("model.json", "stage.json"))
+        base = [plan[fact] for fact in ("base_model", "revision", "class", "dtype", "quantisation")]
+        base += [stamped.get("sha256") for stamped in files["reads"]["outside"].values()]
+        salt = hashlib.sha256(json.dumps([*base, transformers.__version__]).encode())
         for path in sorted((work.input("02_data") / "processor").glob("*.json")):
             salt.update(path.read_bytes())
         return cls(work.run / "features", salt.hexdigest())

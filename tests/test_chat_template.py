@@ -8,7 +8,8 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from lib import fresh, ledger, paths, proof, registry
+from lib import fresh, ledger, paths, predict, proof, registry, stage
+from lib.chat import Encoder
 from lib.stage import StageError
 from tests.runner import Run, text_rows
 
@@ -110,6 +111,26 @@ def test_an_export_renders_on_any_day_as_training_did_and_02_keeps_the_clock(run
         line, _, own = (folder / "chat_template.jinja").read_text(encoding="utf-8").partition("\n")
         assert line.startswith("{% macro strftime_now(format) %}") and own == CHATML
         assert "2026-07-14 on any day" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+# ---- a template of a data set ----
+
+COLON = ("{% for m in messages %}<|im_start|>{{ m.role }}: {% for part in m.content %}{{ part.text }}{% endfor %}"
+         "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}")
+
+
+@pytest.mark.parametrize("own, start", [("colon.jinja", "<|im_start|>user: "), ("tokenizer_default", "<|im_start|>user\n")])
+def test_the_first_data_sets_own_template_asks_and_is_saved(own, start, run):
+    first = run(chat_template=CHATML)
+    (first.folder / "colon.jinja").write_text(COLON, encoding="utf-8")
+    recipe = first.folder / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8")
+    recipe.write_text(text.replace("{path: rows.jsonl}", f"{{path: rows.jsonl, chat_template: {own}}}"), encoding="utf-8")
+    first.upto("02_data")
+    assert all(start in text for text in texts_of(first))
+    encoder = Encoder.load(first.path / "02_data/processor")
+    (sample, *_) = predict.read("rows.jsonl", stage.view("02_data", first.path, own=True), encoder)
+    assert sample["text"].startswith(texts_of(first)[0][:len(start)]) and start in encoder.prompt(sample)[0]
 
 
 # ---- a template by its name ----

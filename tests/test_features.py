@@ -1,4 +1,6 @@
 """Kept features: every family learns from them what it learns from the pixels, and the tower never runs again."""
+import shutil
+
 import pytest
 import torch
 
@@ -6,7 +8,7 @@ from lib import features, packing, store
 from lib.sampler import Batcher
 from lib.stage import StageError
 from tests import zoo
-from tests.runner import Run, colour_rows, text_rows
+from tests.runner import STEMS, Run, colour_rows, text_rows
 from tests.test_families import SEEING, find
 from tests.test_packing import REFUSED, gradients, rows_of
 
@@ -84,6 +86,22 @@ def test_a_run_with_kept_features_has_the_losses_of_one_without(tmp_path, monkey
     files = sorted(path.parent.name for path in (folder / "run/features").rglob("*.safetensors"))
     assert files.count("pictures") == 9 and files.count("rows") == 18
     assert not list((folder / "run/features").rglob("*.partial"))
+
+
+def test_features_of_another_base_in_the_same_folder_are_not_taken(tmp_path, monkeypatch):
+    losses = {}
+    for name, seeds in (("first", (0,)), ("both", (0, 1)), ("second", (1,))):
+        folder = tmp_path / name
+        folder.mkdir()
+        for seed in seeds:
+            shutil.rmtree(folder / "base", ignore_errors=True)
+            run = Run(folder, monkeypatch, zoo.build("llava", folder / "base", seed=seed), MIXED, max_steps=2,
+                      cache_vision_features=True)
+            run("01_config")
+            for stem in STEMS[1:5]:
+                run(stem, "--force")
+        losses[name] = run.losses()
+    assert losses["both"] == losses["second"] != losses["first"]
 
 
 def test_features_are_not_kept_of_a_tower_that_trains(tmp_path, monkeypatch):

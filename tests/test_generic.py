@@ -10,9 +10,11 @@ import transformers
 from lib import logits, loss, trainable
 from lib.stage import StageError
 from tests import classify, tiny
-from tests.runner import Run, colour_rows
+from tests.runner import Run, colour_rows, text_rows
 from tests.test_families import SEEING, picture
-from tests.zoo.checkpoint import write
+from tests.tiny import END
+from tests.zoo.checkpoint import Parts, write
+from tests.zoo.vocabulary import gpt_like
 
 FILED = json.loads(classify.FILE.read_text(encoding="utf-8"))
 TYPES = FILED["types"]
@@ -71,6 +73,48 @@ def test_rows_that_change_one_another_in_a_batch_stop_a_training(tmp_path, monke
     assert caught.value.fix == "micro_batch_size: 1"
     run.upto("05_train", caught.value.fix.replace(": ", "="))
     assert len([row for row in run.metrics() if "loss" in row]) == 1
+
+
+def fast_vlm() -> Parts:
+    """FastVLM, whose tower has batch norms."""
+    tokenizer = gpt_like(last=("<|user|>", "<|assistant|>", END, "<s>", "<pad>", "<image>"), bos_token="<s>",
+                         eos_token=END, pad_token="<pad>", extra_special_tokens={"image_token": "<image>"})
+    template = tiny.TEMPLATE.replace("IMAGE", "<image>")
+    size = {"height": 64, "width": 64}
+    processor = transformers.LlavaProcessor(
+        transformers.CLIPImageProcessor(size=size, do_center_crop=False, crop_size=size), tokenizer, patch_size=32,
+        vision_feature_select_strategy="full", chat_template=template, num_additional_image_tokens=0)
+    text = transformers.Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=False,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")})
+    tower = dict(model_type="timm_wrapper", architecture="fastvit_t8", do_pooling=True, global_pool="avg",
+                 hidden_size=768, model_args={"inference_mode": True})
+    config = transformers.FastVlmConfig(text_config=text, vision_config=tower, image_seq_length=4,
+                                        image_token_index=tokenizer.convert_tokens_to_ids("<image>"))
+    return Parts(config, processor, (END,), tokenizer=tokenizer)
+
+
+def test_a_tower_with_batch_norms_is_read_as_it_is_however_samples_are_cut(tmp_path, monkeypatch):
+    base, losses = write(fast_vlm(), tmp_path / "base", seed=0, dtype="float32"), []
+    for micro in (1, 4):
+        folder = tmp_path / str(micro)
+        folder.mkdir()
+        run = Run(folder, monkeypatch, base, colour_rows(), num_epochs=2, micro_batch_size=micro, bf16=False,
+                  gradient_accumulation_steps=4 // micro, val_set_size=1, golden_rows=1)
+        losses.append(run.upto("05_train").losses())
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    run("06_save")
+    assert run.json("06_save/check.json")["max_logit_difference"] < 1e-3
+
+
+def test_packing_is_tried_on_rows_with_pictures(tmp_path, monkeypatch):
+    """Molmo2 numbers the pictures of a row, not of a sample; rows of texts show nothing of it."""
+    base = write(tiny.parts("molmo2", picture(0), {}), tmp_path / "base", seed=0, dtype="float32")
+    run = Run(tmp_path, monkeypatch, base, text_rows(9) + colour_rows(6), sample_packing=True, sequence_len=200,
+              val_set_size=0, bf16=False).upto("04_lora")
+    with pytest.raises(StageError, match="sample_packing: samples of a packed row see one another"):
+        run("05_train")
 
 
 def test_a_processor_that_opens_every_text_itself_is_heard(tmp_path):

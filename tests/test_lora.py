@@ -32,7 +32,7 @@ def make(tmp_path, monkeypatch, zoo):
     def make(name="llava", upto="04_lora", **knobs):
         folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
         folder.mkdir()
-        rows = text_rows() if name == "llama_text" else None
+        rows = text_rows() if name.endswith("_text") else None
         return Run(folder, monkeypatch, zoo(name), rows, **knobs).upto(upto)
     return make
 
@@ -230,6 +230,14 @@ def test_a_missing_adapter_tensor_is_an_error_and_not_a_random_one(make):
         model.attach(model.load(run.json("03_load_model/model.json"), CPU), path.parent)
 
 
+@pytest.mark.parametrize("knobs, name", [
+    ({"lora_target_roles": ["language", "head"]}, "lm_head"),
+    ({"lora_target_modules": ["q_proj", "embed_tokens"]}, "model.embed_tokens")])
+def test_lora_on_one_of_two_that_share_a_weight_is_refused(knobs, name, make):
+    with pytest.raises(StageError, match=f"{name} shares its weight, head and embedding of Gemma3ForCausalLM"):
+        make("gemma3_text", **knobs)
+
+
 # ---- trained further ----
 
 @pytest.fixture
@@ -307,6 +315,9 @@ MISFITS = {
         "name an adapter without it"),
     "an adapter with biases": (
         like(bias="all"), "has bias, which isn't trained here", "name an adapter without it"),
+    "an adapter that began as part of the base's weights": (
+        like(init_lora_weights="pissa"), "has init_lora_weights: pissa, which isn't trained here",
+        "name an adapter without it"),
     "an adapter with ranks of their own": (
         like(rank_pattern={"q_proj": 8}), "has rank_pattern, which isn't trained here",
         "name an adapter without it"),
