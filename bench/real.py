@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib.chat import IGNORE_INDEX
+from lib.collator import IGNORE_INDEX
 
 FIRST_WORD = 300                           # ids below may be special tokens
 

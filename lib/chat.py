@@ -5,6 +5,7 @@ workers train with it, 06 asks with it. Labels follow characters: a token is tra
 trained span of the text.
 """
 import json
+import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from lib import registry
+from lib.collator import IGNORE_INDEX, goes_along
 from lib.ledger import read_json, write_json
 from lib.media import Decoding, kind_of, open_medium
 from lib.messages import NOUNS, RowError
@@ -21,7 +23,6 @@ from lib.resolution import with_bounds
 from lib.spans import after_replacing, covered, moved, spans_of_tokens, straddled
 from lib.stage import StageError
 
-IGNORE_INDEX = -100                       # what torch's cross-entropy skips
 
 
 @dataclass
@@ -104,28 +105,34 @@ class Encoder:
         if media:
             self._refuse_unplaced(text, made)
         offsets = batch.pop("offset_mapping")[0].tolist()
-        ids, labels = (torch.from_numpy(each)[None] for each in
-                       self.labelled(text, made, offsets, spans, replaced))      # [1, T]
+        ids, labels, places = (torch.from_numpy(each)[None] for each in
+                               self.labelled(text, made, offsets, spans, replaced))        # [1, T]
         if ids.tolist() != [made]:
-            for key in [key for key in batch if key.endswith("token_type_ids")]:
-                kinds = dict(zip(made, batch[key][0].tolist()))
-                batch[key] = torch.tensor([[kinds.get(i, 0) for i in ids[0].tolist()]])
+            for key, value in batch.items():
+                if goes_along(key, value, len(made), self.collate):
+                    batch[key] = value[:, places[0]]
             batch |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         return batch | {"labels": labels}
 
     def labelled(self, text: str, ids: list[int], offsets: list, spans: list, replaced: list[dict]
-                 ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, labels) [T] of a tokenized text; spans are those of the render, before what was replaced.
+                 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(ids, labels, places) [T] of a tokenized text; spans: of the render, before what was replaced.
 
-        The ids are others where the tokenizer merged prompt and reply across their seam.
+        The ids are others where the tokenizer merged prompt and reply across their seam; places: the token
+        of the given ids that stands where each one does.
         """
         # The processor writes many tokens for each placeholder: spans move into the text that it tokenized.
         spans, tokens = moved(spans, replaced), spans_of_tokens(offsets)
+        places = np.arange(len(ids))
         if seams := straddled(tokens, spans):
-            ids, tokens = self._tokenized_apart(text, ids, seams)
+            merged, starts = ids, tokens[:, 0]
+            ids, tokens = self._tokenized_apart(text, merged, seams)
+            places = np.searchsorted(starts, tokens[:, 0], side="right") - 1
+            same = len(os.path.commonprefix([merged, ids]))
+            places[:same] = np.arange(same)        # tokens before the text start with it
         ids = np.array(ids)
         trained = covered(tokens, spans, without=[r["new_span"] for r in replaced])
-        return ids, np.where(trained & ~np.isin(ids, self.never_trained), ids, IGNORE_INDEX)
+        return ids, np.where(trained & ~np.isin(ids, self.never_trained), ids, IGNORE_INDEX), places
 
     def counts(self, ids: np.ndarray, labels: np.ndarray) -> tuple[int, int, int]:
         """(tokens, trained ones, tokens of media) of ids and labels [T]; no token predicts the first."""

@@ -14,8 +14,7 @@ Fork me to: batch a new kind of tensor (a fourth rule here, its name in the fami
 import torch
 import torch.nn.functional as F
 
-from lib.chat import IGNORE_INDEX
-
+IGNORE_INDEX = -100                       # a label that torch's cross-entropy skips
 MULTIPLE = 8                              # of tokens
 PER_TOKEN = ("input_ids", "attention_mask", "labels", "position_ids")     # and all token_type_ids
 
@@ -33,7 +32,8 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat"
             batch[key] = torch.cat([F.pad(t, (0, tokens - t.shape[-1]), value=fill.get(key, 0))
                                     for t in (row.get(key, nothing) for row in rows)], dim=-2)  # [B, T]
         elif style == "stack":
-            along = all(row[key].shape[1] == length for row, length in zip(rows, lengths) if key in row)
+            along = all(goes_along(key, row[key], length, style)
+                        for row, length in zip(rows, lengths) if key in row)
             batch[key] = cat_padded([row.get(key, nothing) for row in rows], tokens if along else 0)
         else:
             batch[key] = end_to_end(present, style)                                            # [I or P, …]
@@ -49,6 +49,11 @@ def end_to_end(tensors: list[torch.Tensor], style: str) -> torch.Tensor:
 def is_per_token(key: str) -> bool:
     """Whether a tensor of this name goes along the tokens."""
     return key in PER_TOKEN or key.endswith("token_type_ids")
+
+
+def goes_along(key: str, tensor: torch.Tensor, tokens: int, style: str) -> bool:
+    """Whether a sample's tensor goes along its tokens, as mllama's cross_attention_mask does."""
+    return is_per_token(key) or style == "stack" and tensor.shape[1] == tokens
 
 
 def padded_length(lengths: list[int], packed: bool) -> int:

@@ -93,7 +93,8 @@ class Counter:
         if ids and not replaced and (counts := quick_counts(ids, offsets, spans, self.never_trained)):
             return counts
         with contextlib.suppress(RowError):
-            return self.encoder.counts(*self.encoder.labelled(text, ids, offsets, spans, replaced))
+            ids, labels, _ = self.encoder.labelled(text, ids, offsets, spans, replaced)
+            return self.encoder.counts(ids, labels)
         return None
 
     def _spelt_counts(self, text: str, spans: list, ids: list[int]) -> tuple | None:

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from lib.chat import IGNORE_INDEX
+from lib.collator import IGNORE_INDEX
 
 POSITIONS = 16                            # logits kept per row: 16 x 262k x 4 bytes = 16 MiB
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lib import attention, features, last
-from lib.chat import IGNORE_INDEX
+from lib.collator import IGNORE_INDEX
 from lib.logits import UNCHANGED, Finish
 from lib.stage import StageError
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from lib import features
-from lib.chat import IGNORE_INDEX
-from lib.collator import cat_padded, end_to_end, is_per_token
+from lib.collator import IGNORE_INDEX, cat_padded, end_to_end, is_per_token
 from lib.loss import supervised_states
 from lib.registry import Family
 from lib.stage import StageError

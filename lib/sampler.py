@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lib import features, packing
-from lib.chat import IGNORE_INDEX, Encoder
-from lib.collator import collate
+from lib.chat import Encoder
+from lib.collator import IGNORE_INDEX, collate
 from lib.loss import supervised_positions
 from lib.order import Row, dealt, sample_of
 from lib.stage import StageError

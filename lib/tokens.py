@@ -3,7 +3,7 @@ import re
 from html import escape
 from itertools import groupby
 
-from lib.chat import IGNORE_INDEX
+from lib.collator import IGNORE_INDEX
 from lib.page import cell
 from lib.spans import BYTE_OF
 

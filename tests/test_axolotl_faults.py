@@ -8,7 +8,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from lib.chat import IGNORE_INDEX
+from lib.collator import IGNORE_INDEX
 from lib.messages import RowError, normalise
 from lib.pictures import fitted
 from lib.template import Labels

@@ -9,8 +9,8 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from lib import registry
-from lib.chat import IGNORE_INDEX, Encoder
-from lib.collator import cat_padded, collate
+from lib.chat import Encoder
+from lib.collator import IGNORE_INDEX, cat_padded, collate
 from lib.messages import text_parts
 from lib.processor import load_processor
 from lib.template import Template

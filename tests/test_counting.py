@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from lib import registry
-from lib.chat import IGNORE_INDEX, Encoder
+from lib.chat import Encoder
+from lib.collator import IGNORE_INDEX
 from lib.counting import ENOUGH, Counter, quick_counts
 from lib.plan import load_config
 from lib.processor import complete, load_processor, stop_tokens

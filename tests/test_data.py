@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from lib import budget, files, fresh, ledger, measuring, proof, samples
-from lib.chat import IGNORE_INDEX, Encoder
+from lib.chat import Encoder
+from lib.collator import IGNORE_INDEX
 from lib.processor import load_processor
 from lib.seen import seen
 from lib.stage import StageError

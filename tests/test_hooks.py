@@ -9,7 +9,8 @@ from datasets import load_from_disk
 from safetensors import safe_open
 
 from lib import hooks, model, optim, stage
-from lib.chat import IGNORE_INDEX, Encoder
+from lib.chat import Encoder
+from lib.collator import IGNORE_INDEX
 from lib.evaluate import metrics_of
 from lib.metrics import Log
 from lib.order import Order

@@ -5,14 +5,17 @@ tokenized by itself, as inference has prompt and reply apart.
 """
 
 import functools
+from dataclasses import replace
 
 import pytest
+import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from lib import registry
-from lib.chat import IGNORE_INDEX, Encoder
+from lib.chat import Encoder
+from lib.collator import IGNORE_INDEX
 from lib.messages import RowError, normalise
 from lib.processor import load_processor, stop_tokens, tokenizer_of
 from lib.stage import StageError
@@ -457,6 +460,22 @@ def test_token_types_stay_with_the_picture_where_a_reply_is_tokenized_apart(chan
     tokens = tokenizer_of(encoder.processor).convert_ids_to_tokens(encoded["input_ids"][0].tolist())
     assert encoded["token_type_ids"].tolist() == [[int(token == "<image_soft_token>") for token in tokens]]
     assert encoded["attention_mask"].shape == encoded["input_ids"].shape == encoded["labels"].shape
+
+
+def test_what_goes_along_the_tokens_stays_with_them_where_a_reply_is_tokenized_apart(family, monkeypatch):
+    template, encoder = family("qwen2_5_vl")
+    encoder = replace(encoder, collate="stack")                    # mllama's, whose mask says what each token sees
+    (conversation,) = template.conversations(chat("▣Is it?", "\nYes", "▣Sure?", "\n\nYes"))
+    media = [picture(), picture()]
+    batch, replaced = encoder.process(conversation.text, media)
+    merged = batch["input_ids"][0].tolist()
+    mask = torch.arange(len(merged)).view(1, -1, 1, 1)
+    monkeypatch.setattr(encoder, "process", lambda *_: (batch | {"cross_attention_mask": mask}, replaced))
+    encoded = encoder.encode(conversation.text, conversation.spans, media)
+    ids, places = encoded["input_ids"][0].tolist(), encoded["cross_attention_mask"].flatten().tolist()
+    assert len(places) == len(ids) == len(merged) + 1 and places == sorted(places)
+    others = [place for place, i in zip(places, ids) if merged[place] != i]
+    assert {*places} >= {*range(len(merged))} - {*others, *(place + 1 for place in others)} and len(others) <= 4
 
 
 def test_a_tokenizer_that_begins_a_text_with_a_space_puts_none_before_a_reply_apart(changed):

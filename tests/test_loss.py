@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from datasets import load_from_disk
 
 from lib import loss, model
-from lib.chat import IGNORE_INDEX, Encoder
+from lib.chat import Encoder
+from lib.collator import IGNORE_INDEX
 from lib.logits import UNCHANGED
 from lib.roles import Roles
 from lib.sampler import Batcher

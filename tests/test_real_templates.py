@@ -18,7 +18,8 @@ from PIL import Image
 from transformers.utils import chat_template_utils
 
 from lib import registry
-from lib.chat import IGNORE_INDEX, Encoder
+from lib.chat import Encoder
+from lib.collator import IGNORE_INDEX
 from lib.messages import RowError, text_parts
 from lib.processor import tokenizer_of
 from lib.render import stop_clock

@@ -36,7 +36,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from lib import registry
-from lib.chat import IGNORE_INDEX, Encoder
+from lib.chat import Encoder
+from lib.collator import IGNORE_INDEX
 from lib.messages import RowError, text_parts
 from lib.processor import tokenizer_of
 from lib.template import Template

@@ -15,7 +15,8 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 
 from lib import checkpoint, model, optim, rehearsal, sampler
-from lib.chat import IGNORE_INDEX, Encoder
+from lib.chat import Encoder
+from lib.collator import IGNORE_INDEX
 from lib.golden import fingerprint, read_header
 from lib.metrics import sizes
 from lib.order import Order, balanced, dealt
