@@ -316,7 +316,7 @@ def pinned(run: Path, k: Recipe) -> dict | None:
 
 
 def show(k: Recipe, given: dict[str, Entry], notes: list) -> None:
-    """Nothing; the recipe is on screen by stage, a star at what is no default, then what is odd about it."""
+    """Print the recipe by stage, with a star at what is no default, then what is odd about it."""
     known, values = knobs_of(Recipe), asdict(k)
     for stem in (*STAGES[1:], STAGES[0]):
         rows = []
@@ -338,7 +338,7 @@ def show(k: Recipe, given: dict[str, Entry], notes: list) -> None:
 
 
 def show_knobs() -> None:
-    """Nothing; every knob is on screen."""
+    """Print every knob with its default, what it takes, who reads it and why."""
     rows = []
     for name, (kind, meta) in knobs_of(Recipe).items():
         default = "required" if meta["default"] is REQUIRED else written(meta["default"])
@@ -348,7 +348,7 @@ def show_knobs() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Nothing; the run's 01_config/ says what the recipe says."""
+    """Write the run's 01_config/ from the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="RECIPE [RUN] [key=value ...]")

@@ -102,7 +102,7 @@ def first_forward(loaded, work, device: torch.device) -> tuple[float, str]:
 
 
 def explain_high_loss(loss: float, random_loss: float, family: registry.Family) -> None:
-    """Nothing; where the first loss is above half of a guess's, what the family's record says about it."""
+    """Say what the family's record tells of a high first loss, if it is above half of a random guess's."""
     if loss > random_loss / 2 and family.first_loss_note:
         terminal.say(f"a high first loss: {family.first_loss_note}")
 

@@ -235,7 +235,7 @@ def train(run: Run) -> Log:
 
 
 def write_down(run: Run, unread: deque[Step], left: int, log: Log, progress: terminal.Progress) -> None:
-    """Nothing; all unread steps but the last `left` are in the log, and shown."""
+    """Read the figures of all unread steps but the last `left`, write them into the log and show them."""
     while len(unread) > left:
         step = unread.popleft()
         log.step(step.number + 1, figures_of(run, step))
@@ -341,7 +341,7 @@ def evaluate(run: Run, batches: Callable[[], Iterable[tuple[str, dict]]], log: L
 # ---- saving ----
 
 def save_checkpoint(run: Run, saves: checkpoint.Writer, log: Log, step: int) -> None:
-    """Nothing; rank 0 begins to write checkpoints/step-N."""
+    """Let rank 0 begin to write checkpoints/step-N; the other ranks do nothing."""
     if run.world.is_leader:
         config = run.work.config
         per_rank = config.micro_batch_size * config.gradient_accumulation_steps  # at the first start, too

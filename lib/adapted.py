@@ -67,7 +67,7 @@ class Cast:
 
     @classmethod
     def forget(cls) -> None:
-        """Nothing; whatever was made is out of date."""
+        """Note that an optimizer has stepped: whatever was cast before is out of date."""
         cls.updates += 1
 
     def __call__(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

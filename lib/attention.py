@@ -27,7 +27,7 @@ own_masks = False                         # whether that batch came with masks t
 
 
 def of_batch(batch: dict) -> None:
-    """Nothing; says what the next forward's rows hold, and its backward's, where layers run again."""
+    """Note which samples this batch's rows hold, for its forward and for the layers that its backward reruns."""
     global packed_rows, own_masks
     packed_rows, own_masks = batch.get("packed_rows"), "attention_mask" in batch
 

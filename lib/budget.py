@@ -29,7 +29,10 @@ SHAPES = (1, 2, 3, 4, 5, 6, 8, 10, 12)    # of probes: so many times as wide as 
 
 
 def set_token_budget(processor, family: Family, most_tokens: int | None) -> None:
-    """Nothing; no picture becomes more tokens, those that the processor puts around it included."""
+    """Bound pictures so that none becomes more tokens, those that the processor puts around it included.
+
+    Raises StageError where even the smallest picture takes more.
+    """
     if most_tokens is None:
         return
     require_bounds(processor, family, "max_image_tokens")

@@ -47,12 +47,12 @@ class Writer:
         self._writing = self._thread.submit(self._write, step, *tensors, state, also_keep)
 
     def look(self) -> None:
-        """Nothing, or what the save before failed with."""
+        """Raise what the last save failed with, if it has ended; don't wait for it."""
         if self._writing and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """The save before has ended; raises what it failed with."""
+        """Wait for the last save to end; raise what it failed with."""
         if self._writing:
             writing, self._writing = self._writing, None
             writing.result()

@@ -154,7 +154,7 @@ class Pictures:
         return self.known.get(sizes)
 
     def learn(self, sizes: tuple, written: list[str]) -> None:
-        """Nothing; that is what the processor wrote for these sizes."""
+        """Remember what the processor wrote for a row's pictures of these sizes."""
         if len(self.known) >= MOST_ROWS:
             self.known.clear()
         self.known[sizes] = written

@@ -26,9 +26,9 @@ def pick_device(local_rank: int = 0) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Nothing; from here on, the C library keeps what this process frees, for what it asks for next.
+    """Make the C library keep freed memory for reuse.
 
-    By itself glibc hands large tensors' pages back to the system, and gets each anew, zeroed, in every step.
+    By default glibc hands the pages of large tensors back to the system, which zeroes new ones in every step.
     """
     mallopt(M_MMAP_THRESHOLD, 2**30)
     mallopt(M_TRIM_THRESHOLD, -1)
@@ -36,9 +36,10 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Inside, it hands memory of a MiB or more back at once, as it does by itself in a young process.
+    """Inside, the C library hands freed memory of a MiB or more back at once, as it does in a young process.
 
-    Quantised on a CPU, the small new weights would lie between the large old ones and keep their place.
+    When quantising on a CPU, the small new weights would otherwise lie between the freed large ones, whose
+    memory could then not be handed back.
     """
     mallopt(M_MMAP_THRESHOLD, 2**20)
     try:
@@ -48,7 +49,7 @@ def freed_at_once() -> Iterator[None]:
 
 
 def mallopt(parameter: int, value: int) -> None:
-    """Nothing; the C library's allocator is set so, where it is glibc's."""
+    """Set a parameter of the C library's allocator, where it is glibc's."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(parameter, value)
 
@@ -73,16 +74,17 @@ def spread(config, device: torch.device) -> dict | None:
 
 
 def refuse_offload(placed: dict) -> None:
-    """Nothing; a StageError where a part of a shared-out model is on no GPU, and so has no gradient."""
+    """Raise StageError where a part of a model that GPUs share is on none of them, and would get no gradient.
+    """
     if off := sorted(name for name, where in placed.items() if where in ("cpu", "disk", "meta")):
         raise StageError(f"device_map: {len(off)} parts don't fit into the GPUs, such as {off[0]}",
                          "adapter: qlora, more or larger GPUs, or torchrun with fsdp_version: 2")
 
 
 def ask_for_bf16(bf16: bool | str, device: torch.device, native=None) -> None:
-    """Nothing; a StageError where `bf16: auto` meets a GPU that only emulates it, at a fraction of the speed.
+    """Raise StageError where `bf16: auto` meets a GPU that only emulates bfloat16, many times slower.
 
-    The plan is the same on every machine: so this doesn't choose another type by itself.
+    No other dtype is chosen here, because the plan is the same on every machine.
     """
     native = native or functools.partial(torch.cuda.is_bf16_supported, including_emulation=False)
     if bf16 == "auto" and device.type == "cuda" and not native():

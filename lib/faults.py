@@ -44,7 +44,7 @@ def names(run, indices: list[int]) -> list[str]:
 
 @contextmanager
 def told(run) -> Iterator[None]:
-    """Nothing. Where memory runs out, a DataLoader worker dies or another rank is lost, a StageError says so.
+    """Inside, running out of memory, a dead DataLoader worker or a lost rank becomes a StageError.
 
     What is on the disk stays as it is: a checkpoint that is being written is finished first.
     """

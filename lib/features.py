@@ -38,7 +38,7 @@ def in_place_of_features(model, make) -> Iterator[None]:
 
 @torch.no_grad()
 def forward(model, row: dict, autocast, make) -> None:
-    """Nothing; the model has had a row, with `make(own method)` for get_image_features, or until Captured."""
+    """Run the model on a row, with `make(own method)` for get_image_features; end early where Captured."""
     inputs = {key: value.to(model.device) for key, value in row.items() if key != "labels"}
     with in_place_of_features(model, make), autocast(), suppress(Captured):
         model(**inputs, use_cache=False)

@@ -44,7 +44,7 @@ class Fetcher:
     asked: set[str] = field(default_factory=set)
 
     def fetch_all(self, urls: list[str]) -> None:
-        """Nothing; every url that can be had is in the folder. None is asked twice, good or bad."""
+        """Fetch every url that isn't in the folder yet. None is asked twice, whether it was had or not."""
         missing = [url for url in dict.fromkeys(urls)
                    if url not in self.asked and "sha256" not in self._read(url)]
         self.asked.update(missing)
@@ -61,7 +61,7 @@ class Fetcher:
         return self.folder / note["sha256"], note["served"]
 
     def refuse(self, url: str, why: str) -> None:
-        """Nothing; the url's content is no medium, and the next run of the stage fetches it anew."""
+        """Note that a url's content is no medium, and why; the next run of the stage fetches it anew."""
         write(self._note(url), json.dumps({"url": url, "error": why}).encode())
 
     def _read(self, url: str) -> dict:
@@ -73,7 +73,7 @@ class Fetcher:
         return self.folder / f"{hashlib.sha256(url.encode('utf-8', 'backslashreplace')).hexdigest()}.json"
 
     def _fetch(self, url: str) -> None:
-        """Nothing; the url's note, and its content, are in the folder."""
+        """Fetch a url; write its content and its note into the folder."""
         try:
             data, served = self._tried(url)
             sha256 = hashlib.sha256(data).hexdigest()
@@ -157,7 +157,7 @@ def is_public(ip: str) -> bool:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Nothing; the file is there as a whole, whoever else writes it."""
+    """Write a file as a whole, even where another process writes the same one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     aside.write_bytes(data)
     aside.replace(path)

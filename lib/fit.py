@@ -159,7 +159,7 @@ def most_rows(bytes_of: Callable[[int], int], room: int, most: int = MOST_ROWS) 
 
 
 def print_fit(case: Case, gpus: int, room_gib: float) -> None:
-    """Nothing; the micro-batch that fits each way of using the GPUs, and what to change if none does."""
+    """Print the largest micro-batch that fits each way of using the GPUs, and what to change if none does."""
     knobs, peaks, room = case.knobs, case.peaks(), int(room_gib * GIB * (1 - RESERVE))
     print_facts(facts(case, peaks, "cuda"))
     ways = {"one GPU": lambda peak: peak.of(1)}

@@ -75,7 +75,7 @@ class Step:
         self._watch()
 
     def _watch(self) -> None:
-        """Nothing; the parts of a step that a table names are told apart from here on."""
+        """Set hooks that tell the phases of a step apart, and note when gradients are made."""
         for name, module in self.net.named_modules():
             role = self.roles.paths.get(model.base_name(name))
             if role in TOWERS:
@@ -164,7 +164,7 @@ def moments_bytes(elements: int, optimizer: str) -> int:
 # ---- the model ----
 
 def keep_in_float32(net) -> None:
-    """Nothing; what loading leaves in float32 is so on meta, too."""
+    """Make float32 on meta, too, what loading leaves in float32."""
     for part in net._keep_in_fp32_modules_strict or ():
         for name, parameter in net.named_parameters():
             if re.search(rf"(^|\.){part}(\.|$)", name):
@@ -185,7 +185,7 @@ def in_few_bits(net, planned: dict) -> list[torch.nn.Module]:
 
 
 def pack(layers: list[torch.nn.Module]) -> None:
-    """Nothing; the layers' weights take as many bytes as bitsandbytes' and compute as they do."""
+    """Make the layers' weights take as many bytes as bitsandbytes' do, and their forwards as much memory."""
     for layer in layers:
         shape, elements = tuple(layer.weight.shape), layer.weight.numel()
         if hasattr(layer, "compute_dtype"):

@@ -40,7 +40,7 @@ class Count(TorchDispatchMode):
         return max(self.phases_bytes.values())
 
     def start_again(self) -> None:
-        """Nothing; forgets the peaks so far."""
+        """Forget the peaks so far."""
         self.most_besides_bytes, self.phases_bytes = 0, Counter()
         self.look()
 
@@ -54,7 +54,7 @@ class Count(TorchDispatchMode):
         return op(*args, **kwargs)
 
     def add(self, tensors) -> None:
-        """Nothing; counts the storages of these tensors, each once, until they are freed."""
+        """Count the storages of these tensors, each once, until they are freed."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -66,17 +66,17 @@ class Count(TorchDispatchMode):
         self.look()
 
     def look(self) -> None:
-        """Nothing; notes what is alive now, if it is the most."""
+        """Note what is alive now, where it is the most so far."""
         self.phases_bytes[self.phase] = max(self.phases_bytes[self.phase], self.live_bytes)
         self.most_besides_bytes = max(self.most_besides_bytes, self.live_bytes - self.aside_bytes)
 
     def enter(self, phase: str) -> None:
-        """Nothing; another phase begins."""
+        """Begin another phase."""
         self.phase = phase
         self.look()
 
     def watch(self, module: torch.nn.Module, phase: str) -> None:
-        """Nothing; the module's forward is a phase of its own."""
+        """Make the module's forward a phase of its own."""
         before: list[str] = []
 
         def begin(*_):
@@ -126,7 +126,7 @@ class Hollow(Count):
         return made
 
     def fill(self, model: torch.nn.Module) -> None:
-        """Nothing; the model's parameters and buffers are hollow from here on, tied ones still tied."""
+        """Replace the model's parameters and buffers by hollow ones; tied ones stay tied."""
         made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         for module in model.modules():
             for name, old in module._parameters.items():

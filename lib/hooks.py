@@ -30,7 +30,7 @@ from lib.stage import StageError
 
 
 def look(knobs) -> None:
-    """Nothing; a StageError, before weights are loaded, where a function that is named can't be had."""
+    """Raise StageError, before weights are loaded, where a function that the recipe names can't be had."""
     named = {"optimizer": [knobs.optimizer], "lr_scheduler": [knobs.lr_scheduler], "loss": [knobs.loss],
              "eval_metrics": knobs.eval_metrics}
     for knob, texts in named.items():

@@ -16,9 +16,10 @@ positions: torch.Tensor | None = None     # [N] of the [B*T] of the batch in han
 
 
 def of_batch(batch: dict) -> None:
-    """Nothing; says where the next forward's states are wanted, and its backward's.
+    """Note at which positions the loss reads the states of this batch, for its forward and its backward.
 
-    They are filled up by the last position, which predicts nothing: any number of times, it changes nothing.
+    They are filled up to a multiple of FULL with the batch's last position. It predicts nothing, so repeating
+    it changes nothing.
     """
     global positions
     positions = batch.get("positions")

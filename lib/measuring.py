@@ -92,7 +92,7 @@ def cores() -> int:
 
 
 def start_worker(rows: Rows) -> None:
-    """Nothing; this process measures with one thread, and leaves Ctrl-C to the one that started it."""
+    """Prepare a worker process: one thread, the rows' data set, and Ctrl-C left to the parent process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
@@ -100,7 +100,7 @@ def start_worker(rows: Rows) -> None:
 
 
 def start(rows: Rows) -> None:
-    """Nothing; this process measures rows of that data set."""
+    """Make this process ready to measure rows of a data set."""
     global reader
     reader = rows
 

@@ -113,7 +113,7 @@ class Log:
             (self.folder / "loss.svg").write_text(svg, encoding="utf-8")
 
     def say_peak(self, forecast_gib: float | None) -> None:
-        """Nothing; says what memory was really used, and what was forecast of it."""
+        """Say how much memory was used at the peak, and how much was forecast."""
         used = f"peak memory {devices.peak_memory_gib(self.world.device):.2f} GiB"
         forecast = "" if forecast_gib is None else f"; forecast {forecast_gib:.2f} GiB"
         if self.world.device.type != "cuda":

@@ -81,9 +81,10 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
 
 
 def keep_statistics(module: torch.nn.Module) -> None:
-    """Nothing; a batch norm goes by the checkpoint's means and variances, in training, too.
+    """Make a batch norm use the checkpoint's means and variances in training, too.
 
-    Else a sample's loss would depend on those beside it, and the means move, which no adapter holds.
+    Otherwise a sample's loss would depend on the others in its batch, and the means would move, which no
+    adapter holds.
     """
     module.eval()
     module.train = lambda mode=True: module
@@ -95,7 +96,7 @@ def cast_to_own_type(module, given: tuple) -> tuple:
 
 
 def check_loaded(plan: dict, info: dict) -> None:
-    """Nothing; a StageError where checkpoint and model don't hold the same tensors in the same shapes."""
+    """Raise StageError unless checkpoint and model hold the same tensors in the same shapes."""
     path, unread = plan["base_model"], "|".join(registry.family_of(plan["model_type"]).unread) or r"(?!)"
     for kind in ("missing_keys", "mismatched_keys"):
         if odd := sorted(map(str, info[kind])):
@@ -109,7 +110,7 @@ def check_loaded(plan: dict, info: dict) -> None:
 
 
 def compare(parameters: dict[str, torch.nn.Parameter], roles: Roles, planned: dict[str, int]) -> None:
-    """Nothing; a StageError names both sides where what trains is not what 04 planned, role by role."""
+    """Raise StageError, naming both sides, where what trains is not what 04 planned, role by role."""
     here, planned = roles.count(parameters.items()), Counter(planned)
     for role in sorted(here.keys() | planned.keys()):
         if here[role] != planned[role]:

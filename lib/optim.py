@@ -156,7 +156,7 @@ def clip_gradients(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
 
 
 def update(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
-    """Nothing; the optimizer's step, unless its gradients aren't finite (a bool, on the device).
+    """Take the optimizer's step, unless its gradients aren't finite (a bool, on the device).
 
     torch's fused optimizers look for themselves, on the device; for any other the host has to wait.
     """
@@ -186,10 +186,10 @@ class GradientWatch:
         self.steps, self.steps_for = 0, dict.fromkeys(LEARNS_FROM, 0)
 
     def look(self, parameters: dict[str, torch.nn.Parameter], world: World, kinds: set[str]) -> None:
-        """Nothing; called before a step's update, it stops all ranks and names what got no gradient.
+        """Look at the gradients before a step's update; stop all ranks and name what got none in time.
 
-        kinds: those of the step's media. Experts may have had no token yet, and a model with a projector for
-        sounds may train on pictures: of these roles, what got none is only reported.
+        kinds: of the step's media. Experts may have had no token yet, and a model with a projector for sounds
+        may train on pictures: tensors of these roles that got no gradient are only reported.
         """
         self.steps += 1
         for role, wanted in LEARNS_FROM.items():

@@ -80,7 +80,7 @@ def fetch(base_model: str, revision: str | None, names: list[str]) -> Path:
 
 
 def say_download(base_model: str, cache: Path, sizes: list[int]) -> None:
-    """Nothing; tells what a download takes. A StageError where the cache's disk has no room for it."""
+    """Say what a download takes; raise StageError where the cache's disk has no room for it."""
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     size, free = sum(sizes), shutil.disk_usage(there).free
     room = f"{free / GIB:,.2f} GiB free in {cache}"
@@ -92,7 +92,7 @@ def say_download(base_model: str, cache: Path, sizes: list[int]) -> None:
 
 
 def say_code(base_model: str, revision: str | None) -> None:
-    """Nothing; names the checkpoint's files that `trust_remote_code` lets run, with those they import."""
+    """Name the checkpoint's files that `trust_remote_code` lets run, with those that they import."""
     from transformers.dynamic_module_utils import get_relative_import_files
     from transformers.utils import cached_file
     options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}

@@ -73,7 +73,7 @@ def planned_config(plan: dict):
 
 
 def check_weight_files(folder: Path) -> None:
-    """Nothing; a StageError names the weight file of a folder that is missing or cut short."""
+    """Raise StageError where a folder's weight file is missing or cut short."""
     index = folder / "model.safetensors.index.json"
     named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
     for path in sorted({*folder.glob("*.safetensors"), *(folder / name for name in named)}):

@@ -147,7 +147,7 @@ def found_linears(model) -> set[str]:
 
 
 def check(model, plan: dict) -> None:
-    """Nothing; a StageError when the quantised layers aren't exactly those of the plan."""
+    """Raise StageError unless the quantised layers are exactly those of the plan."""
     if wrong := found_linears(model) ^ set(plan["quantisation"]["linears"]):
         raise StageError(f"quantisation: {len(wrong)} layers are not as planned, such as {sorted(wrong)[0]}",
                          "run 03_load_model.py again; else the roles in lib/families.py are wrong")

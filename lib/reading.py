@@ -25,7 +25,7 @@ class Reading:
     notes: list[tuple[str, str]] = field(default_factory=list)
 
     def take(self, entry: Entry, kind: type, meta: Mapping) -> None:
-        """Nothing; the knob has the entry's value. Raises Wrong."""
+        """Give the knob the entry's value, or raise Wrong. A null entry leaves the default."""
         if is_null(entry.node):                                  # null means the default
             return
         if replaced := axolotl.replacement(entry):

@@ -22,7 +22,7 @@ ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; the lead that rounding 
 
 
 def check(run, optimizer_step: Callable[..., Step]) -> None:
-    """Nothing; says what a step costs and that one batch is learnt, or stops and says what is wrong."""
+    """Say what a step costs and that one batch is learnt, or stop and say what is wrong."""
     config, samples, world = run.work.config, run.samples, run.world
     own_answer(run)
     tokens_of = {row: sum(samples.input_tokens[index] for index in row)
@@ -54,9 +54,9 @@ def check(run, optimizer_step: Callable[..., Step]) -> None:
 
 @torch.no_grad()
 def own_answer(run) -> None:
-    """Nothing; stops where the model, reading its own answer in a padded batch, would say other tokens.
+    """Stop the run where the model, reading its own answer in a padded batch, would predict other tokens.
 
-    It needs no labels to compare with, and sees wrong positions, token types, placeholders and padding.
+    This needs no labels, and shows wrong positions, token types, placeholders and padding.
     """
     samples, first, device = run.samples, run.samples.records[0], run.world.device
     encoder = samples.encoder.bounded(first["image_bounds"])
@@ -94,9 +94,9 @@ def own_answer(run) -> None:
 
 
 def prove_rows_apart(run) -> None:
-    """Nothing; a StageError where samples that share a row or a batch change one another on the loaded model.
+    """Stop the run where samples that share a row or a batch change one another on the loaded model.
 
-    Of batches only in a family without a record: tests have seen those with one.
+    Batches are only looked at in a family without a record: those with one are covered by tests.
     """
     config, samples = run.work.config, run.samples
     if config.sample_packing:
@@ -117,7 +117,7 @@ def prove_rows_apart(run) -> None:
 
 
 def prove_apart(run, indices: Row, rows: list[Row], who: str, fix: str) -> None:
-    """Nothing; a StageError where samples have other hidden states in these rows of a batch than alone."""
+    """Stop the run where samples have other hidden states in these rows of a batch than alone."""
     samples, device = run.samples, run.world.device
     single = replace(samples, positions=None, masks=None)
     *alone, together = (to_device(next(iter(loader(dealt, [some], 0, device))), device)

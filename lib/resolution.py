@@ -29,7 +29,7 @@ def require_bounds(processor, family: Family, knob: str) -> None:
 
 
 def set_budget(processor, family: Family, least: int | None, most: int | None) -> None:
-    """Nothing; the processor makes pictures of `least` to `most` pixels (None: as the checkpoint has it)."""
+    """Make the processor size pictures to `least` to `most` pixels (None: as the checkpoint has it)."""
     if least is None and most is None:
         return
     require_bounds(processor, family, "image_min_pixels" if most is None else "image_max_pixels")

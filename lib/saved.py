@@ -103,7 +103,7 @@ def refuse_foreign(model, folder: Path) -> None:
 
 
 def fill(peft_model, folder: Path) -> None:
-    """Nothing; the model's adapter has a saved one's values, or a StageError names a tensor that differs."""
+    """Copy a saved adapter's values into the model's; raise StageError where a tensor's shape differs."""
     ours, theirs = tensors_of(peft_model), load_file(folder / WEIGHTS)
     for name in sorted(ours.keys() | theirs.keys()):
         found, wanted = (list(side[name].shape) if name in side else "none" for side in (theirs, ours))

@@ -13,9 +13,9 @@ from lib.roles import Roles
 
 
 def shard(model, roles: Roles, world: World) -> None:
-    """Nothing; from now on the layers are sharded, and the model is on the rank's device, its adapter whole.
+    """Shard the language model's layers and move the model to the rank's device, its adapter whole.
 
-    Every rank must then run as many forwards and backwards as the others (`Samples.even`).
+    From then on every rank must run as many forwards and backwards as the others (`Samples.even`).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -66,9 +66,9 @@ class Store:
 
 
 def keep_features(run) -> None:
-    """Nothing; from here on, the run's samples come with what the frozen tower makes of their pictures.
+    """Make the run's samples bring kept vision features in place of pixels.
 
-    What the store lacks is computed and written first; ranks share the work.
+    Features that the store lacks are computed and written first; ranks share the work.
     """
     world, net, parts = run.world, run.model, (run.samples, run.held_out)
     if moving := {*run.role_of.values()} & {"vision", "projector"}:
@@ -115,7 +115,7 @@ def what_lacks(store: Store, parts: Iterable, world) -> list[list[tuple]]:
 
 
 def check_room(folder: Path, found: dict[str, torch.Tensor], tokens: int, parts: tuple) -> None:
-    """Nothing; says how much the features will take, and stops where the disk lacks it."""
+    """Say how much room the features will take at most; raise StageError where the disk lacks it."""
     per_token = sum(tensor.nbytes for tensor in found.values()) / max(1, tokens)
     wanted = per_token * sum(sum(samples.media_tokens) for samples in parts) / 2**30
     free = shutil.disk_usage(folder).free / 2**30

@@ -38,7 +38,7 @@ def trackers_of(knobs, run: Path) -> list[Tracker]:
 
 
 def require(module: str, knob: str) -> None:
-    """Nothing; a StageError where a tracker's package is missing."""
+    """Raise StageError where a tracker's package is missing."""
     if importlib.util.find_spec(module) is None:
         raise StageError(f"{knob}: the Python package {module} is not installed", f"pip install {module}")
 

@@ -9,7 +9,7 @@ FIX = "pip install -r requirements.txt"
 
 
 def check() -> None:
-    """Nothing; a StageError names the first library that is missing or too old."""
+    """Raise StageError for the first library that is missing or too old."""
     for name, oldest in MINIMUM.items():
         try:
             found = version(name)
