@@ -25,7 +25,7 @@ from lib.sampler import Batcher, to_device
 
 
 def main(argv=None):
-    """Plan on meta tensors, print it by role, then load and compare."""
+    """Plan the model on meta tensors, print the plan by role, then load the model and compare."""
     parser = stage.arguments(__doc__)
     parser.add_argument("--plan-only", action="store_true", help="only print the plan")
     parser.add_argument("--forecast", action="store_true", help="only print the memory that training takes")
@@ -75,7 +75,7 @@ def main(argv=None):
 
 
 def print_plan(planned: dict) -> None:
-    """The plan as a table by role."""
+    """Print the plan as a table by role."""
     terminal.say(f"{planned['family']}: {planned['class']} in {planned['dtype']}")
     for line in quant.in_words(planned):
         terminal.say(line)
@@ -92,7 +92,7 @@ def print_plan(planned: dict) -> None:
 
 
 def first_forward(loaded, work, device: torch.device) -> tuple[float, str]:
-    """(loss per supervised token of the first training sample before any training, its sample_id)."""
+    """(loss per supervised token of the first training sample, before training; its sample_id)."""
     record = datasets.load_from_disk(work.input("02_data") / "train")[0]
     encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
     batch = to_device(Batcher(encoder.pad_id, encoder.collate)([encoder(record)]), device)

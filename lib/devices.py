@@ -1,4 +1,4 @@
-"""devices: what this process computes on (CUDA, MPS or CPU), in which precision, and its memory there."""
+"""devices: the device that this process computes on (CUDA, MPS or CPU), its precision and its memory."""
 import ctypes
 import functools
 import os
@@ -45,7 +45,7 @@ def freed_at_once() -> Iterator[None]:
     try:
         yield
     finally:
-        mallopt(M_MMAP_THRESHOLD, 2**25)                           # glibc's own most
+        mallopt(M_MMAP_THRESHOLD, 2**25)                           # the most that glibc sets by itself
 
 
 def mallopt(parameter: int, value: int) -> None:
@@ -55,7 +55,8 @@ def mallopt(parameter: int, value: int) -> None:
 
 
 def free_memory_gib(device: torch.device) -> float:
-    """Memory that this process may still take: its GPU's, or its share of what this machine has free."""
+    """GiB that this process may still take: what its GPU has free, or its share of the machine's free memory.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**30
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -63,9 +64,10 @@ def free_memory_gib(device: torch.device) -> float:
 
 
 def spread(config, device: torch.device) -> dict | None:
-    """transformers' arguments that share one model out over this machine's GPUs, or None.
+    """transformers' arguments that spread one model over this machine's GPUs; None without device_map.
 
-    A batch goes to the first GPU; accelerate's hooks hand on from layer to layer what the next one needs.
+    None, too, on another device and with a single GPU. A batch goes to the first GPU; accelerate's hooks move
+    to each layer's GPU what the layer needs.
     """
     if config.device_map is None or device.type != "cuda" or torch.cuda.device_count() < 2:
         return None
@@ -95,7 +97,7 @@ def ask_for_bf16(bf16: bool | str, device: torch.device, native=None) -> None:
 
 @contextmanager
 def tf32(wanted: bool) -> Iterator[None]:
-    """Inside, CUDA multiplies float32 matrices in TF32, if wanted: ten bits of mantissa, far more speed."""
+    """Inside, CUDA multiplies float32 matrices in TF32, if wanted: a mantissa of 10 bits, and much faster."""
     places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [place.fp32_precision for place in places]
     try:
@@ -108,7 +110,7 @@ def tf32(wanted: bool) -> Iterator[None]:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: the GPU's own count, or this process's resident set on a CPU."""
+    """GiB of memory used at most so far: torch's count on a GPU, this process's resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

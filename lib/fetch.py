@@ -1,8 +1,8 @@
 """fetch: media behind urls, each fetched once into a folder of the run, so that training needs no network.
 
-A file is called by the hash of its content; a note, called by the hash of the url, says which file it is.
-Only public hosts are asked, after redirects, too, and at the address that was looked at; and only
-directly, so that no proxy asks for others. A recipe can name private hosts that it trusts.
+A file is named by the hash of its content; a note, named by the hash of the url, says which file it is. Only
+public hosts are asked, also after redirects, at the very address that was checked, and without a proxy, which
+could ask others. A recipe can name private hosts that it trusts.
 
 Fork me to: fetch from elsewhere (`Fetcher._download`).
 """
@@ -35,7 +35,7 @@ class PrivateHost(OSError):
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches urls into `folder`; `hosts` are the private ones that may be asked."""
+    """Fetches urls into `folder`; hosts: private ones that may be asked; asked: urls that were already."""
     folder: Path
     timeout_seconds: float
     max_bytes: int
@@ -84,7 +84,7 @@ class Fetcher:
             self.refuse(url, str(error))
 
     def _tried(self, url: str) -> tuple[bytes, str]:
-        """(content, "HTTP 200, image/png") of a url; after all tries, a FetchError."""
+        """(content, how it was served, as "HTTP 200, image/png") of a url; FetchError after all tries."""
         for number in range(self.retries + 1):
             try:
                 return self._download(url)
@@ -111,13 +111,13 @@ class Fetcher:
 
 
 def served_as(answer, start: bytes | None = None) -> str:
-    """The status and type of an answer, and how it starts."""
+    """The status and type of an answer, and its first bytes if they are given."""
     shown = "" if start is None else f", it starts with {start!r}"
     return f"HTTP {answer.status}, {answer.headers.get_content_type()}{shown}"
 
 
 def opener(hosts: tuple[str, ...]) -> urllib.request.OpenerDirector:
-    """What opens http and https urls, of public hosts and of these."""
+    """An opener of http and https urls that connects to public hosts, and to these."""
 
     def connect(address: tuple[str, int], timeout, source=None) -> socket.socket:
         host, port = address

@@ -1,4 +1,4 @@
-"""origin: a base model of the hub: which commit is meant, who may have it, what fetching it takes.
+"""origin: a base model of the hub: which commit is meant, whether it may be had, what fetching it takes.
 
 Everything goes through huggingface_hub, so HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they
 mean elsewhere. A base model that is a folder has nothing to do with any of this.
@@ -17,9 +17,9 @@ CODE_MAPS = ("config.json", "processor_config.json", "preprocessor_config.json",
 
 
 def commit(base_model: str, revision: str | None) -> str | None:
-    """The commit that a branch or tag of the hub means, None where neither hub nor cache can say.
+    """The commit that a branch or tag of the hub means; None where neither hub nor cache can say.
 
-    What it asks for is config.json, which a gated model refuses: model_info would be told in any case.
+    It asks for config.json, which a gated model refuses; model_info would answer even for that.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -33,7 +33,7 @@ def commit(base_model: str, revision: str | None) -> str | None:
 
 
 def refusal(base_model: str, revision: str | None, error: BaseException | None) -> StageError | None:
-    """What a refusal of the hub's means, and what mends it; None where an error, or its cause, is none."""
+    """The StageError that explains the hub's refusal behind an error; None where there is none behind it."""
     from huggingface_hub import constants, errors
     page, login = f"{constants.ENDPOINT}/{base_model}", "`hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
@@ -59,7 +59,7 @@ def refusal(base_model: str, revision: str | None, error: BaseException | None) 
 
 
 def fetch(base_model: str, revision: str | None, names: list[str]) -> Path:
-    """The folder with these files of a base model; a hub's are downloaded after a word on what that takes."""
+    """The folder with these files of a base model; a hub's are downloaded, after saying how much that is."""
     if Path(base_model).is_dir():
         return Path(base_model)
     from huggingface_hub import constants, snapshot_download

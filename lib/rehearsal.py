@@ -1,8 +1,8 @@
 """rehearsal: 05's view --check, which takes the loop's own steps but writes nothing.
 
-First the model's own answer: what `generate` says step by step, training has to predict from the same text at
-once. Then the longest step that the run can meet: does it fit, and how long would all of them take? Then 30
-steps on one batch, which is learnt by heart if labels, gradients and optimizer work together.
+First the model's own answer: what `generate` writes token by token, the training forward has to predict from
+the same text at once. Then the longest step that the run can meet: does it fit, and how long would all steps
+take? Then 30 steps on one batch, which is learnt by heart if labels, gradients and optimizer work together.
 """
 import heapq
 from collections.abc import Callable, Iterator
@@ -16,9 +16,9 @@ from lib.order import Row, in_turn
 from lib.sampler import loader, to_device
 from lib.steps import Step, figures_of
 
-RATE = {"adapter": 2e-3, "model": 1e-4}   # at least, so that 30 steps suffice where the recipe is cautious
-STEPS, ENOUGH = 30, 0.1                   # loss per token
-ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; the lead that rounding can't undo; share to predict
+RATE = {"adapter": 2e-3, "model": 1e-4}   # learning rates at least, so that 30 steps suffice for any recipe
+STEPS, ENOUGH = 30, 0.1                   # steps on one batch; the loss per token below which it is learnt
+ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; lead that rounding can't undo; share to be predicted
 
 
 def check(run, optimizer_step: Callable[..., Step]) -> None:
@@ -132,13 +132,13 @@ def prove_apart(run, indices: Row, rows: list[Row], who: str, fix: str) -> None:
 
 
 def batches(run, rows: list[Row]) -> Iterator[dict]:
-    """This rank's micro-batches of these rows."""
+    """This rank's micro-batches of these rows, encoded in this process."""
     mine = run.samples.dealt(rows, run.work.config.micro_batch_size, run.world.world_size)[run.world.rank]
     return iter(loader(run.samples, mine, 0, run.world.device))
 
 
 def reason(samples, rows: list[Row], losses: list[float]) -> str:
-    """Why a batch wasn't learnt, as far as it shows."""
+    """The likeliest reason why a batch wasn't learnt, in words."""
     answers: dict[tuple, int] = {}
     for index in (index for row in rows for index in row):
         record = samples.records[index]

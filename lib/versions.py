@@ -1,4 +1,4 @@
-"""versions: the oldest libraries that the kit runs with, checked in this one place."""
+"""versions: the oldest versions of libraries that the kit runs with, checked in this one place."""
 from importlib.metadata import PackageNotFoundError, version
 
 from lib.ledger import StageError
@@ -20,5 +20,5 @@ def check() -> None:
 
 
 def parts(text: str) -> tuple[int, ...]:
-    """(2, 14, 1) of "2.14.1+cu130"."""
+    """A version's numbers, such as (2, 14, 1) of "2.14.1+cu130"."""
     return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())
