@@ -118,7 +118,7 @@ CASES = (
         files=FILES | {"r.yaml": RECIPE + "loss: mine.py:vocal\n"}),
     Bad("neither a choice nor a function", ["r.yaml", "run"],
         "r.yaml:4: lr_scheduler: rates must be cosine, linear or constant or path/to/file.py:function",
-        "for example lr_scheduler: cosine (the rate after the warm-up)",
+        "for example lr_scheduler: cosine (the learning rate after the warm-up)",
         files=FILES | {"r.yaml": RECIPE + "lr_scheduler: rates\n"}),
     Bad("two metrics of one name", ["r.yaml", "run"],
         "r.yaml:4: eval_metrics: [anls, mine.py:anls] has two metrics named anls", "rename the function",
