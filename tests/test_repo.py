@@ -22,6 +22,11 @@ def holding(pattern, paths=CODE):
     return [path.name for path in paths if re.search(pattern, read(path), re.MULTILINE)]
 
 
+def test_the_map_of_lib_names_each_of_its_modules_once():
+    rooms = re.findall(r"^    \w.*?  +(.+)$", ast.get_docstring(ast.parse(read(ROOT / "lib" / "__init__.py"))), re.M)
+    assert sorted(" ".join(rooms).split()) == [path.stem for path in LIBRARY if path.stem != "__init__"]
+
+
 def test_git_ignores_no_source_file():
     ignored = subprocess.run(["git", "check-ignore", *map(str, CODE)], cwd=ROOT, capture_output=True, text=True)
     assert ignored.stdout == ""
