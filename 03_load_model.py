@@ -33,10 +33,12 @@ def main(argv=None):
     parser.add_argument("--gib", type=float, default=80, help="--forecast: memory of each, GiB (80)")
     args = parser.parse_args(argv)
     run = stage.resolve_run(args.run)
-    if args.plan_only or args.forecast:
+    if args.plan_only:
+        return print_plan(plan.make_plan(stage.every_knob(run)))
+    if args.forecast:
         planned = plan.make_plan(stage.view("03_load_model", run).config)
         print_plan(planned)
-        return fit.print_fit(fit.Case.of(run, planned), args.gpus, args.gib) if args.forecast else None
+        return fit.print_fit(fit.Case.of(run, planned), args.gpus, args.gib)
 
     # 1. Start the stage, unless its outputs are still true.
     work = stage.begin(stage.decide("03_load_model", run, force=args.force))

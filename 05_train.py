@@ -33,6 +33,7 @@ from lib.evaluate import held_out_answers, held_out_loss, metrics_of
 from lib.golden import golden_answers, write_golden
 from lib.ledger import read_json, write_json
 from lib.loss import forward_loss
+from lib.messages import count
 from lib.metrics import Log
 from lib.order import Order, Row, in_turn
 from lib.registry import family_of
@@ -210,7 +211,8 @@ def train(run: Run) -> Log:
         for step in range(run.first_step, total):
             if log.patience_is_over(config):
                 best = f"step {log.best(config)['step']} has the best {config.metric_for_best_model}"
-                terminal.say(f"early stopping: {best}, {config.early_stopping_patience} evaluations ago")
+                ago = count(config.early_stopping_patience, "evaluation")
+                terminal.say(f"early stopping: {best}, {ago} ago")
                 break
             rate = optim.learning_rate(config, step, total)
             unread.append(optimizer_step(run, step, run.order.of_step(step), batches, rate))
@@ -239,7 +241,7 @@ def write_down(run: Run, unread: deque[Step], left: int, log: Log, progress: ter
     while len(unread) > left:
         step = unread.popleft()
         log.step(step.number + 1, figures_of(run, step))
-        if log.steps % run.work.config.logging_steps == 0:
+        if log.steps % run.work.config.logging_steps == 0 or log.steps == run.total_steps:
             progress.update(log.steps, **log.line())
 
 

@@ -18,7 +18,7 @@ from lib.order import in_turn
 from lib.processor import first_line
 from lib.registry import family_of
 from lib.sampler import Batcher, Samples
-from lib.stage import Knobs, StageError
+from lib.stage import Knobs, StageError, every_knob
 
 GIB = 2**30
 RESERVE = 0.05                            # of a GPU: CUDA's context and gaps between tensors aren't counted
@@ -41,7 +41,7 @@ class Case:
     @classmethod
     def of(cls, run: Path, planned: dict) -> "Case":
         """A run folder's. It reads knobs of 04 and 05, too: a forecast is no part of any stage's result."""
-        return cls(planned, Knobs(**read_json(run / "01_config" / "config.json")), run / "02_data")
+        return cls(planned, every_knob(run), run / "02_data")
 
     def changed(self, **knobs) -> "Case":
         """The same with other knobs, and planned anew."""

@@ -69,7 +69,9 @@ def adapter_path(text: str) -> str:
     path = Path(text)
     if missing := [name for name in ("adapter_config.json", "adapter_model.safetensors")
                    if not os.path.isfile(path / name)]:
-        raise Wrong(f"is no folder with {missing[0]}", None if os.path.isdir(path) else
+        inside = [place for place in (path / "06_save/adapter", path / "adapter") if os.path.isdir(place)]
+        raise Wrong(f"is no folder with {missing[0]}", f"did you mean {inside[0]}?" if inside else
+                    "name the folder that peft saved an adapter in" if os.path.isdir(path) else
                     similar(path, "hf download OWNER/NAME --local-dir FOLDER fetches one from the hub"))
     return text
 

@@ -1,8 +1,8 @@
 """rehearsal: 05's view --check, which takes the loop's own steps but writes nothing.
 
 First the model's own answer: what `generate` says step by step, training has to predict from the same text at
-once. Then the longest step that the run can meet: does it fit, and how long would all of them take? Then 30
-steps on one batch, which is learnt by heart if labels, gradients and optimizer work together.
+once. Then the longest step that the run can meet: does it fit, and how long would all of them take? Then up
+to 100 steps on one batch, which is learnt by heart if labels, gradients and optimizer work together.
 """
 import heapq
 from collections.abc import Callable, Iterator
@@ -12,12 +12,13 @@ import torch
 
 from lib import devices, optim, packing, terminal
 from lib.collator import collate, is_per_token
+from lib.messages import count
 from lib.order import Row, in_turn
 from lib.sampler import loader, to_device
 from lib.steps import Step, figures_of
 
-RATE = {"adapter": 2e-3, "model": 1e-4}   # at least, so that 30 steps suffice where the recipe is cautious
-STEPS, ENOUGH = 30, 0.1                   # loss per token
+RATE = {"adapter": 2e-3, "model": 1e-4}   # at least, so that these steps suffice where the recipe is cautious
+STEPS, ENOUGH = 100, 0.1                  # loss per token
 ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; the lead that rounding can't undo; share to predict
 
 
@@ -42,7 +43,10 @@ def check(run, optimizer_step: Callable[..., Step]) -> None:
             taken = optimizer_step(run, step, few, batches(run, few), rate)
             losses.append(figures_of(run, taken)["loss"])
             progress.update(step, loss=f"{losses[-1]:.4f}")
-    said = f"{STEPS} steps on one batch, at a rate of {rate:g}: loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+            if losses[-1] < ENOUGH:
+                break
+    said = (f"{count(len(losses), 'step')} on one batch, at a rate of {rate:g}: "
+            f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     if losses[-1] >= ENOUGH:
         why = reason(samples, few, losses)
         world.stop(f"the model doesn't overfit one batch: {why} ({said}, not < {ENOUGH})",

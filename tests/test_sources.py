@@ -132,7 +132,7 @@ BAD = {
     "a slice beyond a hundred percent": (
         {"path": "rows/ten.jsonl", "split": "train[:200%]"}, "datasets: rows/ten.jsonl: split train[:200%]: ", "write"),
     "several splits and none named": (
-        {"path": "two"}, "datasets: two has the splits a, b, not None", "write split: a"),
+        {"path": "two"}, "datasets: two has the splits a, b, and the recipe names none", "write split: a"),
     "several splits of files and none named": (
         {"path": "parts"}, "datasets: parts has the splits train, test", "write which: split: train"),
     "files of several shapes": ({"path": "odd"}, "datasets: odd: can't be loaded: ", CORRECT),
