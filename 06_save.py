@@ -170,7 +170,7 @@ def ask(work, files: list[str], question: str) -> None:
     before = [{"role": "system", "content": text_parts(prompt)}] if prompt else []
     text, opened = prompt_about(files, question, encoder, template, before)
     device, most, answers = devices.pick_device(), work.config.max_new_tokens, []
-    base = model.load(plan, device, "reference", spread=devices.spread(work.config, device))
+    base = model.load(plan, device, "inference", spread=devices.spread(work.config, device))
     with quiet():
         answers.append(["before", generate(base, encoder, text, opened, most) or "(nothing)"])
         tuned = trained_model(work, plan) if work.config.adapter is None else \

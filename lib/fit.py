@@ -10,11 +10,12 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import packing, plan, terminal
+from lib import packing, terminal
 from lib.chat import Encoder
 from lib.forecast import Peak, Step
 from lib.ledger import read_json
 from lib.order import in_turn
+from lib.plan import make_plan
 from lib.processor import first_line
 from lib.registry import family_of
 from lib.sampler import Batcher, Samples
@@ -34,23 +35,23 @@ CHANGED_BY = ("micro_batch_size", "gradient_accumulation_steps", "sample_packing
 @dataclass(frozen=True)
 class Case:
     """A run as it would be trained: its plan, all its knobs, and where 02's samples are."""
-    planned: dict
+    plan: dict
     knobs: object
     data: Path
 
     @classmethod
-    def of(cls, run: Path, planned: dict) -> "Case":
+    def of(cls, run: Path, plan: dict) -> "Case":
         """A run folder's. It reads knobs of 04 and 05, too: a forecast is no part of any stage's result."""
-        return cls(planned, every_knob(run), run / "02_data")
+        return cls(plan, every_knob(run), run / "02_data")
 
     def changed(self, **knobs) -> "Case":
         """The same with other knobs, and planned anew."""
         knobs = Knobs(**vars(self.knobs) | knobs)
-        return Case(plan.make_plan(knobs), knobs, self.data)
+        return Case(make_plan(knobs), knobs, self.data)
 
     def peaks(self, cuda: bool = True) -> Callable[[int, bool], Peak]:
         """A function: rows of a micro-batch, whether layers are checkpointed -> the Peak."""
-        step = Step(self.planned, self.knobs, cuda)
+        step = Step(self.plan, self.knobs, cuda)
         row, batcher = longest_row(self, step.net)
         return functools.cache(lambda rows, checkpointing: step.peak(
             batcher([dict(row) for _ in range(rows)]), checkpointing))
@@ -58,7 +59,7 @@ class Case:
 
 def longest_row(case: Case, net) -> tuple[dict[str, torch.Tensor], Batcher]:
     """(02's longest training row, packed if rows are, its floats on meta, what makes batches of it)."""
-    knobs, family = case.knobs, family_of(case.planned["model_type"])
+    knobs, family = case.knobs, family_of(case.plan["model_type"])
     encoder = Encoder.load(case.data / "processor", knobs.trust_remote_code)
     packs = knobs.sample_packing and not family.packing              # where it can't, 05 says so
     samples = Samples(datasets.load_from_disk(case.data / "train"), encoder,
@@ -91,13 +92,13 @@ def asked(knobs, device: str) -> dict:
     return {"device": device, "knobs": {name: getattr(knobs, name) for name in CHANGED_BY}}
 
 
-def of_run(run: Path, planned: dict, device: str) -> dict | None:
+def of_run(run: Path, plan: dict, device: str) -> dict | None:
     """A run's `facts` for a kind of device; None, and a word why, where there is no forecast.
 
     What 03 wrote serves as long as the knobs are those, and the device is of that kind.
     """
     try:
-        case, path = Case.of(run, planned), run / "03_load_model" / "forecast.json"
+        case, path = Case.of(run, plan), run / "03_load_model" / "forecast.json"
         written = read_json(path) if path.exists() else {}
         if asked(case.knobs, device).items() <= written.items():
             return written
@@ -189,7 +190,7 @@ def changes(case: Case, peaks: Callable[[int, bool], Peak], gpus: int, room: int
         lines.append(line("micro_batch_size: 1", peaks(1, knobs.gradient_checkpointing)))
     if not knobs.gradient_checkpointing:
         lines.append(line("gradient_checkpointing: true", peaks(1, True)))
-    if not case.planned["quantisation"] and not case.planned["stored_as"]:
+    if not case.plan["quantisation"] and not case.plan["stored_as"]:
         few_bits = case.changed(adapter="qlora", load_in_4bit=True)
         lines.append(line("adapter: qlora, with checkpointing", few_bits.peaks()(1, True)))
     least = peaks(1, True)

@@ -31,8 +31,8 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
          spread: dict | None = None):
     """The plan's model on `device`, frozen, with the adapter in a folder on it, if one is named.
 
-    "train": in train mode, and the adapter trains. "inference": in eval mode. "reference": so, and without
-    the adapter. spread: transformers' arguments that share it out over the GPUs instead (`devices.spread`).
+    mode: "train", in train mode and with an adapter that trains, or "inference", in eval mode. spread:
+    transformers' arguments that share it out over the GPUs instead (`devices.spread`).
     StageError for missing, misshapen or unexpected tensors, or layers quantised otherwise than planned.
     """
     family = registry.family_of(plan["model_type"])
@@ -72,7 +72,7 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
     model.requires_grad_(False)
     if family.uncast:
         model.get_submodule(family.uncast).register_forward_pre_hook(cast_to_own_type)
-    if adapter_path and mode != "reference":
+    if adapter_path:
         model = attach(model, adapter_path, trainable=mode == "train")
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
