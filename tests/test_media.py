@@ -315,7 +315,7 @@ def seen(source, root=Path(), fps=None, at_most=None) -> Clip:
     """The clip that a source gives, the same through its record."""
     decoding = Decoding(video_fps=fps, video_max_frames=at_most)
     record, clip = read_medium(source, root, "video", decoding)
-    again = open_medium(record, sampling)
+    again = open_medium(record, decoding)
     assert np.array_equal(clip.frames, again.frames) and clip.indices == again.indices
     assert (record["height"], record["width"]) == clip.frames.shape[1:3] and record["seconds"] == clip.seconds
     return clip
