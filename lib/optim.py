@@ -11,8 +11,6 @@ from lib.ledger import HOOK
 from lib.parallel import World
 from lib.stage import StageError
 
-OWN_RATES = ("vision", "audio", "projector")         # roles that may have a rate and a decay of their own
-
 
 def make_optimizer(parameters: dict[str, torch.nn.Parameter], roles: dict[str, str],
                    knobs) -> torch.optim.Optimizer:
@@ -22,7 +20,7 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
     """
     groups: dict[tuple[float, float], list] = {}
     for name, p in parameters.items():
-        share, decay = rate_share(name, roles[name], knobs), of_role("weight_decay", roles[name], knobs)
+        share, decay = rate_share(name, roles[name], knobs), of_role(roles[name], knobs)[1]
         groups.setdefault((share, decay if p.dim() >= 2 else 0.0), []).append(p)
     groups = [{"params": found, "share": share, "weight_decay": decay}
               for (share, decay), found in groups.items()]
@@ -59,17 +57,23 @@ def numbers_in_groups(optimizer, knobs) -> list[dict[str, float]]:
             for group in groups]
 
 
-def of_role(name: str, role: str, knobs) -> float:
-    """The run's learning_rate or weight_decay, or the role's own where the recipe gives it one."""
-    own = getattr(knobs, f"{name}_{role}") if role in OWN_RATES else None
-    return getattr(knobs, name) if own is None else own
+def own_of(knobs) -> dict[str, tuple[float | None, float | None]]:
+    """{role: (learning rate, weight decay)} of the roles that may have their own; None: the run's."""
+    return {"vision": (knobs.learning_rate_vision, knobs.weight_decay_vision),
+            "audio": (knobs.learning_rate_audio, knobs.weight_decay_audio),
+            "projector": (knobs.learning_rate_projector, knobs.weight_decay_projector)}
+
+
+def of_role(role: str, knobs) -> tuple[float, float]:
+    """(learning rate, weight decay) of a role: its own where the recipe gives one."""
+    rate, decay = own_of(knobs).get(role, (None, None))
+    return (knobs.learning_rate if rate is None else rate, knobs.weight_decay if decay is None else decay)
 
 
 def rates(knobs, rate: float) -> dict[str, float]:
     """A step's rate, and of the roles that have their own, as figures."""
-    own = [role for role in OWN_RATES if getattr(knobs, f"learning_rate_{role}") is not None]
-    shares = {role: of_role("learning_rate", role, knobs) / knobs.learning_rate for role in own}
-    return {"learning_rate": rate} | {f"learning_rate_{role}": rate * share for role, share in shares.items()}
+    return {"learning_rate": rate} | {f"learning_rate_{role}": rate * its / knobs.learning_rate
+                                      for role, (its, _) in own_of(knobs).items() if its is not None}
 
 
 def rate_share(name: str, role: str, knobs) -> float:
@@ -77,7 +81,7 @@ def rate_share(name: str, role: str, knobs) -> float:
 
     Source: LoRA+ (arXiv 2402.12354).
     """
-    share = of_role("learning_rate", role, knobs) / knobs.learning_rate
+    share = of_role(role, knobs)[0] / knobs.learning_rate
     return share * (knobs.loraplus_lr_ratio if ".lora_B." in name else 1.0)
 
 
