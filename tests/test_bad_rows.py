@@ -164,7 +164,7 @@ ROWS = {
     "base64 of nothing": (CHAT | {"image": uri(b"")}, "picture in the row: empty file (0 bytes)", PICTURE),
     "a private url": (CHAT | {"image": "http://127.0.0.1:1/a"},
                       "http://127.0.0.1:1/a: 127.0.0.1 is no public host; url_hosts can allow it", PICTURE),
-    "a url of a file": (CHAT | {"image": "file:///etc/hosts"}, "file:/etc/hosts: no such file", PICTURE),
+    "a url of a file": (CHAT | {"image": "file:///no/such.png"}, "/no/such.png: no such file", PICTURE),
     "a sound for a model without ears": (CHAT | {"audio": {"array": [0.0] * 9, "sampling_rate": 16_000}},
                                          "message 0 (user) has a sound, and base_model takes none", "…"),
     "a sound without a rate": (CHAT | {"audio": {"array": [0.0]}}, "sound in the row: an array without sampling_rate",
