@@ -1,5 +1,6 @@
 """02_data: the same samples from any file, everything counted, nothing lost, the same bytes every time."""
 
+import csv
 import json
 import mmap
 import re
@@ -104,6 +105,14 @@ def as_jsonl(rows: list) -> str:
     return "rows.jsonl"
 
 
+def as_csv(rows: list) -> str:
+    with Path("rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({key: json.dumps(value) for key, value in row.items()} for row in rows)
+    return "rows.csv"
+
+
 def as_parquet(rows: list) -> str:
     datasets.Dataset.from_list(rows).to_parquet("rows.parquet")
     return "rows.parquet"
@@ -131,7 +140,7 @@ def as_saved_split(rows: list) -> str:
     return "rows"
 
 
-WRITERS = [as_json, as_jsonl, as_parquet, as_arrow_stream, as_arrow_file, as_saved_dataset, as_saved_split]
+WRITERS = [as_json, as_jsonl, as_csv, as_parquet, as_arrow_stream, as_arrow_file, as_saved_dataset, as_saved_split]
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
@@ -597,6 +606,15 @@ def test_an_image_folder_with_metadata_is_a_data_set(kit):
     assert kit.samples()[0]["media"][0]["path"] == "red.png"
 
 
+@pytest.mark.parametrize("entry", [{"path": "far/rows.csv"}, {"path": "csv", "data_files": "far/rows.csv"}])
+def test_the_pictures_of_a_csv_file_are_beside_it(entry, kit):
+    Path("far").mkdir()
+    shutil.move("red.png", "far/red.png")
+    Path("far/rows.csv").write_text("image,question,answer\nred.png,Which?,red\n,And?,green\n", encoding="utf-8")
+    kit.run(datasets=[entry])
+    assert [[medium["path"] for medium in sample["media"]] for sample in kit.samples()] == [["far/red.png"], []]
+
+
 def test_max_images_rejects_a_row_with_more(kit):
     rows = [CHAT | {"images": ["red.png"] * 2}, CHAT | {"images": ["red.png"] * 3}]
     kit.run("max_images=2", "on_bad_row=skip", rows=rows)
@@ -642,6 +660,7 @@ SKIP = "; or go without: on_bad_row=skip"
 REPLACE = f"replace that picture, or remove the row{SKIP}"
 MEND = f"mend or remove that line{SKIP}"
 AGAIN = "write the file again; a cut download looks like this"
+CELLS = 'save it as UTF-8, cells that hold a separator, newline or " within quotes'
 WHOLE = "name a folder or hub id with whole tokenizer and processor files"
 HOLD = "change val_set_size, or name a file of its own under test_datasets"
 TOGETHER = "(those that share a picture stay together)"
@@ -655,9 +674,25 @@ CASES = (
         "name a file with rows, or remove it",
         {"data.jsonl": "\n\n"}),
     bad("an unknown suffix",
-        "datasets: a.csv: unknown kind of file '.csv'",
-        "use .json, .jsonl, .parquet, .arrow or a folder written by datasets' save_to_disk",
-        {"a.csv": "a,b\n"}, "datasets=[{path: a.csv}]"),
+        "datasets: a.xlsx: unknown kind of file '.xlsx'",
+        "use .json, .jsonl, .csv, .tsv, .parquet, .arrow or a folder written by datasets' save_to_disk",
+        {"a.xlsx": "a,b\n"}, "datasets=[{path: a.xlsx}]"),
+    bad("a CSV file that ends within quotes",
+        "a.csv:3: not rows of cells: unexpected end of data", CELLS,
+        {"a.csv": 'question,answer\n"What?,red\nWhat?,green\n'}, "datasets=[{path: a.csv}]"),
+    bad("a CSV file in another encoding",
+        "a.csv:1: not rows of cells: the text is not UTF-8", CELLS,
+        {"a.csv": "question,answer\n".encode() + b"a" * 10_000 + b"\xe4,red\n"}, "datasets=[{path: a.csv}]"),
+    bad("a CSV file with a column twice",
+        "a.csv:1: not rows of cells: its first line names a column twice: question, image, image", CELLS,
+        {"a.csv": "question,image,image\n"}, "datasets=[{path: a.csv}]"),
+    bad("a CSV file without rows",
+        "datasets: a.csv: holds no row", "name a file with rows, or remove it",
+        {"a.csv": "question,answer\n"}, "datasets=[{path: a.csv}]"),
+    bad("a row of too many cells",
+        "a.csv: row 1: 3 cells, and the first line names 2 columns",
+        f"put a cell that holds a separator within quotes, or write each empty cell{SKIP}",
+        {"a.csv": "question,answer\nWhat?,red\nWhat, then?,red\n"}, "datasets=[{path: a.csv}]"),
     bad("a broken line",
         "data.jsonl:2: not JSON: Expecting ',' delimiter at column 31", MEND,
         {"data.jsonl": json.dumps(CHAT) + '\n{"messages": [{"role": "user" "content": "hi"}]}\n'}),
