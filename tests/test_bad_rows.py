@@ -176,7 +176,7 @@ ROWS = {
     "too many pictures": (CHAT | {"images": ["red.png"] * 4}, "4 pictures, over max_images 3",
                           "raise max_images, or remove some with their parts"),
     "too long": (user("why? " * 900), "… tokens, over sequence_len 512",
-                 "raise sequence_len, shorten the row, or use smaller pictures"),
+                 "sequence_len: 8192, or shorten the row"),
 }
 
 

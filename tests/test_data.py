@@ -470,6 +470,32 @@ def test_what_is_too_long_is_dropped_listed_and_counted_without_a_stop(kit):
     assert kit.counts()["rows_over_sequence_len"] == 1
 
 
+@pytest.mark.parametrize("short, warned", [(8, True), (9, False)])
+def test_a_tenth_and_more_of_a_data_sets_rows_that_are_too_long_is_a_warning(short, warned, kit, capsys):
+    write_jsonl(Path("short.jsonl"), [CHAT] * 9)
+    kit.run("sequence_len=60", rows=[CHAT] * short + [LONG], datasets=[{"path": "short.jsonl"}, {"path": "data.jsonl"}])
+    said = "warning: data.jsonl: 1 of 9 rows (11%) are over sequence_len; 02_data/rejects.jsonl says"
+    assert (said in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("base, words, strategy, fix", [
+    ("llava", "red", "drop", "sequence_len: 128, or shorten the row"),             # whose pictures have one size
+    ("qwen2_5_vl", "red " * 300, "drop", "sequence_len: 2048, or shorten the row"),
+    ("qwen2_5_vl", "red", "truncate",
+     "sequence_len: 128, or excess_length_strategy: shrink_media, or a max_image_tokens for all pictures"),
+    ("qwen2_5_vl", "red", "shrink_media", "sequence_len: 128, or shorten the row"),
+])
+def test_the_fix_of_a_row_that_is_too_long_holds_it_and_names_what_makes_most_of_it_smaller(base, words, strategy, fix, kit):
+    Image.effect_noise((400, 400), 90).save("large.png")
+    long = chat("What? ", words) | {"images": ["large.png"] * 4}
+    kit.run("sequence_len=62", f"excess_length_strategy={strategy}", base=base, rows=[CHAT, long])
+    (reject,) = kit.rejects()
+    assert reject["too_long"] and reject["fix"] == fix
+    held = int(re.match(r"sequence_len: (\d+)", fix)[1])
+    kit.run(f"sequence_len={held}", base=base, rows=[CHAT, long])
+    assert held // 2 < kit.samples()[1]["input_tokens"] <= held
+
+
 def test_a_text_is_cut_behind_its_last_medium_and_only_there(kit):
     rows = [LONG | {"images": ["red.png"]}, CHAT, CHAT | {"images": ["red.png"] * 5},
             {"messages": [QUESTION, ANSWER, QUESTION | {"content": "why? " * 60}, ANSWER]}]
@@ -767,7 +793,7 @@ CASES = (
         data({"conversations": []})),
     bad("a row that is too long",
         "data.jsonl:2: … tokens, over sequence_len 64",
-        "raise sequence_len, shorten the row, or use smaller pictures; or go without: excess_length_strategy=drop",
+        "sequence_len: 2048, or shorten the row; or go without: excess_length_strategy=drop",
         data(chat("What?", "red " * 500)), "sequence_len=64", "excess_length_strategy=error"),
     bad("nothing but bad rows",
         "data.jsonl:1: nothing to learn: no assistant message has a text (and 1 more bad row)",
