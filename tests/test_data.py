@@ -277,6 +277,16 @@ def test_held_out_samples_are_a_seeded_choice(kit):
     assert len(held_out("val_set_size=0.001")) == 1
 
 
+def test_fewer_samples_than_val_set_size_says_are_held_out_with_a_word(kit, capsys):
+    rows = [CHAT | {"image": f"{colour}.png"} for colour in COLOURS[:3] for _ in range(3)]
+    kit.run("val_set_size=4", rows=rows)
+    assert len(kit.samples("eval")) == 3
+    said = "val_set_size: 4: 3 of 4 samples are held out, since those that share a row or picture stay together"
+    assert said in capsys.readouterr().out
+    kit.run("val_set_size=3", rows=rows)
+    assert "are held out, since" not in capsys.readouterr().out
+
+
 def test_test_datasets_are_held_out_and_their_samples_have_names_of_their_own(kit):
     write_colours(Path("other"), rows=2)
     kit.run(test_datasets=[{"path": "other/data.jsonl"}])
@@ -688,7 +698,7 @@ MEND = f"mend or remove that line{SKIP}"
 AGAIN = "write the file again; a cut download looks like this"
 CELLS = 'save it as UTF-8, cells that hold a separator, newline or " within quotes'
 WHOLE = "name a folder or hub id with whole tokenizer and processor files"
-HOLD = "change val_set_size, or name a file of its own under test_datasets"
+HOLD = "name a file of its own under test_datasets"
 TOGETHER = "(those that share a picture stay together)"
 CASES = (
     bad("a missing data file",
@@ -801,7 +811,12 @@ CASES = (
         "all are in run/02_data.partial/rejects.jsonl",
         {"data.jsonl": 2 * (json.dumps(OPEN) + "\n")}, "on_bad_row=skip"),
     bad("all rows held out",
-        f"val_set_size: 8: all of the 8 samples would be held out {TOGETHER}", HOLD, {}, "val_set_size=8"),
+        f"val_set_size: 8: all of the 8 samples would be held out {TOGETHER}", f"val_set_size: 1, or {HOLD}", {},
+        "val_set_size=8"),
+    bad("a picture that most rows share",
+        f"val_set_size: 1: none of the 5 samples would be held out {TOGETHER}", f"val_set_size: 2, or {HOLD}",
+        {"data.jsonl": "".join(json.dumps(CHAT | {"image": f"{name}.png"}) + "\n"
+                               for name in ("red", "green", "red", "green", "red"))}, "val_set_size=1"),
     bad("one picture in all rows",
         f"val_set_size: 1: none of the 2 samples would be held out {TOGETHER}", HOLD,
         {"data.jsonl": 2 * (json.dumps(CHAT | {"image": "red.png"}) + "\n")}, "val_set_size=1"),
