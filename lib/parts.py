@@ -28,7 +28,7 @@ def part_of(part, number: int) -> dict:
         return {"type": "text", "text": part["text"]}
     if isinstance(kind, str) and kind in NOUNS:
         source = first_of(part, (kind, *PLACES))
-        if isinstance(part.get("base64"), str):
+        if part.get("base64") is not None:
             source = f"data:;base64,{part['base64']}"
         if part.get("array") is not None:
             source = {key: part[key] for key in ("array", "sampling_rate") if key in part}

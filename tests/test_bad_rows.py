@@ -160,6 +160,7 @@ ROWS = {
     "a picture without a path": (CHAT | {"image": {"path": None}}, "picture: must be a path, bytes or an image, not None", PICTURE),
     "an array for a picture": (CHAT | {"image": {"array": [[1]]}}, "picture in the row: an array is no picture", PICTURE),
     "broken base64": (CHAT | {"image": "data:image/png;base64,%%%"}, "data:image/png;base64,%%%: broken base64 (…)", PICTURE),
+    "base64 that is a number": (user([{"type": "image", "base64": 3}]), "data:;base64,3: broken base64 (…)", PICTURE),
     "base64 of no picture": (CHAT | {"image": uri(b"hello")}, "picture in the row: not a picture (it starts with b'hello')", PICTURE),
     "base64 of nothing": (CHAT | {"image": uri(b"")}, "picture in the row: empty file (0 bytes)", PICTURE),
     "a private url": (CHAT | {"image": "http://127.0.0.1:1/a"},
