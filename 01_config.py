@@ -236,7 +236,7 @@ class Recipe:
 
 
 def settle(values: dict, recipe_path: Path) -> Recipe:
-    """The Recipe, with what follows from other knobs filled in. No value here depends on the machine."""
+    """The Recipe, with knobs that follow from others filled in; no value depends on this machine."""
     k = Recipe(**values)
     k.load_in_4bit = k.adapter == "qlora" or bool(k.load_in_4bit)
     k.full_finetune = k.adapter is None
@@ -252,7 +252,7 @@ def settle(values: dict, recipe_path: Path) -> Recipe:
 
 
 def configure(recipe_path: Path, text: str, overrides=()) -> tuple[Recipe, dict[str, Entry], list]:
-    """The Recipe of a text, {knob: the entry that gave its value}, and notes as (key, words).
+    """(the Recipe of a text, {knob: the entry that gave its value}, notes as (key, words)).
 
     Raises StageError with all problems of the recipe at once.
     """
@@ -275,7 +275,7 @@ def configure(recipe_path: Path, text: str, overrides=()) -> tuple[Recipe, dict[
 
 
 def sort_arguments(words: list[str]) -> tuple[Path, str | None, list[str]]:
-    """The recipe, the run folder (None if it is not named) and the overrides of a command line."""
+    """(recipe, run folder or None where none is named, overrides) of a command line's words."""
     overrides = [word for word in words if re.match(r"[A-Za-z_][\w.\[\]]*=", word)]
     paths = [word for word in words if word not in overrides]
     if not paths:
@@ -295,7 +295,7 @@ def as_override(flag: str, value: str = "VALUE", *_) -> str:
 
 
 def first_day(run: Path) -> str:
-    """The day that a run's templates tell: today, kept when 01 runs again, or the samples would be others."""
+    """The day that a run's templates write: that of 01's first run, so that samples stay the same."""
     try:
         return read_json(run / "01_config" / "config.json")["template_date"]
     except (StageError, KeyError):                               # there is none, or an older kit's
@@ -303,9 +303,9 @@ def first_day(run: Path) -> str:
 
 
 def pinned(run: Path, k: Recipe) -> dict | None:
-    """{base_model, revision as the recipe has it, commit}; None for a folder, or where nobody can say.
+    """{base_model, revision as the recipe has it, commit}; None for a folder, or where no commit is known.
 
-    A commit is kept when 01 runs again: what `main` means moves, and the run's model must not.
+    When 01 runs again, the commit is kept: `main` may mean another one by then, and a run has one model.
     """
     if Path(k.base_model).is_dir():
         return None
@@ -322,7 +322,7 @@ def pinned(run: Path, k: Recipe) -> dict | None:
 
 
 def show(k: Recipe, given: dict[str, Entry], notes: list) -> None:
-    """Nothing; what the recipe gives is on screen by stage, then what is odd about it."""
+    """Print what the recipe gives, by stage, then what is odd about it."""
     known, values = knobs_of(Recipe), asdict(k)
     for stem in (*STAGES[1:], STAGES[0]):
         rows = []
@@ -352,7 +352,7 @@ def without_defaults(value):
 
 
 def show_knobs() -> None:
-    """Nothing; every knob is on screen."""
+    """Print every knob with its default, what it takes, who reads it and why."""
     rows = []
     for name, (kind, meta) in knobs_of(Recipe).items():
         default = "required" if meta["default"] is REQUIRED else written(meta["default"])
@@ -362,7 +362,7 @@ def show_knobs() -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Nothing; the run's 01_config/ says what the recipe says."""
+    """Write the run's 01_config/ from the recipe."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", metavar="RECIPE [RUN] [key=value ...]")

@@ -79,7 +79,7 @@ def main(argv=None):
 
 
 def show(work, number: int) -> None:
-    """The view `--show N`: the first samples of a finished stage."""
+    """Print the first samples of a finished stage: the view `--show N`."""
     import datasets
     encoder = Encoder.load(work.path / "processor", work.config.trust_remote_code)
     train = datasets.load_from_disk(str(work.path / "train"))
@@ -92,8 +92,10 @@ def show(work, number: int) -> None:
 
 
 def load_templates_and_encoder(work) -> tuple[dict[str, Template], Encoder]:
-    """(each chat template that the recipe names, the base model's encoder with the recipe's options), as
-    02_data/processor gives it to every later stage, with the first data set's template.
+    """({chat template that the recipe names: Template}, the base model's Encoder with the recipe's options).
+
+    The encoder is saved in 02_data/processor, with the first data set's template, and loaded from there, as
+    every later stage loads it.
     """
     config, base_model = work.config, Path(work.config.base_model)
     if base_model.is_dir():
@@ -139,12 +141,15 @@ def load_templates_and_encoder(work) -> tuple[dict[str, Template], Encoder]:
 
 
 def template_of(spec: dict, config) -> str:
-    """The chat template of an entry of `datasets`: its own, or that of all."""
+    """The chat template that an entry of `datasets` names: its own, or the recipe's for all."""
     return spec["chat_template"] or config.chat_template or OWN_TEMPLATE
 
 
 def jinja_of(given: str, own: str, family: registry.Family, work) -> str:
-    """A chat template: the Jinja itself, that of the file that is named, the checkpoint's own for a name."""
+    """The Jinja of a chat template that is given as Jinja, as a file, or by a family's name.
+
+    A name means the checkpoint's `own`, if it is of that family; StageError if it isn't.
+    """
     if given == OWN_TEMPLATE:
         return own
     if given in registry.template_names():
@@ -161,7 +166,7 @@ def jinja_of(given: str, own: str, family: registry.Family, work) -> str:
 
 
 def measure(reader: Rows, work, rejects: summary.Rejects) -> Iterator[pyarrow.RecordBatch]:
-    """The samples of a data set, measured by encoding them; what can't be used is added to `rejects`."""
+    """Yield the measured samples of a data set in batches; rows that can't be used are added to `rejects`."""
     path, kept, too_long = reader.spec["path"], 0, 0
     for file in sources.files_of(reader.spec):
         work.uses(file)
@@ -181,7 +186,7 @@ def measure(reader: Rows, work, rejects: summary.Rejects) -> Iterator[pyarrow.Re
 
 
 def stop_at_rejects(work, rejects: summary.Rejects, kept: int) -> None:
-    """Show what can't be used; stop where the recipe says so or nothing is left. All rows were looked at."""
+    """Print which rows can't be used; raise StageError where the recipe says so, or no sample is left."""
     rejects.file.close()
     if rejects.kinds:
         terminal.table(f"{count(rejects.number.total(), 'row')} can't be used", ["rows", "such as", "fix"],

@@ -26,7 +26,7 @@ from lib.sampler import Batcher, to_device
 
 
 def main(argv=None):
-    """Plan on meta tensors, print it by role, then load and compare."""
+    """Plan the model on meta tensors, print the plan by role, then load the model and compare."""
     parser = stage.arguments(__doc__)
     parser.add_argument("--plan-only", action="store_true", help="only print the plan")
     parser.add_argument("--forecast", action="store_true", help="only print the memory that training takes")
@@ -78,7 +78,7 @@ def main(argv=None):
 
 
 def print_plan(plan: dict) -> None:
-    """The plan as a table by role."""
+    """Print the plan as a table by role."""
     terminal.say(f"{plan['family']}: {plan['class']} in {plan['dtype']}")
     for line in quant.in_words(plan):
         terminal.say(line)
@@ -95,7 +95,7 @@ def print_plan(plan: dict) -> None:
 
 
 def first_forward(loaded, work, device: torch.device) -> tuple[float, str]:
-    """(loss per supervised token of the first training sample before any training, its sample_id)."""
+    """(loss per supervised token of the first training sample, before training; its sample_id)."""
     record = datasets.load_from_disk(work.input("02_data") / "train")[0]
     encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
     batch = to_device(Batcher(encoder.pad_id, encoder.collate)([encoder(record)]), device)
@@ -105,7 +105,7 @@ def first_forward(loaded, work, device: torch.device) -> tuple[float, str]:
 
 
 def explain_high_loss(loss: float, random_loss: float, family: registry.Family) -> None:
-    """Nothing; where the first loss is above half of a guess's, what the family's record says about it."""
+    """Say what the family's record tells of a high first loss, if it is above half of a random guess's."""
     if loss > random_loss / 2 and family.first_loss_note:
         terminal.say(f"a high first loss: {family.first_loss_note}")
 

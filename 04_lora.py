@@ -18,7 +18,7 @@ from lib.plan import on_meta
 from lib.roles import Roles
 from lib.stage import StageError
 
-LEARNS_WORDS = {"language", "cross_attention", "experts"}          # without LoRA there, answers hardly change
+LEARNS_WORDS = {"language", "cross_attention", "experts"}          # roles without which answers hardly change
 
 
 def main(argv=None):
@@ -40,7 +40,7 @@ def main(argv=None):
 
 
 def adapter(plan: dict, work) -> dict:
-    """Facts of the adapter, new or trained further, which is saved in the stage's folder."""
+    """The content of adapter.json for an adapter, new or trained further, which is saved in the folder."""
     if work.config.lora_model_dir:
         work.uses(work.config.lora_model_dir)
     peft_model, hits = model.new_adapter(plan, work.config)
@@ -60,7 +60,7 @@ def adapter(plan: dict, work) -> dict:
 
 
 def full_fine_tuning(plan: dict, work) -> dict:
-    """Facts of full fine-tuning: which roles of the base train, without what no forward reaches."""
+    """The content of adapter.json for full fine-tuning: which roles of the base train."""
     if quantised := plan["quantisation"]:
         raise StageError(f"base_model: full fine-tuning can't train the {quantised['bits']}-bit weights of "
                          f"{plan['base_model']}", "adapter: lora")
@@ -91,7 +91,7 @@ def full_fine_tuning(plan: dict, work) -> dict:
 
 
 def print_facts(facts: dict, parameters: dict[str, int]) -> None:
-    """What trains, as a table by role, and whether the experts do."""
+    """Print what trains, as a table by role, and whether the experts do."""
     modules, trained, total = facts["modules"], facts["trained_parameters"], sum(parameters.values())
     rows = [[role, modules.get(role, 0), count, f"{count / total:.2%}"] for role, count in trained.items()]
     rows.append(["all", sum(modules.values()), sum(trained.values()), f"{sum(trained.values()) / total:.2%}"])

@@ -69,7 +69,7 @@ def main(argv=None):
             if work.config.cache_vision_features:
                 keep_features(run)
             gc.collect()
-            gc.freeze()                   # Python's search for garbage leaves out what stays, in every step
+            gc.freeze()                   # the garbage collector no longer looks at what stays for all steps
             with fast.paths(run.model, run.roles), features.replayed(run.model), devices.tf32(
                     work.config.tf32 and work.config.bf16 is False):
                 rehearsal.prove_rows_apart(run)
@@ -81,13 +81,13 @@ def main(argv=None):
 
 @dataclass
 class Run:
-    """Everything that the loop needs, loaded once."""
+    """Everything that the training loop needs, loaded once."""
     work: stage.Work
     world: parallel.World
     model: torch.nn.Module
     roles: Roles
     parameters: dict[str, torch.nn.Parameter]                      # what trains
-    role_of: dict[str, str]                                        # of each of them
+    role_of: dict[str, str]                                        # {name of a parameter: its role}
     watch: optim.GradientWatch
     optimizer: torch.optim.Optimizer
     autocast: Callable
@@ -96,16 +96,16 @@ class Run:
     order: Order
     first_step: int
     total_steps: int
-    loss: Callable = forward_loss                                  # or with a user's losses of tokens
+    loss: Callable = forward_loss                                  # or one with a user's token losses
     scaler: optim.Scaler = field(default_factory=lambda: optim.Scaler("float32", torch.device("cpu")))
-    forecast_gib: float | None = None                              # of the peak; None: there is none
+    forecast_gib: float | None = None                              # forecast of the peak, if there is one
     skipped: int = 0                                               # steps whose loss was not finite
-    now: tuple[int, list[Row]] = (0, ())                           # step and micro-batch, for messages
-    read_at: float = 0.0                                           # when a step's figures were, last
+    now: tuple[int, list[Row]] = (0, ())                           # step and micro-batch now, for messages
+    read_at: float = 0.0                                           # when a step's figures were last read
 
 
 def load(work: stage.Work, world: parallel.World) -> Run:
-    """The run as the earlier stages planned it, on this rank's device, as its newest checkpoint left it."""
+    """The Run as the earlier stages planned it, on this rank's device, resumed from its newest checkpoint."""
     config, data = work.config, work.input("02_data")
     if config.device_map and world.world_size > 1:
         world.stop(f"device_map: {config.device_map} shares one process's model out, and torchrun gives each "
@@ -147,7 +147,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     per_rank = config.micro_batch_size * config.gradient_accumulation_steps
     state = {"step": 0, "global_batch_size": per_rank * world.world_size, "scaler": None}
     if work.checkpoint:
-        state = checkpoint.read_state(work.checkpoint)     # other ranks than then share its steps otherwise
+        state = checkpoint.read_state(work.checkpoint)     # the step's rows hold on any number of ranks
         if per_rank != state["per_rank"]:
             world.stop(f"micro_batch_size x gradient_accumulation_steps is {per_rank}; the checkpoint was "
                        f"made with {state['per_rank']}", "change them back, or start over with --force")
@@ -169,8 +169,9 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
                 shards: bool) -> tuple[float, float | None]:
     """(share of the layers that keep their activations for the backward, GiB at the peak; None: no forecast).
 
-    By the forecast of memory, and the same on every rank: checkpointed layers of a sharded model are gathered
-    once more. No forecast knows of a model that is shared out, nor of activations in host memory.
+    They are chosen by the forecast of memory, and the same on every rank, since a sharded model's
+    checkpointed layers are gathered once more. There is no forecast for a model spread over GPUs by
+    device_map, nor for activations in host memory.
     """
     wanted, shared_out = work.config.gradient_checkpointing, devices.spread(work.config, world.device)
     if wanted == "auto" and shared_out:
@@ -195,7 +196,7 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
 # ---- the loop ----
 
 def train(run: Run) -> Log:
-    """The log of all optimizer steps from the first one to do, with evaluation and checkpoints on the way."""
+    """The log of all optimizer steps, taken from the first one to do, with evaluations and checkpoints."""
     config, per_epoch, total = run.work.config, run.order.steps_per_epoch, run.total_steps
     evaluates = partial(due, per_epoch, config.evals_per_epoch, config.eval_steps)
     keeps = partial(due, per_epoch, config.saves_per_epoch, config.save_steps)
@@ -206,7 +207,7 @@ def train(run: Run) -> Log:
     progress = terminal.Progress("training", total, done=run.first_step)
     saves = checkpoint.Writer(run.work.path, config.save_total_limit)
     late = LATE.get(run.world.device.type, 0)
-    unread, signals = deque(), deque()                            # what a GPU may still be working on
+    unread, signals = deque(), deque()                            # results that a GPU may still be computing
     with stage.asked_to_stop() as asked, progress, saves:         # noted also while a checkpoint is written
         if run.first_step == 0:
             evaluate(run, held_out, log, step=0)
@@ -239,7 +240,7 @@ def train(run: Run) -> Log:
 
 
 def write_down(run: Run, unread: deque[Step], left: int, log: Log, progress: terminal.Progress) -> None:
-    """Nothing; all unread steps but the last `left` are in the log, and shown."""
+    """Read the figures of all unread steps but the last `left`, write them into the log and show them."""
     while len(unread) > left:
         step = unread.popleft()
         log.step(step.number + 1, figures_of(run, step))
@@ -248,11 +249,11 @@ def write_down(run: Run, unread: deque[Step], left: int, log: Log, progress: ter
 
 
 def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict], rate: float) -> Step:
-    """One optimizer step: each micro-batch forward and backward, a sum over ranks, one update.
+    """One optimizer step, taken: forward and backward of each micro-batch, a sum over ranks, one update.
 
-    The loss is the sum of token losses over the supervised tokens of the whole step, all micro-batches and
-    ranks, known before the first forward: how samples are cut into micro-batches and ranks changes nothing.
-    Where a loss or the gradient is no finite number, the update is left out.
+    The loss is the sum of token losses divided by the supervised tokens of the whole step, over all
+    micro-batches and ranks. Their number is known before the first forward: so how samples are cut into
+    micro-batches and ranks changes nothing. Where a loss or the gradient isn't finite, there is no update.
     """
     config, world, samples = run.work.config, run.world, run.samples
     began, waited = time.monotonic(), 0.0
@@ -287,7 +288,7 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
 
 
 def micro_batches(run: Run) -> Iterator[dict]:
-    """This rank's micro-batches of all steps from the first one to do."""
+    """An iterator over this rank's micro-batches, of all steps from the first one to do."""
     config, world = run.work.config, run.world
     steps = map(run.order.of_step, range(run.first_step, run.total_steps))
     mine = (batch for rows in steps
@@ -296,14 +297,12 @@ def micro_batches(run: Run) -> Iterator[dict]:
 
 
 def longest_batch(run: Run) -> int:
-    """Tokens of the longest micro-batch that may come."""
+    """The most tokens that a micro-batch may have."""
     return run.work.config.micro_batch_size * max(run.order.room or 0, max(run.samples.input_tokens))
 
 
 def held_out_batches(run: Run) -> Callable[[], Iterable[tuple[str, dict]]]:
-    """A function that goes through this rank's share of the held-out samples: each batch is of the data set
-    that it comes with.
-    """
+    """A function that iterates over this rank's share of the held-out samples, as (data set, batch)."""
     config, world, mine = run.work.config, run.world, []
     for name, chosen in run.held_out.by_dataset().items():
         rows = in_turn(run.held_out, run.order.room, chosen)
@@ -315,7 +314,8 @@ def held_out_batches(run: Run) -> Callable[[], Iterable[tuple[str, dict]]]:
 
 
 def due(steps_per_epoch: int, per_epoch: int, every: int | None, step: int, total: int) -> bool:
-    """Whether what happens `per_epoch` times an epoch, or `every` so many steps, happens after this step."""
+    """Whether something that happens `per_epoch` times an epoch, or every `every` steps, is due after `step`.
+    """
     if every is not None:
         return step == total or step % every == 0
     passed, before = (number * per_epoch // steps_per_epoch for number in (step, step - 1))
@@ -323,7 +323,7 @@ def due(steps_per_epoch: int, per_epoch: int, every: int | None, step: int, tota
 
 
 def evaluate(run: Run, batches: Callable[[], Iterable[tuple[str, dict]]], log: Log, step: int) -> None:
-    """Losses on held-out samples, answers and their scores, written down; nothing where there are none."""
+    """Write the held-out samples' losses, answers and scores into the log, if any samples are held out."""
     config = run.work.config
     if not len(run.held_out) or not (config.evals_per_epoch or config.eval_steps):
         return
@@ -345,7 +345,7 @@ def evaluate(run: Run, batches: Callable[[], Iterable[tuple[str, dict]]], log: L
 # ---- saving ----
 
 def save_checkpoint(run: Run, saves: checkpoint.Writer, log: Log, step: int) -> None:
-    """Nothing; rank 0 begins to write checkpoints/step-N."""
+    """Let rank 0 begin to write checkpoints/step-N; the other ranks do nothing."""
     if run.world.is_leader:
         config = run.work.config
         per_rank = config.micro_batch_size * config.gradient_accumulation_steps  # at the first start, too
@@ -355,19 +355,19 @@ def save_checkpoint(run: Run, saves: checkpoint.Writer, log: Log, step: int) -> 
 
 
 def to_keep(run: Run, log: Log) -> set[int]:
-    """The step of the best evaluation so far, if its weights are to be the result."""
+    """{the step of the best evaluation so far}, if its weights are to be the result, else nothing."""
     best = log.best(run.work.config) if run.work.config.load_best_model_at_end else None
     return {best["step"]} if best else set()
 
 
 def save(run: Run, log: Log) -> None:
-    """adapter/ or model/ of the last step or the best, trained.json, golden.safetensors.
+    """Write adapter/ or model/ of the last or the best step, trained.json and golden.safetensors.
 
-    trained.json says which step it is; the golden file, what the saved weights answer in a plain forward.
+    trained.json says which step it is; golden.safetensors, what the saved weights answer in a plain forward.
     """
     net, config, path = run.model.eval(), run.work.config, run.work.path
     origin = {"step": log.steps, "trained_steps": log.steps, "planned_steps": run.total_steps}
-    run.world.barrier()                   # the checkpoint may still be in writing
+    run.world.barrier()                   # rank 0 may still be writing the checkpoint
     for step in to_keep(run, log) - {log.steps}:
         best, origin["step"] = path / "checkpoints" / f"step-{step}", step
         if words := folder.damage(best):

@@ -36,7 +36,7 @@ from lib.template import Template
 
 
 def main(argv=None):
-    """Export, merge if asked, prove, answer, report."""
+    """Export, merge if asked, prove the exports in a fresh process, answer held-out rows, report."""
     parser = stage.arguments(__doc__)
     parser.add_argument("--ask", nargs="+", metavar="FILE",
                         help="pictures, sounds, clips, then a question: only answer, before and after")
@@ -85,7 +85,7 @@ def main(argv=None):
 # ---- export ----
 
 def export(work, plan: dict, encoder: Encoder) -> list[Path]:
-    """06_save/adapter or model, and merged if asked: each a folder that loads with all it needs."""
+    """The folders of the exports, which this writes: adapter/ or model/, and merged/ if asked."""
     trained = work.input("05_train") / ("adapter" if work.config.adapter else "model")
     folders = [work.path / trained.name]
     shutil.copytree(trained, folders[0])
@@ -100,7 +100,7 @@ def export(work, plan: dict, encoder: Encoder) -> list[Path]:
 
 
 def held_out_rows(work, encoder: Encoder) -> list[dict]:
-    """The samples that are answered, with their reference: the first `answer_rows` held-out ones, or none."""
+    """The first `answer_rows` held-out samples, which are answered, each with its reference."""
     records = datasets.load_from_disk(work.input("02_data") / "eval")
     chosen = records.select(range(min(len(records), work.config.answer_rows)))
     return [record | {"reference": encoder.prompt(record)[2]} for record in chosen]
@@ -109,7 +109,7 @@ def held_out_rows(work, encoder: Encoder) -> list[dict]:
 # ---- page ----
 
 def answered(rows: list[dict], answers: list[dict], pictures: bool) -> list[dict]:
-    """The rows as lib/answers.py shows them: pictures, question, reference, both answers with their marks."""
+    """The rows as lib/answers.py takes them: pictures, question, reference, both answers, which are right."""
     return [{"pictures": [media.poster(medium) for medium in row["media"]] if pictures else [],
              "question": last_question(json.loads(row["messages"])), "reference": row["reference"], **found,
              **{f"{which}_right": bool(exact_match([found[which]], [row["reference"]])) for which in found}}
@@ -123,7 +123,7 @@ def last_question(messages: list[dict]) -> str:
 
 
 def say_results(check: dict) -> None:
-    """The result as a table."""
+    """Print the proof and the exact match before and after training as tables."""
     terminal.table("in a fresh process", report.PROOF_COLUMNS, report.proofs(check))
     if check["rows"]:
         terminal.table(f"exact match on {check['rows']} held-out rows", ["before", "after"],
@@ -136,7 +136,7 @@ def say_results(check: dict) -> None:
 
 def prompt_about(files: list[str], question: str, encoder: Encoder, template: Template,
                  before: list[dict]) -> tuple[str, list]:
-    """(the prompt of a question about media, these decoded); a StageError where it can't be asked.
+    """(the prompt of a question about media files, these decoded); StageError where it can't be asked.
 
     before: the messages that stand before the question.
     """
@@ -157,9 +157,9 @@ def prompt_about(files: list[str], question: str, encoder: Encoder, template: Te
 
 
 def ask(work, files: list[str], question: str) -> None:
-    """The view `--ask`: the answer to a question about some media, before and after training.
+    """Print the answer to a question about some media, before and after training: the view `--ask`.
 
-    It is asked as the rows of the first data set are: with its system prompt, and the template's arguments.
+    It is asked like the rows of the first data set: with its system prompt, and the template's arguments.
     """
     data = stage.view("02_data", work.run, own=True).config
     plan = read_json(work.input("03_load_model") / "model.json")

@@ -71,7 +71,7 @@ def evaluations(side: str, seed: str, knobs: list[str]) -> list[dict]:
 
 
 def one(side: str, run_path: str, out: str) -> None:
-    """Nothing; trains one side, and writes its evaluations."""
+    """Train one side, and write its evaluations."""
     found = trl(Path(run_path)) if side == "TRL" else kit(Path(run_path))
     Path(out).write_text(json.dumps(found) + "\n", encoding="utf-8")
 

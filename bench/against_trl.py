@@ -125,7 +125,7 @@ def measure(case: Case, args) -> dict[str, list[dict]]:
 # ---- comparing ----
 
 def refuse(case: Case, results: dict[str, list[dict]]) -> None:
-    """Nothing; a StageError where the sides did not train the same: then no time or memory means anything."""
+    """Raise StageError where the sides did not train the same: then no time or memory means anything."""
     reference = results[next(iter(case.trl))][0]["steps"]
     for side in (*case.ours, *case.trl):
         for run in results[side]:

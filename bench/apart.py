@@ -34,7 +34,7 @@ def last_line(text: str) -> dict:
 
 
 def write_result(name: str, content: dict) -> None:
-    """Nothing; writes bench/results/NAME-MACHINE.json, with machine and commit."""
+    """Write bench/results/NAME-MACHINE.json, with machine and commit."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{machine.slug(machine.name())}.json"
     path.write_text(json.dumps(machine.described() | content, indent=1) + "\n", encoding="utf-8")

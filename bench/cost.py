@@ -83,7 +83,7 @@ def measure(point: Point, folder: Path, pixels: int) -> dict[str, float]:
 
 
 def show(sweep: str, points: list[dict]) -> None:
-    """Nothing; prints a sweep's table."""
+    """Print a sweep's table."""
     axis = "tokens" if sweep == "text" else sweep           # 02 has counted them
     columns = [axis, "tokens a row", "s CPU", "s wall", "growth", "peak MiB", "growth"]
     rows = []

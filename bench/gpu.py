@@ -194,14 +194,14 @@ def forecasts(cases: list[tuple[str, str, str]], tiny: bool) -> dict[str, float]
 # ---- one case ----
 
 def import_what_it_needs(side: str) -> None:
-    """Nothing; what takes seconds to import is imported."""
+    """Import what takes seconds to import."""
     stand_in_for_datasets()
     for name in ("transformers", "peft", "lib.model", "05_train", *(["trl"] if "TRL" in side else [])):
         importlib.import_module(name)
 
 
 def stand_in_for_datasets() -> None:
-    """Nothing; without the package, with which 05_train would read 02's samples, 05_train imports."""
+    """Let 05_train be imported without the package datasets, which it would only need to read 02's samples."""
     if importlib.util.find_spec("datasets") is None:
         sys.modules["datasets"] = types.ModuleType("datasets")
 

@@ -133,7 +133,7 @@ def contents(run: Run) -> dict[str, bytes]:
 
 
 def compare(run: Run, expected: dict[str, bytes], kills: Kills) -> None:
-    """Nothing; the end of a training is counted, and which of its files differ."""
+    """Count the end of a training, and note which of its files differ."""
     found = contents(run)
     kills.ends += 1
     kills.differing += [name for name in COMPARED if found[name] != expected[name]]

@@ -68,7 +68,7 @@ def measure(case: str, folder: Path) -> dict:
 
 
 def warm_up(plan: dict) -> None:
-    """Nothing; what a first load imports is there."""
+    """Import what a first load would import, so that it isn't measured."""
     import torch
 
     from lib import quant
@@ -97,7 +97,7 @@ def adapt_wide(folder: Path) -> dict:
 
 
 def main() -> None:
-    """Nothing; prints a line for each case."""
+    """Print a line for each case."""
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("--gib", type=float, default=1)

@@ -21,7 +21,7 @@ from lib.steps import figures_of
 
 
 def nothing(run, step: int) -> None:
-    """Nothing is done between steps."""
+    """Do nothing between steps."""
 
 
 def main(run_path: str, out: str, steps: str | None = None) -> None:

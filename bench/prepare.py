@@ -25,7 +25,7 @@ KNOBS = {"adapter": "lora", "lora_r": 8, "lora_alpha": 16, "lora_target_roles": 
 
 
 def prepare(folder: Path, data: dict, runs: dict[str, dict], epochs: int = 1) -> None:
-    """Nothing; writes all of the folder, in place of what was there."""
+    """Write the whole folder, in place of what was there: checkpoint, rows, runs and batches."""
     if folder.exists():
         shutil.rmtree(folder)
     sizes = shapes.SIZES[data["sizes"]]
@@ -38,7 +38,7 @@ def prepare(folder: Path, data: dict, runs: dict[str, dict], epochs: int = 1) ->
 
 
 def run_stages(name: str, knobs: dict) -> None:
-    """Nothing; writes NAME.yaml here, KNOBS and these, and runs it on the run folder NAME."""
+    """Write NAME.yaml here, of KNOBS and these knobs, and run its first four stages on the run folder NAME."""
     given = KNOBS | {"base_model": "checkpoint", "datasets": [{"path": "rows/rows.jsonl"}]} | knobs
     lines = (f"{knob}: {json.dumps(value)}\n" for knob, value in given.items())
     recipe = Path(f"{name}.yaml")
@@ -47,7 +47,7 @@ def run_stages(name: str, knobs: dict) -> None:
 
 
 def run_recipe(recipe: Path, name: str, overrides: dict) -> None:
-    """Nothing; runs the first four scripts on the run folder NAME."""
+    """Run the first four scripts on the run folder NAME."""
     words = [f"{knob}={value}" for knob, value in overrides.items()]
     importlib.import_module("01_config").main([str(recipe), name, *words])
     for stem in ("02_data", "03_load_model", "04_lora"):
@@ -64,7 +64,7 @@ def loaded(run: Path, world=None):
 
 
 def write_batches(run_path: Path, folder: Path) -> None:
-    """Nothing; writes the micro-batches that 05_train would make, as STEP-MICRO_STEP.safetensors."""
+    """Write the micro-batches that 05_train would make, as STEP-MICRO_STEP.safetensors."""
     train, run = loaded(run_path)
     folder.mkdir(exist_ok=True)
     batches = train.micro_batches(run)

@@ -1,8 +1,8 @@
-"""adapted: peft's LoRA layers on frozen linear ones, computed in fewer and larger pieces.
+"""adapted: peft's LoRA layers on frozen linear layers, computed in fewer and larger operations.
 
-`AdaptedLinear` stands in for the layer's forward: one node of the graph, no float32 copy of its input, and
-the update added where the base's product already lies. In an MLP with a gate it makes its input, the widest
-tensor of a layer, again in the backward instead of keeping it.
+`AdaptedLinear` stands in for such a layer's forward: one node of the autograd graph, no float32 copy of its
+input, and the update added in place to the base's product. In an MLP with a gate it recomputes its input, the
+widest tensor of a layer, in the backward instead of keeping it.
 
 Source: LoRA (arXiv 2106.09685); QLoRA (arXiv 2305.14314).
 """
@@ -16,7 +16,7 @@ import torch
 
 
 def forward_of(module):
-    """The fast forward of a layer with LoRA, or of an MLP with a gate that has one; None for any other."""
+    """The fast forward of a plain LoRA layer, or of a gated MLP that ends in one; None for any other."""
     if is_plain_lora(module):
         return partial(adapted_forward, Cast.of_layer(module), module.get_base_layer())
     if is_gated(module) and is_plain_lora(module.down_proj):
@@ -37,7 +37,7 @@ def is_plain_lora(module) -> bool:
 
 @functools.cache
 def kinds_of_lora() -> dict[type, type]:
-    """peft's class -> the class of the layers that it adapts, as they are or in 4 bits."""
+    """{peft's class: the class of the linear layers that it adapts}, unquantised or in 4 bits."""
     from peft.import_utils import is_bnb_4bit_available
     from peft.tuners.lora.layer import Linear
     kinds = {Linear: torch.nn.Linear}
@@ -49,9 +49,10 @@ def kinds_of_lora() -> dict[type, type]:
 
 
 class Cast:
-    """A layer's adapter in the type of its products, made anew only once an optimizer has moved it.
+    """A layer's A and B in the dtype of its matrix products, cast anew only after an optimizer has stepped.
 
-    updates: how many there were, of all optimizers; a fused one doesn't raise its tensors' versions.
+    updates: steps that optimizers have taken, all together. Tensors' version counters don't show them all: a
+    fused optimizer doesn't raise these.
     """
     updates = 0
 
@@ -61,17 +62,17 @@ class Cast:
 
     @classmethod
     def of_layer(cls, module) -> "Cast":
-        """That of one of peft's layers."""
+        """The Cast of one of peft's LoRA layers."""
         (name,) = module.active_adapters
         return cls(module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name])
 
     @classmethod
     def forget(cls) -> None:
-        """Nothing; whatever was made is out of date."""
+        """Note that an optimizer has stepped: whatever was cast before is out of date."""
         cls.updates += 1
 
     def __call__(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """(A [r, in], scaling times B [out, r])."""
+        """(A [r, in], scaling times B [out, r]), both in this dtype."""
         now = Cast.updates, self.a._version, self.b._version, dtype
         if self.of != now:
             self.of, self.made = now, (self.a.detach().to(dtype), (self.b.detach() * self.scaling).to(dtype))
@@ -79,18 +80,18 @@ class Cast:
 
 
 def adapted_forward(cast: Cast, base, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output [..., out] of x [..., in]."""
+    """A LoRA layer's output [..., out] of x [..., in]."""
     return AdaptedLinear.apply(cast.a, cast.b, cast, base, None, x)
 
 
 class AdaptedLinear(torch.autograd.Function):
-    """x W^T + bias + scaling (x A^T) B^T, for a frozen W. Products in W's type, A's and B's slopes in theirs.
+    """x W^T + bias + scaling (x A^T) B^T, for a frozen W; products in W's dtype, gradients in A's and B's.
 
-    make: what makes x of `parts`, which are kept in its place; None where x is the one part.
+    make: computes x from `parts`, which are kept in its place; None where x is the one part.
 
-    Source: LoRA (arXiv 2106.09685), equation 3; gradients by hand: with u = x A^T and g the output's,
-    dx = g W + s (g B) A, dA = s (g B)^T x, dB = s g^T u. A W in 4 bits (QLoRA, arXiv 2305.14314) is whole
-    only while it is used.
+    Source: LoRA (arXiv 2106.09685), equation 3; gradients by hand: with u = x A^T, g the output's gradient
+    and s the scaling, dx = g W + s (g B) A, dA = s (g B)^T x, dB = s g^T u. A W in 4 bits (QLoRA, arXiv
+    2305.14314) is dequantised only while it is used.
     """
 
     @staticmethod
@@ -114,7 +115,7 @@ class AdaptedLinear(torch.autograd.Function):
         u, down, up, weight, *parts = ctx.saved_tensors
         learns, slopes = ctx.needs_input_grad[5:], [None] * len(parts)
         if ctx.make:
-            parts = [part.detach().requires_grad_() for part in parts]       # unasked-for slopes are dropped
+            parts = [part.detach().requires_grad_() for part in parts]   # gradients nobody asked for: dropped
         with torch.enable_grad():
             x = ctx.make(*parts) if ctx.make else parts[0]
         rows = x.detach().reshape(-1, x.shape[-1]).to(down.dtype)
@@ -132,7 +133,7 @@ class AdaptedLinear(torch.autograd.Function):
 def is_gated(module) -> bool:
     """Whether a module is an MLP with a gate, down(act(gate(x)) * up(x)).
 
-    That it is one is seen by what it computes, on a copy with other parts.
+    Its modules' names suggest it; what it computes, on a copy with other modules inside, shows it.
     """
     names = {"gate_proj", "up_proj", "down_proj", "act_fn"}
     if module._modules.keys() != names or len(inspect.signature(type(module).forward).parameters) != 2:
@@ -144,7 +145,7 @@ def is_gated(module) -> bool:
 
 
 def gated_forward(module, cast: Cast, x: torch.Tensor) -> torch.Tensor:
-    """The MLP's output [..., D] of x [..., D]."""
+    """A gated MLP's output [..., D] of x [..., D]."""
     def product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return module.act_fn(gate) * up
     base = module.down_proj.get_base_layer()
@@ -152,13 +153,16 @@ def gated_forward(module, cast: Cast, x: torch.Tensor) -> torch.Tensor:
 
 
 def no_cast(device_type: str, dtype: torch.dtype):
-    """A context in which autocast leaves tensors of this type alone; to enter a real one takes its time."""
+    """A context in which autocast leaves tensors of this dtype as they are.
+
+    It does nothing where autocast would do so anyway, since switching autocast off takes time.
+    """
     if not torch.is_autocast_enabled(device_type) or torch.get_autocast_dtype(device_type) == dtype:
         return contextlib.nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def dequantised(weight: torch.Tensor, packing) -> torch.Tensor:
-    """The matrix [out, in] of bitsandbytes' weight in 4 bits."""
+    """The matrix [out, in] that bitsandbytes' weight in 4 bits stands for."""
     from bitsandbytes.functional import dequantize_4bit
     return dequantize_4bit(weight, packing)

@@ -1,4 +1,4 @@
-"""adapter: which layers and experts get LoRA, and peft's adapter on them, made on a base that may be on meta.
+"""adapter: which layers and experts get LoRA, and peft's adapter on them, even for a base without memory.
 
 Fork me to: use another PEFT method (`lora_config`), or choose layers by another rule (`target_names`).
 """
@@ -15,10 +15,10 @@ from lib.stage import StageError
 
 
 def put_on(model, plan: dict, knobs, real: bool = True) -> tuple[object, dict[str, list[str]]]:
-    """(PEFT model whose adapter tensors are real, float32 and seeded, role -> names of what is adapted).
+    """(PEFT model with real, float32, seeded adapter tensors, {role: names of what is adapted}).
 
-    The base may be on meta and then stays there, but for DoRA, whose magnitudes are norms of its weights; if
-    not `real`, the adapter stays there, too.
+    The base may be on the meta device, and then stays there; DoRA needs a real one, since its magnitudes are
+    norms of the base's weights. If not `real`, the adapter of a base on meta stays there, too.
     """
     from peft import get_peft_model
     roles, hollow = Roles.of_plan(plan), model.device.type == "meta"
@@ -66,8 +66,8 @@ def put_on(model, plan: dict, knobs, real: bool = True) -> tuple[object, dict[st
 def target_names(model, roles: Roles, knobs) -> list[str]:
     """Full names of the modules that LoRA adapts, by the recipe's regex, list of last names, or roles.
 
-    A regex goes by full names, as in peft. It never hits a norm, a module that only holds others, or one that
-    no forward reaches.
+    A regex has to match the full name, as in peft. Norms, modules that only hold others, and modules that no
+    forward reaches are never adapted.
     """
     asked = knobs.lora_target_modules
     if asked is None:
@@ -94,7 +94,7 @@ def target_names(model, roles: Roles, knobs) -> list[str]:
 def expert_names(model, roles: Roles, knobs) -> list[str]:
     """Full names of the experts' parameters that LoRA adapts: 3-D ones, which hold a matrix for each expert.
 
-    The role experts asks for all of them, lora_target_parameters for those whose names end so, as in peft.
+    The role `experts` asks for all of them, lora_target_parameters for those whose names end as it says.
     """
     ends = knobs.lora_target_parameters or []
     if not ends and not by_role(knobs):
@@ -116,7 +116,7 @@ def expert_names(model, roles: Roles, knobs) -> list[str]:
 
 
 def by_role(knobs) -> bool:
-    """Whether a recipe asks for all experts."""
+    """Whether a recipe asks for all experts, by their role."""
     return knobs.lora_target_modules is None and "experts" in knobs.lora_target_roles
 
 
@@ -126,7 +126,7 @@ def name_ends(name: str, end: str) -> bool:
 
 
 def default_names(model, roles: Roles) -> list[str]:
-    """What LoRA adapts unless the recipe says otherwise."""
+    """Full names of the layers that LoRA adapts by default: those of the language role."""
     return lora_linears(model, roles, registry.family_of(model.config.model_type), ("language",))
 
 
@@ -177,7 +177,7 @@ def materialise(peft_model, config) -> None:
 
 
 def adapter_hits(peft_model, roles: Roles) -> dict[str, list[str]]:
-    """Role -> names of the base's modules, and of the experts' parameters, that carry an adapter."""
+    """{role: names of the base's modules and of the experts' parameters that carry an adapter}."""
     from peft.tuners.lora import LoraLayer, ParamWrapper
     hits: dict[str, list[str]] = {}
     for name, module in peft_model.named_modules():

@@ -10,9 +10,9 @@ from PIL import Image
 from lib.charts import drawing
 from lib.page import arrows, data_uri, folded, heading, note, picture
 
-MOST = 5                                  # rows of the most improved, and of the most worsened ones
-FOLDED_FROM = 60                          # with more rows than these, the others are shown on demand
-COMPARED = 400                            # characters of an answer: enough to say which came nearer
+MOST = 5                                  # rows shown of the most improved, and as many of the most worsened
+FOLDED_FROM = 60                          # where more rows than these are left, they are folded away
+COMPARED = 400                            # characters compared of an answer: enough to say which came nearer
 VERDICTS = {True: ("good", "✓", "right"), False: ("bad", "✗", "wrong"), None: ("", "", "")}
 
 
@@ -20,8 +20,8 @@ def cards(rows):
     """Cards of held-out rows before and after training, with a count of what changed.
 
     rows: [{pictures, question, reference, base, tuned, base_right, tuned_right}]. A question that all rows
-    share is said once, and short answers then make a gallery. Of many rows, those come first that training
-    improved and worsened most.
+    share is shown once, and short answers then make a gallery. Of many rows, those that training improved
+    and worsened most come first.
     """
     verdicts = [(row["base_right"], row["tuned_right"]) for row in rows]
     counts = [(verdicts.count((False, True)), "put right by training"),
@@ -47,14 +47,14 @@ def cards(rows):
 
 
 def _nearer(row):
-    """How much nearer training brought an answer to its reference: from -1 to 1, by common characters."""
+    """How much nearer training brought an answer to its reference, from -1 to 1, by characters they share."""
     after, before = (SequenceMatcher(None, row[which][:COMPARED], row["reference"][:COMPARED]).ratio()
                      for which in ("tuned", "base"))
     return after - before
 
 
 def _extremes(rows):
-    """({"improved": the rows that gained most, "worsened": those that lost}, all others)."""
+    """({"improved": the rows that gained most, "worsened": those that lost most}, all other rows)."""
     gains = {n: _nearer(row) for n, row in enumerate(rows)}
     order = sorted(gains, key=gains.get)
     found = {"improved": [n for n in order[::-1][:MOST] if gains[n] > 0],

@@ -1,12 +1,12 @@
-"""attention: the scores that a mask would hide are never computed, and short pieces run together.
+"""attention: faster attention: scores that a mask would hide aren't computed, short sequences run together.
 
-`attend` stands in for transformers' sdpa attention of the language model. In a packed row it computes each
-sample's own square of the scores, not the whole row's, of which the mask would hide all but those squares:
-on a GPU by one kernel for samples of all lengths, on a CPU by lib/blocks.py for each.
-`pieces` stands in for what transformers does in a tower whose pictures or windows stand behind one another:
-one call for each of them, thousands in a step, where one for each length is enough.
+`attend` stands in for transformers' sdpa attention of the language model. In a packed row it computes only
+each sample's own square of the scores, since the mask hides the rest of the row's: on a GPU with one kernel
+for samples of all lengths, on a CPU with lib/blocks.py, sample by sample.
+`pieces` stands in for what transformers does in a tower whose pictures or windows are concatenated: it calls
+the kernel for each of them, thousands of times in a step, where one call for each length is enough.
 
-Both hold inside `paths` only. Fork me to: try another kernel (`squares`, `flash`).
+Both are used inside `paths` only. Fork me to: try another kernel (`squares`, `flash`).
 """
 import inspect
 import math
@@ -19,24 +19,24 @@ import torch.nn.functional as F
 
 from lib import blocks
 
-PIECES = "flash_of_pieces"                # by "flash" in the name, towers hand over all pieces at once
+PIECES = "flash_of_pieces"                # towers hand all pieces at once to a kernel named "flash…"
 HALF = (torch.bfloat16, torch.float16)
 
-packed_rows: list[list[int]] | None = None  # tokens of each sample, row by row, of the batch in hand
-own_masks = False                         # whether that batch came with masks that aren't plainly causal
+packed_rows: list[list[int]] | None = None  # tokens of each sample of the current batch, row by row
+own_masks = False                         # whether the current batch brought masks that aren't plainly causal
 
 
 def of_batch(batch: dict) -> None:
-    """Nothing; says what the next forward's rows hold, and its backward's, where layers run again."""
+    """Note which samples this batch's rows hold, for its forward and what of it the backward runs again."""
     global packed_rows, own_masks
     packed_rows, own_masks = batch.get("packed_rows"), "attention_mask" in batch
 
 
 @contextmanager
 def paths(model, language: set, guessed: bool) -> Iterator[None]:
-    """Inside, attention in these modules of the language model, and in towers of pieces, is the fast one.
+    """Inside, these modules of the language model, and towers of many pieces, take the fast attention.
 
-    guessed: whether the family has no record, which would say that its masks are more than causal.
+    guessed: whether the family has no record, so that nothing says whether its masks are plainly causal.
     """
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as KERNELS
     towers = [module.config for module in model.modules() if hands_over_pieces(module)]
@@ -54,7 +54,7 @@ def paths(model, language: set, guessed: bool) -> Iterator[None]:
 
 
 def hands_over_pieces(module) -> bool:
-    """Whether a module is a tower's attention that under a flash kernel hands over all pieces at once."""
+    """Whether a module is a tower's attention that hands all pieces at once to a flash kernel."""
     config = getattr(module, "config", None)
     return (getattr(config, "_attn_implementation", None) == "sdpa"
             and not getattr(module, "attention_dropout", 0.0)
@@ -66,7 +66,7 @@ def hands_over_pieces(module) -> bool:
 
 def attend(library, language: set, guessed: bool, module, query, key, value, attention_mask, dropout=0.0,
            scaling=None, is_causal=None, **options):
-    """(attention's output [B, T, H, D], None), by `flash` or `squares` where they hold, else by the library.
+    """(attention's output [B, T, H, D], None), by `flash` or `squares` where they apply, else by the library.
 
     query [B, H, T, D], key and value [B, G, T, D] for G groups of heads, attention_mask [B, 1, T, T] or None.
     """
@@ -113,8 +113,9 @@ def packed_squares(query, key, value, rows: list[list[int]], mask, scaling: floa
 
 
 def is_plainly_causal(module, rows: list[list[int]]) -> bool:
-    """Whether within a sample a token sees just those before it: no picture sees itself both ways, and no
-    window hides any.
+    """Whether within a sample each token sees itself and all tokens before it, and no others.
+
+    Not so where a picture's tokens see one another in both directions, or where a window hides some.
     """
     windows = (getattr(module, "sliding_window", None),
                getattr(getattr(module, "config", None), "attention_chunk_size", None))
@@ -126,7 +127,7 @@ def squares(query, key, value, mask, scaling: float) -> torch.Tensor:
     if blocks.are_here(query):
         return blocks.attend(query, key, value, mask, scaling)
     heads, groups = query.shape[1], key.shape[1]
-    if mask is not None:                  # under one, few kernels know groups
+    if mask is not None:                  # with a mask, few kernels take grouped heads
         key, value = (x.repeat_interleave(heads // groups, dim=1) for x in (key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling,
                                           enable_gqa=key.shape[1] != heads)
@@ -136,9 +137,9 @@ def squares(query, key, value, mask, scaling: float) -> torch.Tensor:
 
 def pieces(module, query, key, value, attention_mask, scaling=None, dropout=0.0, cu_seq_lens_q=None,
            max_length_q=None, **_):
-    """(attention's output [1, T, H, D], None) of pieces that end at cu_seq_lens_q [N+1] and see themselves.
+    """(attention's output [1, T, H, D], None) of concatenated pieces, each of which sees itself only.
 
-    query, key, value [1, H, T, D].
+    query, key, value [1, H, T, D]; cu_seq_lens_q [N+1]: 0, then where each piece ends.
     """
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if has_flash(query):
@@ -157,20 +158,21 @@ def pieces(module, query, key, value, attention_mask, scaling=None, dropout=0.0,
 # ---- one kernel for all lengths ----
 
 def has_flash(query: torch.Tensor) -> bool:
-    """Whether torch's flash attention takes these heads here."""
+    """Whether torch's flash attention takes this query: its device, dtype and head size."""
     return (query.dtype in HALF and query.shape[-1] % 8 == 0 and query.shape[-1] <= 256
             and flash_is_on(query.device))
 
 
 def flash_is_on(device: torch.device) -> bool:
-    """Whether a device has the kernel."""
+    """Whether a device has torch's flash attention kernel: CUDA from compute capability 8.0 on."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def flash(query, key, value, ends: torch.Tensor, longest: int, scaling: float, causal: bool) -> torch.Tensor:
-    """Attention's output [T, H, D] of samples behind one another, which end at `ends` [N+1], int32.
+    """Attention's output [T, H, D] of concatenated samples, by torch's one kernel for all lengths.
 
-    query [T, H, D], key and value [T, G, D]. Source: FlashAttention-2 (arXiv 2307.08691), as torch has it.
+    query [T, H, D], key and value [T, G, D]; ends [N+1], int32: 0, then where each sample ends; longest: the
+    most tokens of a sample. Source: FlashAttention-2 (arXiv 2307.08691).
     """
     return torch.ops.aten._flash_attention_forward(
         query, key, value, ends, ends, longest, longest, 0.0, causal, False, scale=scaling)[0]

@@ -1,7 +1,8 @@
-"""Axolotl's words that are no knobs here, and what becomes of them: respelled, replaced, refused, left out.
+"""Axolotl's keys and values that are no knobs here, and what becomes of them: respelled, replaced, refused or
+left out.
 
-A word is refused as "not built yet" where no code honours it and leaving it out would give its writer other
-things. It is left out, as one without meaning, where the kit does the same in its own way.
+A key is refused as "not built yet" where nothing here does what it asks for and leaving it out would change
+the training. It is left out, as one without meaning, where the kit does the same in its own way.
 """
 
 from fnmatch import fnmatchcase
@@ -117,7 +118,7 @@ KEYS = [key for key in (*SPELLINGS, *NOT_YET, *NO_MEANING) if "*" not in key]
 
 
 def respelled(entry: Entry) -> Entry:
-    """The entry as its knob and value of today, where it is an older spelling that is switched on."""
+    """The entry under today's knob and value, if it is an older spelling that is switched on; else itself."""
     if entry.key not in SPELLINGS or source(entry.node).lower() not in TRUE:
         return entry
     key, value = SPELLINGS[entry.key]
@@ -126,7 +127,7 @@ def respelled(entry: Entry) -> Entry:
 
 
 def replacement(entry: Entry) -> tuple | None:
-    """(the value that a knob's value is replaced by, words on it) or None. Raises Wrong for a refused one."""
+    """(the value that replaces a knob's, words on it) or None; raises Wrong for a refused value."""
     text = entry.node.value if isinstance(entry.node, yaml.ScalarNode) else None
     values, words, instead = REFUSED.get(entry.key, ("", "", None))
     if text in values.split():
@@ -136,7 +137,7 @@ def replacement(entry: Entry) -> tuple | None:
 
 
 def meaning(entry: Entry) -> str:
-    """Why a key that is no knob changes nothing here, "" where nothing need be said.
+    """Why a key that is no knob changes nothing here; "" where nothing need be said.
 
     Raises Wrong where it would change something, and KeyError where Axolotl doesn't know it either.
     """

@@ -1,26 +1,27 @@
-"""blocks: attention on a CPU, some rows of the scores at a time, and of their columns only what they see.
+"""blocks: attention on a CPU, some query rows at a time, and only the columns of the scores that these see.
 
-A CPU's own fused kernel reaches a quarter of the machine's matrix rate; plain matrix products reach most of
-it. Under a causal mask they are half of the square, under a window less.
+torch's fused kernel for CPUs reaches a quarter of the machine's matrix multiplication rate; plain matrix
+products reach most of it. Under a causal mask the blocks are half of the square of scores, under a window
+less.
 """
 import torch
 
-ROWS = 128                                # of the scores at once under a mask: more would see more columns,
-WHOLE = 640                               # or without one; but never more than
-SCORES = 2**24                            # scores, which are 32 MiB in bfloat16,
-FEWEST = 32                               # as long as there are these rows
-KEPT = 640                                # tokens up to which the backward finds the weights that it needs
+ROWS_MASKED = 128                         # rows of a block under a mask: more rows would see more columns
+ROWS_UNMASKED = 640                       # rows of a block without a mask
+MOST_SCORES = 2**24                       # scores in a block, 32 MiB in bfloat16: longer rows, smaller blocks
+FEWEST_ROWS = 32                          # rows that a block has even where it then exceeds MOST_SCORES
+KEEP_TOKENS = 640                         # up to this length, probabilities are kept for the backward
 
 
 def are_here(query: torch.Tensor) -> bool:
-    """Whether a query is where they are faster than torch's own kernel."""
+    """Whether a query is on a device where blocks are faster than torch's own kernel: a CPU."""
     return query.device.type == "cpu"
 
 
 def attend(query, key, value, mask, scaling: float) -> torch.Tensor:
     """Attention's output [B, H, T, E] of query [B, H, T, D], key [B, G, T, D], value [B, G, T, E].
 
-    mask, of which one row or head may stand for all, is bool, or added to the scores, or None.
+    mask: bool (true is seen), or added to the scores, or None; it may have one batch entry or head for all.
     """
     batch, heads, tokens, width = query.shape
     groups = key.shape[1]
@@ -32,17 +33,19 @@ def attend(query, key, value, mask, scaling: float) -> torch.Tensor:
 
 
 class Blocks(torch.autograd.Function):
-    """softmax(query key^T + mask) value, [N, R, T, E], of scaled queries [N, R, T, D], R for each key.
+    """softmax(query key^T + mask) value, [N, R, T, E], of scaled queries [N, R, T, D], R heads for each key.
 
-    key [N, T, D], value [N, T, E]. With P the weights and g the output's slopes, dP = g value^T, and the
-    scores' slopes are P (dP - sum(P dP)), as softmax has them. Source: arXiv 1706.03762, equation 1.
+    key [N, T, D], value [N, T, E]. With P the attention probabilities and g the output's gradient,
+    dP = g value^T, and the gradient of the scores is P (dP - sum(P dP)).
+
+    Source: arXiv 1706.03762, equation 1.
     """
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
         out, kept = value.new_empty(*query.shape[:3], value.shape[-1]), []
         ctx.blocks = list(blocks(query, mask))
-        keeps = any(ctx.needs_input_grad) and query.shape[2] <= KEPT
+        keeps = any(ctx.needs_input_grad) and query.shape[2] <= KEEP_TOKENS
         for rows, seen in ctx.blocks:
             weights = weights_of(query, key, mask, rows, seen)
             out[:, :, rows] = torch.bmm(weights, value[:, seen]).view(out[:, :, rows].shape)
@@ -68,9 +71,10 @@ class Blocks(torch.autograd.Function):
 
 
 def blocks(query, mask):
-    """(rows, the columns that any of them sees) of each block of the scores."""
+    """(rows, columns that any of them sees), two slices for each block of the scores."""
     tokens = query.shape[2]
-    size = max(FEWEST, min(WHOLE if mask is None else ROWS, SCORES // query.shape[:3].numel()))
+    most_rows = ROWS_UNMASKED if mask is None else ROWS_MASKED
+    size = max(FEWEST_ROWS, min(most_rows, MOST_SCORES // query.shape[:3].numel()))
     for start in range(0, tokens, size):
         rows, seen = slice(start, min(start + size, tokens)), slice(0, tokens)
         if mask is not None and mask.dtype == torch.bool:
@@ -80,7 +84,7 @@ def blocks(query, mask):
 
 
 def weights_of(query, key, mask, rows: slice, seen: slice) -> torch.Tensor:
-    """The softmax of a block of the scores, [N, R * rows, columns]."""
+    """The attention probabilities of a block, [N, R * rows, columns]."""
     scores = torch.bmm(query[:, :, rows].flatten(1, 2), turned(key, seen))
     if mask is not None:
         own = mask[..., rows, seen]
@@ -92,5 +96,8 @@ def weights_of(query, key, mask, rows: slice, seen: slice) -> torch.Tensor:
 
 
 def turned(x: torch.Tensor, seen: slice) -> torch.Tensor:
-    """These rows of x [N, T, D] as columns; of a part that lies apart a product would turn its own copy."""
+    """The rows `seen` of x [N, T, D], transposed to [N, D, rows].
+
+    They are made contiguous first, or each matrix product would make its own transposed copy of a strided x.
+    """
     return x[:, seen].contiguous().transpose(1, 2)

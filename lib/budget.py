@@ -1,8 +1,9 @@
-"""budget: the largest pictures that keep to a number of tokens, of all rows or of one; what larger ones cost.
+"""budget: the largest pictures that keep to a number of tokens, for all rows or for one; what a cap saves.
 
-A budget is looked for with the processor itself, which alone knows how many tokens it makes of a picture.
+A budget is a number of pixels. It is found by trying the processor itself, which alone knows how many tokens
+it makes of a picture.
 
-Fork me to: spend a row's tokens otherwise (`largest_budget`).
+Fork me to: spend a row's tokens in another way (`largest_budget`).
 """
 import contextlib
 import math
@@ -20,16 +21,19 @@ from lib.resolution import TooFew, bounds_of, require_bounds, with_bounds
 from lib.samples import rows_of
 from lib.stage import StageError
 
-CAPS = [2**power for power in range(6, 14)]    # of which 02 says what they would save
+CAPS = [2**power for power in range(6, 14)]    # values of max_image_tokens: 02 says what each would save
 # <box>, <|box_start|>, <point x=…, <loc0123>, bbox, and brackets around two or four numbers.
 COORDINATES = re.compile(r"<\|?(box|point|loc)|\bbbox|[(\[]\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?){1,3}\s*[)\]]",
                          re.IGNORECASE)
-MOST_PIXELS = 2**24                       # of a budget that is looked for
-SHAPES = (1, 2, 3, 4, 5, 6, 8, 10, 12)    # of probes: so many times as wide as high, and the other way round
+MOST_PIXELS = 2**24                       # the largest budget that is tried
+SHAPES = (1, 2, 3, 4, 5, 6, 8, 10, 12)    # of pictures tried: width over height, and height over width
 
 
 def set_token_budget(processor, family: Family, most_tokens: int | None) -> None:
-    """Nothing; no picture becomes more tokens, those that the processor puts around it included."""
+    """Bound pictures so that none becomes more tokens, those that the processor puts around it included.
+
+    Raises StageError where even the smallest picture takes more.
+    """
     if most_tokens is None:
         return
     require_bounds(processor, family, "max_image_tokens")
@@ -62,7 +66,7 @@ def most_tokens_of(processor, pixels: int) -> int:
 
 
 def largest_budget(processor, pixels: str, fits: Callable) -> int | None:
-    """The largest budget, to 1 in 4,096, for which `fits(processor with it, budget)`; None: none does."""
+    """The largest budget for which `fits(processor with it, budget)`, to 1 in 4,096; None: none fits."""
     def tried(most: int) -> bool:
         return fits(with_bounds(processor, bounds_of(processor, pixels, most)), most)
 
@@ -76,7 +80,7 @@ def largest_budget(processor, pixels: str, fits: Callable) -> int | None:
 
 
 def fewest_pixels(processor, pixels: str) -> int:
-    """The smallest budget that a processor can keep."""
+    """The smallest budget of pixels that a processor can keep to."""
     try:
         bounds_of(processor, pixels, 1)
     except TooFew as error:
@@ -93,9 +97,10 @@ def has_coordinates(messages: list[dict]) -> bool:
 
 
 def show_tokens(table: pa.Table, places: np.ndarray, resized: bool) -> None:
-    """Print how many tokens pictures are, what a cap would save, and how many rows have coordinates.
+    """Print how many tokens pictures take, what a cap would save, and how many rows hold coordinates.
 
-    resized: whether the recipe changes the size of all pictures. Of a sample with several, the mean counts.
+    resized: whether the recipe changes the size of all pictures. A sample with several pictures counts with
+    their mean.
     """
     pictures, media_tokens = (table[name].to_numpy()[places] for name in ("pictures", "media_tokens"))
     if (shown := pictures > 0).any():

@@ -10,7 +10,7 @@ from lib.serving import loading, serving
 
 
 def model_card(kind: str, facts: Facts) -> str:
-    """The card of an adapter, model or merged model, as Markdown; it tells no path of this machine."""
+    """The card of an adapter, model or merged model, as Markdown, without any path of this machine."""
     plan, check, counts = facts.plan, facts.check, facts.data["counts"]
     base, adapter, scores = public_name(plan), kind == "adapter", check["exact_match"]
     sees = {"vision", "audio"} & plan["parameters"].keys()

@@ -1,6 +1,7 @@
-"""Charts as SVG, as strings: histograms and curves, inside a page or as a file of their own (05's loss.svg).
+"""Charts as SVG strings: histograms and curves, inside a page or as a file of their own (05's loss.svg).
 
-Apart from lib/report.py, because training draws a curve: so an edit of a page is none of training's source.
+They are kept apart from lib/report.py because training draws a curve: so an edit to a page is no edit to
+training's source, which would make its stage out of date.
 Fork me to: change the colours (LIGHT, DARK, charts.css), or draw another chart.
 """
 import math
@@ -24,7 +25,7 @@ DARK = {"paper": "#111417", "wash": "#1d2126", "rule": "#2e343b", "muted": "#a0a
 
 
 def histogram(values, label, unit="tokens", marks=()):
-    """A histogram with its median and maximum. marks: [(value, name)], more lines, as for sequence_len."""
+    """A histogram with its median and maximum marked. marks: [(value, name)], as for sequence_len."""
     values = np.asarray(values, float)
     start, step, counts = _bins(values)
     end = start + step * len(counts)
@@ -49,7 +50,10 @@ def histogram(values, label, unit="tokens", marks=()):
 
 
 def _bins(values):
-    """(start, step, counts) of about 16 bins of a round width; whole numbers a bin each sit in its middle."""
+    """(start, step, counts) of about 16 bins of a round width.
+
+    Where each whole number has a bin of its own, it sits in the bin's middle.
+    """
     low, high = float(values.min()), float(values.max())
     whole = bool((values % 1 == 0).all())
     step = round_step((high - low) / 16 or (not whole and abs(high) / 16) or 1)
@@ -60,7 +64,7 @@ def _bins(values):
 
 
 def _marks(marks, x, top, bottom):
-    """Dashed lines with a name above; a name that would touch its neighbour goes a row higher."""
+    """Dashed lines with their names above; a name that would touch its neighbour goes a row higher."""
     html, row_ends = [], []
     for value, name in sorted(marks.items()):
         words, place = f"{name} {number(value, 4)}", x.at(value)
@@ -75,7 +79,7 @@ def _marks(marks, x, top, bottom):
 
 
 def curve(series, x_label, y_label, standalone=False):
-    """A line chart of {name: [(x, y), ...]}: smoothed over faint raw where a line jumps about."""
+    """A line chart of {name: [(x, y), ...]}; where a line jumps about, smoothed over the faint raw one."""
     usable = {name: [(x, y) for x, y in points if _is_usable(x) and _is_usable(y)]
               for name, points in series.items()}
     lines = {name: sorted(points) for name, points in usable.items() if points}
@@ -94,7 +98,7 @@ def curve(series, x_label, y_label, standalone=False):
 
 
 def _legend(names, y_label):
-    """(html, where the chart may begin): the label, then each line with its name, in rows."""
+    """(html, the y at which the chart may begin): the label, then each line's colour and name, in rows."""
     html = [f'<text class="ink strong" x="0" y="20">{escape(y_label)}</text>']
     left, y = 40 + 11 * len(y_label), 20  # 11 a letter leaves room for the larger ones of a phone
     for name, kind in names.items() if len(names) > 1 or y_label not in names else ():
@@ -107,7 +111,7 @@ def _legend(names, y_label):
 
 
 def _line(points, x, y, colour):
-    """One series. A long one is thinned: to its extremes, so that a spike stays, and to means to smooth."""
+    """One line. A long one is thinned: raw, to its extremes, so that a spike stays; smoothed, to means."""
     def path(line, kind=""):
         places = " ".join(f"{x.at(a):.1f},{y.at(b):.1f}" for a, b in line)
         return f'<polyline class="line {kind}{colour}" points="{places}"/>'
@@ -152,7 +156,7 @@ def _chart(content, kind="", caption=""):
 
 
 def drawing(width, height, label, body, standalone=False, margin=16):
-    """An <svg>. Standalone it carries its own paper and colours, for it may be shown on any ground."""
+    """An <svg>. A standalone one brings its own background and colours, as it may be shown anywhere."""
     if not standalone:
         return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{body}</svg>'
     style = Path(__file__).with_name("charts.css").read_text(encoding="utf-8")

@@ -27,15 +27,15 @@ from lib.stage import StageError
 
 @dataclass
 class Encoder:
-    """Makes a sample's tensors: `encoder(sample)`. Only plain data and the processor, so workers can have it.
+    """Makes a sample's tensors: `encoder(sample)`. It can be sent to workers: plain data and the processor.
 
-    collate: how the family's media tensors make a batch, for lib/collator.py.
-    batch: which samples may share a batch, for lib/sampler.py.
-    never_trained: ids that are out of the labels wherever they stand (media placeholders and their wrappers).
+    collate: how the family's media tensors are batched, a style of lib/collator.py.
+    batch: which samples may share a batch, a rule of lib/sampler.py.
+    never_trained: ids that are never labels, wherever they stand (media placeholders and their wrappers).
     lacks: the kinds of media for which this checkpoint has no tower, although its processor takes them.
-    longest_sound_seconds: what the processor would cut off silently, so that it is refused.
-    one_kind: whether pictures and clips can't stand in one row.
-    pixels: how the processor's pictures are bounded, for lib/resolution.py.
+    longest_sound_seconds: longer sounds are refused, since the processor would cut them silently.
+    one_kind: whether a row with both pictures and clips is refused.
+    pixels: how the processor's pictures are bounded, a strategy of lib/resolution.py.
     decoding: how media are decoded.
     """
     processor: object
@@ -50,7 +50,7 @@ class Encoder:
 
     @classmethod
     def of(cls, processor, family: registry.Family, lacks: tuple[str, ...] = (), **decoding) -> "Encoder":
-        """The encoder of a family's processor; decoding: fields of its media.Decoding."""
+        """The encoder for a family's processor; decoding: values for the fields of media.Decoding."""
         tokenizer = tokenizer_of(processor)
         if processor is not tokenizer and not placeholders(processor):
             raise StageError(f"base_model: its {type(processor).__name__} doesn't say which token stands for "
@@ -81,25 +81,25 @@ class Encoder:
 
     @property
     def pad_id(self) -> int:
-        """The id that fills short rows. It is masked everywhere, so eos serves where there is none."""
+        """The id that pads short rows; eos where there is no pad token, since padding is masked anyway."""
         tokenizer = tokenizer_of(self.processor)
         return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
 
     def __call__(self, sample: dict) -> dict[str, torch.Tensor]:
-        """input_ids, attention_mask and labels [1, T] and the family's media tensors, of one sample."""
+        """A sample's input_ids, attention_mask and labels [1, T], and the family's media tensors."""
         spans = [(span["start"], span["end"]) for span in sample["spans"]]
         return self.bounded(sample["image_bounds"]).encode(sample["text"], spans, self.open(sample["media"]))
 
     def bounded(self, bounds: str | None) -> "Encoder":
-        """This encoder, or that of a sample whose pictures 02 has shrunk: what it set for them, as JSON."""
+        """This encoder, but with the bounds (JSON) that 02 set for a sample whose pictures it has shrunk."""
         return replace(self, processor=with_bounds(self.processor, json.loads(bounds))) if bounds else self
 
     def open(self, records: list[dict]) -> list:
-        """The decoded media of a sample's records: pictures, samples of sounds, clips."""
+        """The decoded media of a sample's media records: RGB pictures, sounds as arrays, clips."""
         return [open_medium(record, self.decoding) for record in records]
 
     def encode(self, text: str, spans: list[tuple[int, int]], media: list) -> dict[str, torch.Tensor]:
-        """The tensors of a text with trained character spans and its media, in the order of their places."""
+        """The tensors of a text; spans: its trained characters; media: in the order of their placeholders."""
         batch, replaced = self.process(text, media)
         text, made = after_replacing(text, replaced), batch["input_ids"][0].tolist()
         if media:
@@ -116,10 +116,10 @@ class Encoder:
 
     def labelled(self, text: str, ids: list[int], offsets: list, spans: list, replaced: list[dict]
                  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(ids, labels, places) [T] of a tokenized text; spans: of the render, before what was replaced.
+        """(ids, labels, places) [T] of a tokenized text; spans: in the render, before media were written in.
 
-        The ids are others where the tokenizer merged prompt and reply across their seam; places: the token
-        of the given ids that stands where each one does.
+        The ids differ from the given ones where the tokenizer merged prompt and reply across their seam;
+        places: for each id, the index of the given one that stands at the same characters.
         """
         # The processor writes many tokens for each placeholder: spans move into the text that it tokenized.
         spans, tokens = moved(spans, replaced), spans_of_tokens(offsets)
@@ -135,12 +135,15 @@ class Encoder:
         return ids, np.where(trained & ~np.isin(ids, self.never_trained), ids, IGNORE_INDEX), places
 
     def counts(self, ids: np.ndarray, labels: np.ndarray) -> tuple[int, int, int]:
-        """(tokens, trained ones, tokens of media) of ids and labels [T]; no token predicts the first."""
+        """(tokens, trained tokens, media tokens) of ids and labels [T].
+
+        The first token never counts as trained, since no token predicts it.
+        """
         return (len(ids), int((labels[1:] != IGNORE_INDEX).sum()),
                 int(np.isin(ids, self.never_trained).sum()))
 
     def prompt(self, sample: dict) -> tuple[str, list, str]:
-        """(text up to the reply that is asked for, the media before it, its text without special tokens)."""
+        """(the text up to the reply that is asked for, the media in it, the reply without special tokens)."""
         start, end = sample["reply"]["start"], sample["reply"]["end"]
         text = sample["text"][:start]
         shown = sum(text.count(token) for token in placeholders(self.processor).values())
@@ -148,9 +151,9 @@ class Encoder:
         return text, self.open(sample["media"][:shown]), reply
 
     def process(self, text: str, media: list) -> tuple[dict, list[dict]]:
-        """(the processor's tensors, what it wrote for which placeholder, as lib/spans.py reads it).
+        """(the processor's tensors, what it wrote for each placeholder, as lib/spans.py reads it).
 
-        Floats are float32: some processors round to bfloat16 for any model.
+        Floating-point tensors are made float32; a processor may return another dtype, whatever the model.
         """
         given = {kind: [medium for medium in media if kind_of(medium) == kind] for kind in KINDS}
         self._refuse(given)
@@ -173,7 +176,7 @@ class Encoder:
         return batch, replaced[0] if isinstance(replaced, list) and replaced else []     # or a tensor of none
 
     def _refuse_unplaced(self, text: str, ids: list[int]) -> None:
-        """StageError where the processor tokenized another text than it says: labels would shift."""
+        """Raise StageError where the processor tokenized another text than it says: labels would shift."""
         first = adds_first_token(self.processor, text)
         if tokenizer_of(self.processor)(text, add_special_tokens=first)["input_ids"] != ids:
             name = type(self.processor).__name__
@@ -181,7 +184,7 @@ class Encoder:
                              "choose another base_model: labels would be misplaced")
 
     def _refuse(self, given: dict[str, list]) -> None:
-        """RowError for media that the model would not see whole, or not at all."""
+        """Raise RowError for media that the model would not see whole, or not at all."""
         for kind in self.lacks:
             if given[kind]:
                 raise RowError(f"the row has a {NOUNS[kind]}, and base_model has no tower for one",
@@ -195,7 +198,10 @@ class Encoder:
                            "give the picture as a clip of one frame, or make two rows of it")
 
     def _tokenized_apart(self, text: str, merged: list, seams: list) -> tuple[list[int], np.ndarray]:
-        """(ids, tokens) of prompt and reply tokenized apart, as inference does; RowError if not the same."""
+        """(ids, their characters' spans) of prompt and reply tokenized apart, as at inference.
+
+        Raises RowError where these ids spell another text than the merged ones.
+        """
         tokenizer, ids, offsets = tokenizer_of(self.processor), [], []
         for start, end in zip([0, *seams], [*seams, len(text)]):
             # Llama's tokenizers put a space before a text, but not before what follows a special token.

@@ -1,4 +1,4 @@
-"""checkpoint: what resuming needs, written aside and renamed, so that a folder named step-N is always whole.
+"""checkpoint: what resuming needs, written aside and then renamed: a folder named step-N is always whole.
 
 A checkpoint holds the trained weights, the optimizer's moments, a small state.json, and SHA256SUMS over the
 three. No random state: the loop derives its randomness from (seed, step, rank). No processor: 02_data has it.
@@ -20,7 +20,7 @@ STATE = ("step", "global_batch_size", "per_rank", "scaler", "groups")   # per_ra
 
 
 class Writer:
-    """Saves in a thread, so that training waits for the copy to host memory and for no disk.
+    """Saves in a thread, so that training waits for the copy to host memory, but not for the disk.
 
     One checkpoint is written at a time: the next one waits, and so does leaving the `with`. What failed in
     the thread is raised by the next call.
@@ -47,12 +47,12 @@ class Writer:
         self._writing = self._thread.submit(self._write, step, *tensors, state, also_keep)
 
     def look(self) -> None:
-        """Nothing, or what the save before failed with."""
+        """Raise what the last save failed with, if it has ended; don't wait for it."""
         if self._writing and self._writing.done():
             self.wait()
 
     def wait(self) -> None:
-        """The save before has ended; raises what it failed with."""
+        """Wait for the last save to end; raise what it failed with."""
         if self._writing:
             writing, self._writing = self._writing, None
             writing.result()
@@ -82,7 +82,7 @@ def write(checkpoints: Path, step: int, weights: dict, moments: dict, state: dic
 
 
 def host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor as a file holds it, in memory of its own: training goes on with the original."""
+    """A contiguous copy of a tensor in host memory, which training can't change while it is written."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
@@ -94,7 +94,7 @@ def moments(parameters: dict[str, torch.nn.Parameter], optimizer) -> dict[str, t
 
 
 def as_tensor(kind: str, value) -> torch.Tensor:
-    """A value that an optimizer keeps of a parameter; a number is one in full precision."""
+    """A value of an optimizer's state as a tensor; a plain number keeps its full precision."""
     if not isinstance(value, (torch.Tensor, int, float)):
         raise StageError(f"optimizer: its {kind} of a parameter is a {type(value).__name__}, which no "
                          "checkpoint holds", "keep tensors and numbers in its state")
@@ -102,9 +102,9 @@ def as_tensor(kind: str, value) -> torch.Tensor:
 
 
 def prune(path: Path, step: int, keep: int, also: Collection[int] = ()) -> None:
-    """Of a 05_train's checkpoints remain the newest `keep` up to step, and those of the steps in `also`.
+    """Remove checkpoints of a 05_train folder, except the newest `keep` up to step and those in `also`.
 
-    Later ones than the one just written are damaged, and were passed over by the start that wrote it.
+    Those of later steps go, too: they are damaged, so the start that wrote this step resumed before them.
     """
     found = [(int(each.name[5:]), each) for each in folder.checkpoints(path)]
     kept = {number for number, _ in [pair for pair in found if pair[0] <= step][:keep]} | set(also)
@@ -114,7 +114,7 @@ def prune(path: Path, step: int, keep: int, also: Collection[int] = ()) -> None:
 
 
 def read_state(path: Path) -> dict:
-    """What the loop knew when it wrote this checkpoint: STATE; a StageError where an older kit knew less."""
+    """The loop's state in a checkpoint, the keys of STATE; StageError where an older version wrote fewer."""
     state = ledger.read_json(path / "state.json")
     if lacking := [name for name in STATE if name not in state]:
         raise StageError(f"{path} doesn't say its {' and '.join(lacking)}: an older version wrote it",
@@ -123,7 +123,7 @@ def read_state(path: Path) -> dict:
 
 
 def load(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer) -> None:
-    """Put a checkpoint's weights and moments in place."""
+    """Copy a checkpoint's weights into the parameters and its moments into the optimizer."""
     load_weights(path, parameters)
     state = optimizer.state_dict()
     numbers = {p: number for number, p in enumerate(p for g in optimizer.param_groups for p in g["params"])}
@@ -135,7 +135,7 @@ def load(path: Path, parameters: dict[str, torch.nn.Parameter], optimizer) -> No
 
 
 def load_weights(path: Path, parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Put a checkpoint's weights in place."""
+    """Copy a checkpoint's weights into the parameters; StageError where the tensors' names differ."""
     weights = load_file(path / "weights.safetensors")
     if odd := sorted(weights.keys() ^ parameters.keys()):
         raise StageError(f"{path}: {len(odd)} trained tensors differ from this run's, such as {odd[0]}",

@@ -1,4 +1,5 @@
-"""checks: of single values, those that a type can't make: each returns the value to keep, or raises Wrong."""
+"""checks: what a knob's type can't say of its value. Each check returns the value to keep, or raises Wrong.
+"""
 import re
 from datetime import date
 
@@ -16,7 +17,10 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "additiona
 
 
 class Wrong(ValueError):
-    """A value that its knob can't take: why, the edit that mends it (None: an example will do), its node."""
+    """A value that its knob can't take: words, why; fix, the edit that mends it; node, where it stands.
+
+    Without a fix, the message gives an example.
+    """
 
     def __init__(self, words: str, fix: str | None = None, node=None):
         super().__init__(words)
@@ -24,14 +28,14 @@ class Wrong(ValueError):
 
 
 def filled(values: list) -> list:
-    """A list with something in it."""
+    """The list, which must not be empty."""
     if not values:
         raise Wrong("is empty", "name at least one, or remove the key")
     return values
 
 
 def regex(target: str | list[str]) -> str | list[str]:
-    """A regex that compiles, or a list of names with something in it."""
+    """The regex, which must compile, or the list of names, which must not be empty."""
     try:
         return filled(target) if isinstance(target, list) else re.compile(target).pattern
     except re.error as error:
@@ -39,7 +43,7 @@ def regex(target: str | list[str]) -> str | list[str]:
 
 
 def name_regexes(given: list[str]) -> list[str]:
-    """Regexes on parameters' names; Axolotl's ranges of rows are refused."""
+    """The regexes on parameters' names, which must compile; Axolotl's ranges of rows are refused."""
     for text in filled(given):
         if re.search(r"\[\d*:\d*\]$", text):
             raise Wrong(f"asks for some rows of a tensor ({text}): not built yet", "name whole tensors")
@@ -48,19 +52,19 @@ def name_regexes(given: list[str]) -> list[str]:
 
 
 def name_ends(names: str | list[str]) -> list[str]:
-    """The ends of parameters' names; one of them may stand without a list."""
+    """The ends of parameters' names as a list; a single one may be given as text."""
     return filled([names] if isinstance(names, str) else names)
 
 
 def size(text: str) -> str:
-    """A size of files, such as 5GB or 500MB."""
+    """The size of a file, which must read like 5GB or 500MB."""
     if not re.fullmatch(r"\d+(\.\d+)?\s*(MB|GB)", text):
         raise Wrong("is no size of files", "for example 5GB or 500MB")
     return text
 
 
 def bnb_arguments(given: dict) -> dict:
-    """Arguments of bitsandbytes' configuration that say how to quantise; what is quantised, roles say."""
+    """The arguments of bitsandbytes' configuration, only those that say how, not what, to quantise."""
     for key, value in given.items():
         allowed = BNB_ARGUMENTS.get(key, ())
         if not allowed:
@@ -73,7 +77,7 @@ def bnb_arguments(given: dict) -> dict:
 
 
 def model_overrides(given: dict) -> dict:
-    """What of the model's configuration a recipe may change: its rotary positions and their number."""
+    """The changes to the model's configuration, only of its rotary positions and their number."""
     for name, value in given.items():
         if name not in OVERRIDES:
             raise Wrong(f"holds {name}, which its weights were made with",
@@ -86,7 +90,7 @@ def model_overrides(given: dict) -> dict:
 
 
 def limits(given: dict) -> dict:
-    """{number of a GPU: the most of the model that it gets, such as 20GiB}."""
+    """{number of a GPU: the most memory that the model may take there, such as 20GiB}."""
     for name, most in given.items():
         if not name.isdigit() or not re.fullmatch(r"\d+(GiB|GB|MiB|MB)", str(most)):
             raise Wrong(f"holds {name}: {most}", "for example {0: 20GiB, 1: 24GiB}")
@@ -94,7 +98,7 @@ def limits(given: dict) -> dict:
 
 
 def side(given: int | list[int]) -> int | list[int]:
-    """A side of a square, or [width, height]; in pixels."""
+    """The side of a square, or [width, height], in pixels."""
     sides = given if isinstance(given, list) else [given, given]
     if len(sides) != 2 or not all(1 <= each <= 16_384 for each in sides):
         raise Wrong("is no size of a picture", "for example 512, or [640, 480] for width and height")
@@ -102,7 +106,7 @@ def side(given: int | list[int]) -> int | list[int]:
 
 
 def role_words(given: dict) -> dict:
-    """{role: the word or words that mean it}."""
+    """{role: the word or words by which rows name it}."""
     for role, words in given.items():
         if role not in ROLES:
             raise Wrong(f"holds {role}, which is no role", f"its keys are {', '.join(ROLES)}")
@@ -121,7 +125,7 @@ def properties(given: dict) -> dict:
 
 
 def special_tokens(given: dict) -> dict:
-    """{bos_token and so on: the token}, and more of them as a list; what is null says nothing."""
+    """{bos_token and so on: the token}, additional_special_tokens being a list; null values are left out."""
     given = {name: token for name, token in given.items() if token is not None}
     for name, token in given.items():
         if name not in SPECIAL_TOKENS:
@@ -135,7 +139,7 @@ def special_tokens(given: dict) -> dict:
 
 
 def words(given: list[str]) -> list[str]:
-    """Texts that can be tokens."""
+    """The texts, each of which must be able to be a token: not empty, no blanks around it."""
     for text in given:
         if not isinstance(text, str) or text != text.strip() or not text:
             raise Wrong(f"holds {text!r}, which can't be a token", "write texts without blanks around them")
@@ -143,14 +147,14 @@ def words(given: list[str]) -> list[str]:
 
 
 def template_arguments(given: dict) -> dict:
-    """Arguments of a chat template that are a recipe's to give."""
+    """The arguments for a chat template, none of which may be one that 02_data gives itself."""
     if taken := sorted(given.keys() & RENDERING):
         raise Wrong(f"holds {taken[0]}, which 02_data gives itself", f"remove {taken[0]}")
     return given
 
 
 def day(text: str) -> str:
-    """A day of the calendar, as in 2026-07-14."""
+    """The day as YYYY-MM-DD, which must be one of the calendar."""
     try:
         return date.fromisoformat(text).isoformat()
     except ValueError:

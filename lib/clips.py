@@ -8,7 +8,8 @@ from PIL import Image, ImageSequence
 
 @dataclass(frozen=True)
 class Clip:
-    """frames: [F, height, width, 3] uint8; the n-th is number indices[n] of a clip of `total` at `fps`."""
+    """Frames of a clip, [F, height, width, 3] uint8; the n-th is frame indices[n] of `total`, shown at `fps`.
+    """
     frames: np.ndarray
     indices: tuple[int, ...]
     total: int
@@ -21,15 +22,16 @@ class Clip:
 
     @property
     def metadata(self) -> dict:
-        """What a video processor has to know of frames that are sampled already."""
+        """What a video processor has to know about frames that are sampled already."""
         return {"total_num_frames": self.total, "fps": self.fps, "duration": self.seconds,
                 "frames_indices": list(self.indices)}
 
 
 def decode(raw: bytes, fps: float | None, at_most: int | None) -> Clip:
-    """The clip in a file's bytes, sampled `fps` times a second; None: every frame. Any error if it is none.
+    """The clip in a file's bytes, sampled `fps` times a second; None: every frame.
 
-    A TIFF holds the frames that a row gave (`as_tiff`): these are taken as they are.
+    A TIFF holds the frames that a row gave (`as_tiff`): these are taken as they are. Raises whatever the
+    decoder raises where the bytes are no clip.
     """
     if raw[:4] in (b"II*\0", b"MM\0*"):
         pages = ImageSequence.Iterator(Image.open(io.BytesIO(raw)))
@@ -55,7 +57,7 @@ def decode(raw: bytes, fps: float | None, at_most: int | None) -> Clip:
 
 
 def sampled(total: int, rate: float, fps: float | None, at_most: int | None) -> list[int]:
-    """Which of a clip's frames are taken: `fps` of them a second and not more than `at_most`, evenly."""
+    """The indices of the frames taken of a clip: `fps` a second, at most `at_most`, evenly spread."""
     if not total:
         raise ValueError("it has no frames")
     count = total if fps is None else max(1, round(total / rate * fps))
@@ -64,7 +66,7 @@ def sampled(total: int, rate: float, fps: float | None, at_most: int | None) -> 
 
 
 def of_frames(pictures: list[Image.Image], fps: float | None) -> Clip:
-    """A clip of these frames, which were taken `fps` times a second (None: once)."""
+    """A clip of these frames, which are `fps` a second (None: one)."""
     if len({picture.size for picture in pictures}) != 1:
         raise ValueError("frames of several sizes" if pictures else "it has no frames")
     frames = np.stack([np.asarray(picture) for picture in pictures])
@@ -72,7 +74,7 @@ def of_frames(pictures: list[Image.Image], fps: float | None) -> Clip:
 
 
 def as_tiff(frames: list[Image.Image]) -> bytes:
-    """RGB pictures as one lossless file."""
+    """RGB pictures as one file, a losslessly compressed TIFF."""
     buffer = io.BytesIO()
     frames[0].save(buffer, "TIFF", save_all=True, append_images=frames[1:], compression="tiff_deflate")
     return buffer.getvalue()

@@ -11,10 +11,11 @@ from lib.ledger import HOOK, StageError, name_of
 
 
 def source(stem: str, knobs: Mapping) -> dict[str, str]:
-    """{file: sha256} of the stage's script, of every file of lib that it imports, if only through another,
-    and of the files whose functions its knobs name.
+    """{file: sha256} of the code that a stage runs.
 
-    Hashed is the syntax tree without docstrings, so comments, wrapping and help texts don't count.
+    The files are its script, every file of lib that it imports, directly or through others, and those whose
+    functions its knobs name. What is hashed is the syntax tree without docstrings, so comments, line breaks
+    and help texts don't count.
     """
     digests, waiting = {}, [f"{stem}.py", *hook_files(knobs)]
     while waiting:
@@ -26,7 +27,7 @@ def source(stem: str, knobs: Mapping) -> dict[str, str]:
 
 
 def hook_files(knobs: Mapping) -> list[str]:
-    """The files whose functions these knobs name, as `outside` names them."""
+    """The files whose functions these knobs name, by their names in a ledger (`ledger.name_of`)."""
     texts = [text for value in knobs.values() for text in (value if isinstance(value, list) else [value])
              if isinstance(text, str)]
     return [name_of(Path(hook[1])) for hook in map(HOOK.fullmatch, texts) if hook]

@@ -1,13 +1,13 @@
 """collator: batches from encoded samples, for every family by three rules about shapes.
 
-1. What goes along the tokens, [1, T] or [4, 1, T], is padded on the right: input_ids with pad_id, labels with
-   IGNORE_INDEX, others with 0. Several rows, and packed ones, are padded to a MULTIPLE: their scores then lie
-   in memory as kernels like them, and memory of fewer sizes is used again.
-2. Media of a "cat" family are joined along their first axis; other axes are zero-padded to the largest.
-   Of a "line" family all patches lie in one line, [1, …, L], and lines are joined along their last axis.
+1. Tensors with one entry per token, [1, T] or [4, 1, T], are padded on the right: input_ids with pad_id,
+   labels with IGNORE_INDEX, others with 0. Batches of several rows, and packed rows, are padded to a multiple
+   of MULTIPLE: kernels are faster on aligned scores, and tensors of few sizes reuse one another's memory.
+2. Media of a "cat" family are concatenated along their first axis; other axes are zero-padded to the largest.
+   In a "line" family all patches lie in one line, [1, …, L]; lines are concatenated along their last axis.
 3. Media of a "stack" family, [1, tiles, …], are zero-padded on every axis, one entry per row; a row without
-   media gets an all-zero entry, which these families' models drop. A mask beside the tokens, [1, T, …], is as
-   long as they are.
+   media gets an all-zero entry, which these families' models drop. A mask with an entry per token,
+   [1, T, …], is padded to the batch's tokens.
 
 Fork me to: batch a new kind of tensor (a fourth rule here, its name in the family's record).
 """
@@ -20,7 +20,7 @@ PER_TOKEN = ("input_ids", "attention_mask", "labels", "position_ids")     # and 
 
 
 def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat") -> dict[str, torch.Tensor]:
-    """One batch {name: tensor} of encoded samples; what goes along the tokens is [B, T]."""
+    """One batch {name: tensor} of encoded samples; tensors with one entry per token are [B, T]."""
     lengths = [row["input_ids"].shape[1] for row in rows]
     tokens = padded_length(lengths, packed="attention_mask" not in rows[0])
     fill = {"input_ids": pad_id, "labels": IGNORE_INDEX}
@@ -41,30 +41,34 @@ def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat"
 
 
 def end_to_end(tensors: list[torch.Tensor], style: str) -> torch.Tensor:
-    """The media of several rows as those of one: lines of patches become a longer line."""
+    """The media tensors of several rows as those of one row: concatenated, lines of patches to a longer line.
+    """
     is_line = style == "line" and tensors[0].dim() > 2
     return torch.cat(tensors, dim=-1) if is_line else cat_padded(tensors)
 
 
 def is_per_token(key: str) -> bool:
-    """Whether a tensor of this name goes along the tokens."""
+    """Whether a tensor of this name has one entry per token."""
     return key in PER_TOKEN or key.endswith("token_type_ids")
 
 
 def goes_along(key: str, tensor: torch.Tensor, tokens: int, style: str) -> bool:
-    """Whether a sample's tensor goes along its tokens, as mllama's cross_attention_mask does."""
+    """Whether a sample's tensor has one entry per token, by its name or its shape.
+
+    mllama's cross_attention_mask, [1, T, …], is told by its shape.
+    """
     return is_per_token(key) or style == "stack" and tensor.shape[1] == tokens
 
 
 def padded_length(lengths: list[int], packed: bool) -> int:
-    """Tokens that each row of a batch has, with its padding; a sample alone in its batch has none."""
+    """Tokens of each row of a batch, padding included; a sample that is alone in its batch isn't padded."""
     return max(lengths) + (-max(lengths) % MULTIPLE if packed or len(lengths) > 1 else 0)
 
 
 def cat_padded(tensors: list[torch.Tensor], least: int = 0) -> torch.Tensor:
     """The tensors joined along axis 0, their other axes zero-padded at the end to the largest.
 
-    least: of the first of those axes, at least so many.
+    least: the smallest size of axis 1.
     """
     largest = [max(sizes) for sizes in zip(*(t.shape[1:] for t in tensors))]
     largest[:1] = [max(size, least) for size in largest[:1]]

@@ -40,7 +40,7 @@ def compare(runs: list[Path]) -> None:
 
 
 def figures(run: Path) -> dict[str, str]:
-    """{figure: its value in words} of one trained run; what 06 finds out only where it has finished."""
+    """{figure: its value in words} of one trained run; those that 06 finds are "-" until it has finished."""
     losses = loss_series(run / "05_train" / "metrics.jsonl")
     timings = read_lines(run / "05_train" / "timings.jsonl")
     counts = ledger.read_json(run / "02_data" / "report.json")["counts"]
@@ -65,7 +65,7 @@ def figures(run: Path) -> dict[str, str]:
 
 
 def drawn(points: list[tuple[int, float]]) -> str:
-    """A curve as a line of bars from its lowest to its highest value, between the first and the last."""
+    """A curve in one line: its first value, bars between its lowest and highest value, its last value."""
     values = [value for _, value in points if math.isfinite(value)]
     if not values:
         return NOTHING

@@ -1,8 +1,8 @@
 """counting: how many tokens a conversation has, and how many are trained, without making its tensors.
 
-What a processor writes for a picture follows from the picture's size. So it is seen once for each size; and
-not even that where transformers tells the number of tokens, and told it right for pictures of like sizes. The
-counts are those of `Encoder.encode`; where they might not be, there are none.
+What a processor writes for a picture follows from the picture's size. So the processor runs once for each
+size, and not even that where transformers tells the number of tokens and told it right for pictures of
+similar sizes. The counts are those of `Encoder.encode`; where they might differ, the result is None.
 
 Fork me to: count other media (`Counter.row`).
 """
@@ -20,23 +20,23 @@ from lib.messages import RowError
 from lib.processor import adds_first_token, placeholders, tokenizer_of
 from lib.spans import bytes_of
 
-ENOUGH = 3                                # pictures of like sizes for which the number was told right
-MOST_ROWS = 256                           # of whose pictures it is kept what the processor wrote
+ENOUGH = 3                                # pictures of similar sizes told right, before the number is trusted
+MOST_ROWS = 256                           # rows for whose pictures the processor's text is remembered
 UNTOLD = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)     # raised where no number is told
 
 
 class Counter:
-    """Counts the tokens that an encoder would make: (all, trained ones, those of media)."""
+    """Counts the tokens that an encoder would make: (all tokens, trained tokens, media tokens)."""
 
     def __init__(self, encoder: Encoder):
         self.encoder, self.processor, self.pictures = encoder, encoder.processor, Pictures(encoder.processor)
         self.never_trained = frozenset(encoder.never_trained)
-        self.plain: dict[bool, bool] = {}                # whether texts are tokenized as they stand
+        self.plain: dict[bool, bool] = {}                # {first token added: text left as it stands}
         self.tokenizer = tokenizer_of(self.processor).backend_tokenizer
-        self.spelt = bytes_of(self.tokenizer)            # by each token's id, if the vocabulary is byte-level
+        self.spelt = bytes_of(self.tokenizer)            # {id: its bytes}, if the vocabulary is byte-level
 
     def texts(self, given: list[tuple[str, list]]) -> list[tuple[int, int, int] | None]:
-        """The counts of texts without media, by their trained characters; None where only `encode` can tell.
+        """The counts of (text without media, trained spans) pairs; None where only `encode` can tell.
 
         All are tokenized in one call, without offsets where the tokens' bytes tell their places.
         """
@@ -57,7 +57,10 @@ class Counter:
         return found
 
     def _is_plain(self, text: str, first: bool) -> bool:
-        """Whether a text is tokenized as it stands. If its tokens don't spell it, none are asked to again."""
+        """Whether the processor tokenizes a text as it stands.
+
+        If the tokens don't spell the text byte for byte, self.spelt is emptied, so that offsets are used.
+        """
         made, _ = self.encoder.process(text, [])
         (tokens,) = self._tokens([text], first)
         if self._spelt_counts(text, [], tokens.ids) is None:
@@ -65,7 +68,7 @@ class Counter:
         return made["input_ids"][0].tolist() == tokens.ids
 
     def row(self, text: str, spans: list, pictures: list[Image.Image]) -> tuple[int, int, int] | None:
-        """The same of a text with pictures and no other media."""
+        """The counts of a text with pictures and no other media; None where only `encode` can tell."""
         sizes, made = tuple(picture.size for picture in pictures), None
         with contextlib.suppress(ValueError, RuntimeError):      # what the processor refuses, encode reports
             written = self.pictures.written(sizes)
@@ -82,14 +85,14 @@ class Counter:
         return None
 
     def _tokens(self, texts: list[str], first: bool, placed: bool = True) -> list[Encoding]:
-        """The ids and, if `placed`, the offsets of texts, as their processor's tokenizer has them."""
+        """The ids and, if `placed`, the offsets of texts, by the processor's own tokenizer."""
         self.tokenizer.no_padding()                      # some processors leave it on
         self.tokenizer.no_truncation()
         encode = self.tokenizer.encode_batch if placed else self.tokenizer.encode_batch_fast
         return encode(texts, add_special_tokens=first)
 
     def _counts(self, text: str, spans: list, tokens: Encoding, replaced: list) -> tuple | None:
-        ids, offsets = tokens.ids, tokens.offsets        # new lists, each time that they are asked for
+        ids, offsets = tokens.ids, tokens.offsets        # each access makes a new list
         if ids and not replaced and (counts := quick_counts(ids, offsets, spans, self.never_trained)):
             return counts
         with contextlib.suppress(RowError):
@@ -98,7 +101,10 @@ class Counter:
         return None
 
     def _spelt_counts(self, text: str, spans: list, ids: list[int]) -> tuple | None:
-        """The counts of a text that its tokens spell byte for byte: so these tell where each one ends."""
+        """The counts of a text whose tokens spell it byte for byte, so that they tell where each one ends.
+
+        None where the tokens don't spell it.
+        """
         in_bytes, pieces = text.encode(), list(map(self.spelt.get, ids))
         if None in pieces or b"".join(pieces) != in_bytes:
             return None
@@ -109,10 +115,10 @@ class Counter:
 
 
 def quick_counts(ids: list[int], offsets: list, spans: list, never_trained: frozenset) -> tuple | None:
-    """(tokens, trained ones, those of media): what lib/spans.py says, from the borders of spans alone.
+    """(tokens, trained tokens, media tokens) as lib/spans.py would find them, from the spans' borders alone.
 
-    So tokens have to stand in the order of their characters. None where they don't, where one lies across a
-    border, and where one in a span has no characters.
+    None where tokens don't stand in the order of their characters, where one lies across a border, and where
+    one in a span has no characters.
     """
     starts, ends = zip(*offsets)
     if list(starts) != sorted(starts) or list(ends) != sorted(ends):
@@ -121,7 +127,11 @@ def quick_counts(ids: list[int], offsets: list, spans: list, never_trained: froz
 
 
 def counts_in_order(ids, starts, ends, spans, never_trained) -> tuple | None:
-    """The same of tokens in order, by where they start and end, in characters or, as the spans, in bytes."""
+    """(tokens, trained tokens, media tokens) of tokens in the order of their starts and ends.
+
+    starts, ends and spans are in characters, or all in bytes. None where a token lies across a border of a
+    span, and where one in a span is empty.
+    """
     media = 0 if never_trained.isdisjoint(ids) else sum(i in never_trained for i in ids)
     trained, done = 0, 1                                         # no token predicts the first
     for span in spans:
@@ -143,18 +153,18 @@ class Pictures:
     def __init__(self, processor):
         self.processor, self.token = processor, placeholders(processor).get("image")
         self.known: dict[tuple, list[str]] = {}          # by the sizes of a row's pictures
-        self.tells = True                                # that transformers tells the number of placeholders
-        self.around: tuple[str, int, str] | None = None  # what is before these, how many more, what behind
+        self.tells = True                                # whether transformers tells how many tokens
+        self.around: tuple[str, int, str] | None = None  # (text before them, how many more than told, behind)
         self.right: Numbers = Numbers()                  # {octaves of width and height: times it told right}
 
     def written(self, sizes: tuple) -> list[str] | None:
-        """The text for each (width, height), None where the processor has to say it."""
+        """The text for each picture's (width, height); None where the processor has to be asked."""
         if self.tells and all(self.right[octaves(size)] >= ENOUGH for size in sizes):
             return [self._told(size) for size in sizes]
         return self.known.get(sizes)
 
     def learn(self, sizes: tuple, written: list[str]) -> None:
-        """Nothing; that is what the processor wrote for these sizes."""
+        """Remember what the processor wrote for a row's pictures of these sizes."""
         if len(self.known) >= MOST_ROWS:
             self.known.clear()
         self.known[sizes] = written
@@ -162,7 +172,7 @@ class Pictures:
         self.right.update(map(octaves, sizes))
 
     def _told(self, size: tuple[int, int]) -> str:
-        """That text by the number which transformers tells; a ValueError where it refuses the size."""
+        """The text for a picture, by the number that transformers tells; ValueError where it refuses."""
         before, more, behind = self.around
         return before + self.token * (self._number(size) + more) + behind
 
@@ -171,7 +181,7 @@ class Pictures:
         return int(number)
 
     def _is_right(self, sizes: tuple, written: list[str]) -> bool:
-        """Whether transformers tells what the processor wrote."""
+        """Whether the number that transformers tells gives the text that the processor wrote."""
         with contextlib.suppress(*UNTOLD):
             if self.around is None:
                 more = written[0].count(self.token)
@@ -182,6 +192,6 @@ class Pictures:
 
 
 def octaves(size: tuple[int, int]) -> tuple[int, int]:
-    """Which powers of two width and height are below: pictures of like sizes have the same."""
+    """The bit lengths of width and height, which pictures of similar sizes have in common."""
     width, height = size
     return width.bit_length(), height.bit_length()

@@ -26,12 +26,12 @@ class Decision:
     checkpoint: Path | None = None  # the one to go on from: every rank takes the same
 
     def __post_init__(self):
-        """What rank 0 decided reaches the others as JSON, in which a path is a text."""
+        """Make paths of texts: rank 0's decision reaches the other ranks as JSON, which has no paths."""
         self.run, self.checkpoint = Path(self.run), self.checkpoint and Path(self.checkpoint)
 
 
 def decide(stem: str, run: Path, force=False, resume=False, knobs: dict | None = None) -> Decision:
-    """The decision on starting a stage now. One rank takes it, as it may put a finished folder in place.
+    """The decision on starting a stage now. Only one rank takes it, as it may put a finished folder in place.
 
     `knobs` is for 01_config, which reads no config.json: {"recipe": path, "overrides": ["knob=value", ...]}.
     """
@@ -66,13 +66,13 @@ def _reads(run: Path, stem: str, knobs: dict | None) -> dict:
 
 
 def _torchrun_restarts(path: Path) -> bool:
-    """Whether torchrun starts again what has obeyed its --force: --max-restarts repeats all words."""
+    """Whether torchrun restarts a run that has already obeyed --force: it repeats the whole command."""
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     return restarted and ledger.read_json(path / "started.json")["forced"]
 
 
 def _choose(run: Path, stem: str, reads: dict, resume: bool, checkpoint: Path | None) -> tuple[str, list]:
-    """The action and the changes behind it; a refusal is a StageError. Only 05_train has checkpoints."""
+    """(the action, the changes behind it); StageError is a refusal. Only 05_train has checkpoints."""
     path, final, again = folder.partial(run, stem), run / stem, command(stem, run)
     since_start = []
     if checkpoint:
@@ -106,7 +106,7 @@ def _choose(run: Path, stem: str, reads: dict, resume: bool, checkpoint: Path | 
 
 
 def check_upstream(run: Path, stem: str) -> list[str]:
-    """Warnings about edited sources; StageError at the first earlier stage that is missing or out of date."""
+    """Warnings about edited sources; StageError where an earlier stage is missing or out of date."""
     warnings = []
     for earlier in _all_upstream(stem):
         final, again = run / earlier, command(earlier, run)
@@ -130,19 +130,19 @@ def check_upstream(run: Path, stem: str) -> list[str]:
 
 
 def _check_outputs(final: Path, again: str) -> None:
-    """StageError where a finished folder is not as its stage wrote it."""
+    """Raise StageError where a finished folder is not as its stage wrote it."""
     if edited := ledger.edited_outputs(final):
         fix = f"to write it again and keep this folder as {final.name}.old: {again} --force"
         raise StageError(_count(edited), fix)
 
 
 def _all_upstream(stem: str) -> list[str]:
-    """Every earlier stage that this one rests on, the first one first."""
+    """Every earlier stage that this one builds on, directly or through others, in order."""
     found = {each for direct in UPSTREAM[stem] for each in (direct, *_all_upstream(direct))}
     return sorted((found | {"01_config"}) - {stem})
 
 
 def _count(lines: list[str]) -> str:
-    """The first line, and how many more there are."""
+    """The first line, with the number of the others."""
     more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
     return f"{lines[0]}{more}" if lines else ""

@@ -1,4 +1,4 @@
-"""devices: what this process computes on (CUDA, MPS or CPU), in which precision, and its memory there."""
+"""devices: the device that this process computes on (CUDA, MPS or CPU), its precision and its memory."""
 import ctypes
 import functools
 import os
@@ -26,9 +26,9 @@ def pick_device(local_rank: int = 0) -> torch.device:
 
 
 def keep_freed_memory() -> None:
-    """Nothing; from here on, the C library keeps what this process frees, for what it asks for next.
+    """Make the C library keep freed memory for reuse.
 
-    By itself glibc hands large tensors' pages back to the system, and gets each anew, zeroed, in every step.
+    By default glibc hands the pages of large tensors back to the system, which zeroes new ones in every step.
     """
     mallopt(M_MMAP_THRESHOLD, 2**30)
     mallopt(M_TRIM_THRESHOLD, -1)
@@ -36,25 +36,27 @@ def keep_freed_memory() -> None:
 
 @contextmanager
 def freed_at_once() -> Iterator[None]:
-    """Inside, it hands memory of a MiB or more back at once, as it does by itself in a young process.
+    """Inside, the C library hands freed memory of a MiB or more back at once, as it does in a young process.
 
-    Quantised on a CPU, the small new weights would lie between the large old ones and keep their place.
+    When quantising on a CPU, the small new weights would otherwise lie between the freed large ones, whose
+    memory could then not be handed back.
     """
     mallopt(M_MMAP_THRESHOLD, 2**20)
     try:
         yield
     finally:
-        mallopt(M_MMAP_THRESHOLD, 2**25)                           # glibc's own most
+        mallopt(M_MMAP_THRESHOLD, 2**25)                           # the most that glibc sets by itself
 
 
 def mallopt(parameter: int, value: int) -> None:
-    """Nothing; the C library's allocator is set so, where it is glibc's."""
+    """Set a parameter of the C library's allocator, where it is glibc's."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(parameter, value)
 
 
 def free_memory_gib(device: torch.device) -> float:
-    """Memory that this process may still take: its GPU's, or its share of what this machine has free."""
+    """GiB that this process may still take: what its GPU has free, or its share of the machine's free memory.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2**30
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -62,9 +64,10 @@ def free_memory_gib(device: torch.device) -> float:
 
 
 def spread(config, device: torch.device) -> dict | None:
-    """transformers' arguments that share one model out over this machine's GPUs, or None.
+    """transformers' arguments that spread one model over this machine's GPUs; None without device_map.
 
-    A batch goes to the first GPU; accelerate's hooks hand on from layer to layer what the next one needs.
+    None, too, on another device and with a single GPU. A batch goes to the first GPU; accelerate's hooks move
+    to each layer's GPU what the layer needs.
     """
     if config.device_map is None or device.type != "cuda" or torch.cuda.device_count() < 2:
         return None
@@ -73,16 +76,17 @@ def spread(config, device: torch.device) -> dict | None:
 
 
 def refuse_offload(placed: dict) -> None:
-    """Nothing; a StageError where a part of a shared-out model is on no GPU, and so has no gradient."""
+    """Raise StageError where a part of a model that GPUs share is on none of them, and would get no gradient.
+    """
     if off := sorted(name for name, where in placed.items() if where in ("cpu", "disk", "meta")):
         raise StageError(f"device_map: {len(off)} parts don't fit into the GPUs, such as {off[0]}",
                          "adapter: qlora, more or larger GPUs, or torchrun with fsdp_version: 2")
 
 
 def ask_for_bf16(bf16: bool | str, device: torch.device, native=None) -> None:
-    """Nothing; a StageError where `bf16: auto` meets a GPU that only emulates it, at a fraction of the speed.
+    """Raise StageError where `bf16: auto` meets a GPU that only emulates bfloat16, many times slower.
 
-    The plan is the same on every machine: so this doesn't choose another type by itself.
+    No other dtype is chosen here, because the plan is the same on every machine.
     """
     native = native or functools.partial(torch.cuda.is_bf16_supported, including_emulation=False)
     if bf16 == "auto" and device.type == "cuda" and not native():
@@ -93,7 +97,7 @@ def ask_for_bf16(bf16: bool | str, device: torch.device, native=None) -> None:
 
 @contextmanager
 def tf32(wanted: bool) -> Iterator[None]:
-    """Inside, CUDA multiplies float32 matrices in TF32, if wanted: ten bits of mantissa, far more speed."""
+    """Inside, CUDA multiplies float32 matrices in TF32, if wanted: a mantissa of 10 bits, and much faster."""
     places = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
     before = [place.fp32_precision for place in places]
     try:
@@ -106,7 +110,7 @@ def tf32(wanted: bool) -> Iterator[None]:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: the GPU's own count, or this process's resident set on a CPU."""
+    """GiB of memory used at most so far: torch's count on a GPU, this process's resident set elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -19,8 +19,9 @@ from lib.sampler import to_device
 
 @torch.no_grad()
 def held_out_loss(run, batches: Iterable[tuple[str, dict]]) -> dict[str, float]:
-    """{loss per supervised token, token accuracy} over the batches of all ranks, which come with the names of
-    their data sets; where there are several, the loss of each, too.
+    """{"eval_loss": per supervised token, "eval_token_accuracy"} over the batches of all ranks.
+
+    batches: (name of the data set, batch); where there are several data sets, the loss of each is added.
     """
     world, names = run.world, list(run.held_out.by_dataset())
     exact = torch.float32 if world.device.type == "mps" else torch.float64
@@ -46,8 +47,8 @@ def held_out_loss(run, batches: Iterable[tuple[str, dict]]) -> dict[str, float]:
 def held_out_answers(run) -> list[dict]:
     """[{sample_id, answer, reference}] of `eval_answer_rows` held-out samples, always the same ones.
 
-    They are evenly spread. Ranks share the work, and all of them have the answers. A sharded model wants as
-    many forwards on each.
+    The samples are evenly spread. Ranks share the work, and every rank returns all answers. A sharded model
+    needs as many forwards on every rank.
     """
     samples, world = run.held_out, run.world
     count = min(len(samples), run.work.config.eval_answer_rows)
@@ -55,7 +56,7 @@ def held_out_answers(run) -> list[dict]:
     mine = chosen[world.rank::world.world_size]
     if samples.even:
         mine += chosen[:math.ceil(count / world.world_size) - len(mine)]
-    for part in (attention, features, last):                            # what the batch before held is over
+    for part in (attention, features, last):                            # forget the batch before
         part.of_batch({})
     run.model.eval()
     found = []
@@ -76,7 +77,7 @@ def held_out_answers(run) -> list[dict]:
 def generate(model, encoder: Encoder, text: str, media: list, max_new_tokens: int, together=False) -> str:
     """The model's greedy answer to a rendered prompt and its media, without special tokens.
 
-    together: as many forwards as the rank with the longest answer, as a sharded model wants it.
+    together: run as many forwards as the rank with the longest answer, which a sharded model needs.
     """
     batch = encoder.encode(text, [], media)
     inputs = {key: value.to(model.device) for key, value in batch.items() if key != "labels"}
@@ -89,26 +90,26 @@ def generate(model, encoder: Encoder, text: str, media: list, max_new_tokens: in
 
 
 def stops(model, tokenizer) -> list[int]:
-    """The tokens that end an answer: the checkpoint's, and the tokenizer's eos, which a recipe may name."""
+    """The ids that end an answer: the checkpoint's, and the tokenizer's eos, which a recipe may change."""
     own = model.generation_config.eos_token_id
     own = own if isinstance(own, list) else [own]
     return sorted({*own, tokenizer.eos_token_id} - {None})
 
 
 def exact_match(answers: list[str], references: list[str]) -> float:
-    """The share of answers that equal their reference, blanks around them aside."""
+    """The share of answers that equal their reference, ignoring blanks around them."""
     right = sum(a.strip() == r.strip() for a, r in zip(answers, references, strict=True))
     return right / max(1, len(references))
 
 
 def contains(answers: list[str], references: list[str]) -> float:
-    """The share of answers in which their reference occurs, whatever the case."""
+    """The share of answers that contain their reference, ignoring case."""
     right = sum(r.strip().lower() in a.lower() for a, r in zip(answers, references, strict=True))
     return right / max(1, len(references))
 
 
 def anls(answers: list[str], references: list[str]) -> float:
-    """The mean likeness of answer and reference, whatever the case; at half alike or less it counts 0.
+    """The mean similarity of answer and reference, ignoring case; a similarity of a half or less counts as 0.
 
     Source: average normalised Levenshtein similarity (arXiv 1905.13648, section 4.2).
     """
@@ -118,7 +119,7 @@ def anls(answers: list[str], references: list[str]) -> float:
 
 
 def edits(one: str, other: str) -> int:
-    """How many characters must be added, removed or replaced to make one text of the other (Levenshtein)."""
+    """The Levenshtein distance of two texts: characters to add, remove or replace to make them equal."""
     row = list(range(len(other) + 1))
     for number, left in enumerate(one, start=1):
         above, row[0] = row[0], number
@@ -128,9 +129,9 @@ def edits(one: str, other: str) -> int:
 
 
 def json_f1(answers: list[str], references: list[str]) -> float:
-    """The F1 of fields: over all rows, how many of answers' and references' (path, value) pairs agree.
+    """The F1 of fields: how far answers' and references' (path, value) pairs agree, counted over all rows.
 
-    An answer's JSON may stand in words or a fence; one without any has no field.
+    An answer's JSON may stand among words or in a code fence; an answer without JSON has no field.
     Source: the field-level F1 of Donut (arXiv 2111.15664, section 3.1).
     """
     same = every = 0
@@ -141,7 +142,7 @@ def json_f1(answers: list[str], references: list[str]) -> float:
 
 
 def fields_of(text: str) -> list[tuple[str, str]]:
-    """(path, value) of each field of the JSON in a text; places in a list don't count."""
+    """(path, value) of each field of the JSON in a text; positions in lists are no part of a path."""
     def fields(path: str, value) -> list[tuple[str, str]]:
         if isinstance(value, dict):
             return [field for key, inner in value.items() for field in fields(f"{path}.{key}", inner)]
@@ -159,13 +160,13 @@ METRICS = {"exact_match": exact_match, "contains": contains, "anls": anls, "json
 
 
 def metrics_of(named: list[str]) -> dict[str, Callable]:
-    """{name: function} of the recipe's `eval_metrics`: of those above, or a user's own."""
+    """{name: function} of the recipe's `eval_metrics`: those in METRICS, or a user's own."""
     return {text.rpartition(":")[2]: METRICS[text] if text in METRICS else hooked_metric(text)
             for text in named}
 
 
 def hooked_metric(text: str) -> Callable:
-    """The user's function; a StageError where what it returns is no number."""
+    """A user's metric, which raises StageError where the user's function returns no finite number."""
     score = hooks.function("eval_metrics", text)
 
     def metric(answers: list[str], references: list[str]) -> float:

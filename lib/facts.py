@@ -1,4 +1,4 @@
-"""facts: what card and report tell of a run, in words that are for others: no folder, no host, no account."""
+"""facts: what a model card and a report say about a run, fit for others: no folder, no host, no account."""
 import json
 import os
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ PRIVATE = ("output_dir", "url_hosts", "wandb_project", "wandb_entity", "wandb_na
 
 @dataclass(frozen=True)
 class Facts:
-    """What card and report tell of a run; `given` are the knobs that its recipe sets."""
+    """What a model card and a report say about a run. given: the knobs that its recipe sets."""
     config: dict
     given: list[str]
     plan: dict
@@ -23,7 +23,7 @@ class Facts:
 
     @classmethod
     def of(cls, work, plan: dict, check: dict) -> "Facts":
-        """Those of a run whose 06 is at work."""
+        """The facts of a run, gathered while its 06_save runs."""
         return cls(read_json(work.run / "01_config" / "config.json"),
                    read_json(work.run / "01_config" / "stages.json")["given"], plan,
                    read_json(work.input("02_data") / "report.json"),
@@ -32,7 +32,7 @@ class Facts:
 
 
 def origin(kind: str, facts: Facts) -> str:
-    """Which step's weights these are, and what became of the base's types."""
+    """A sentence or two: which step's weights an export holds, and what became of a quantised base."""
     saved, plan = facts.saved, facts.plan
     words = f"These are the weights of step {saved['step']:,} of {saved['planned_steps']:,}"
     if saved["step"] < saved["trained_steps"]:
@@ -49,7 +49,7 @@ def origin(kind: str, facts: Facts) -> str:
 
 
 def clock(facts: Facts) -> str:
-    """A sentence where the chat template would tell the day, had 06 not stopped its clock."""
+    """Sentences on the day that the chat template writes; "" where it writes none."""
     if not facts.data["counts"]["rows_that_tell_the_day"]:
         return ""
     day = facts.config["template_date"]
@@ -58,26 +58,26 @@ def clock(facts: Facts) -> str:
 
 
 def datasets(facts: Facts) -> list[tuple[str, dict]]:
-    """[(a data set's hub id, or its file's name alone; its counts)]."""
+    """[(a data set's hub id, or the name of its file without folders; its counts)]."""
     return [(path if is_data_id(path) and not Path(path).exists() else Path(path).name, counts)
             for path, counts in facts.data["datasets"].items()]
 
 
 def recipe_of(facts: Facts, given: bool = True) -> list[tuple[str, str]]:
-    """[(knob, value as JSON)] that the recipe sets, or of all others; without what is nobody's business."""
+    """[(knob, value as JSON)] of the knobs that the recipe sets, or of all others; without private ones."""
     return [(knob, without_folders(value)) for knob, value in facts.config.items()
             if (knob in facts.given) == given and knob not in PRIVATE]
 
 
 def without_folders(value) -> str:
-    """A knob's value as JSON, a line for each data set; of paths of this machine only the last part."""
+    """A knob's value as JSON, one line for each data set, with paths cut to their last part."""
     of_sets = isinstance(value, list) and value and isinstance(value[0], dict)
     lines = [json.dumps(public(each), ensure_ascii=False) for each in (value if of_sets else [value])]
     return "".join(f"\n  - {line}" for line in lines) if of_sets else lines[0]
 
 
 def public(value):
-    """A value whose paths tell no folder, and whose dicts have only what was set."""
+    """A value fit for others: its paths without folders, its dicts without what wasn't set."""
     if isinstance(value, dict):
         return {key: public(inner) for key, inner in value.items() if inner not in (None, {}, [])}
     if isinstance(value, list):
@@ -87,7 +87,7 @@ def public(value):
 
 
 def licence_of(plan: dict) -> dict[str, str]:
-    """What the base's own card says about its licence; {} where it says nothing, or there is none here."""
+    """What the base's own model card says about its licence; {} where it says nothing or isn't here."""
     from huggingface_hub import hf_hub_download, metadata_load
     try:
         folder = Path(plan["base_model"])

@@ -10,17 +10,16 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Family:
-    """One family's facts. Module paths are those of the loaded model, as `named_modules()` prints them.
+    """One family's facts. Module paths are those of the loaded model, as `named_modules()` gives them.
 
-    Where a field says why something can't be, an empty one says that it can.
+    A field that says why something can't be done is empty where it can.
     """
     name: str
     model_types: tuple[str, ...]
     roles: dict[str, str] = field(default_factory=dict)   # module path -> role; the longest path wins
     wrappers: tuple[str, ...] = ()       # tokens that the template, not the processor, puts around media
-    collate: str = "cat"                 # joins media along their first axis; "line": along their last one;
-    #                                      "stack": padded, an entry a row
-    batch: str = "any"                   # "alike": as many pictures a row; "clips_apart": of one kind
+    collate: str = "cat"                 # how media make a batch: "cat", "line" or "stack" of lib/collator.py
+    batch: str = "any"                   # which rows share a batch: a rule of SHARING in lib/sampler.py
     idle: str = ""                       # which parameters no forward reaches: a rule in roles.idle_modules
     no_lora: tuple[str, ...] = ()        # path components that LoRA leaves alone, with linear layers in them
     no_quant: tuple[str, ...] = ()       # path components that bitsandbytes or the model can't run quantised
@@ -28,20 +27,20 @@ class Family:
     expert_lora: str = ""                # why LoRA can't be put on its experts
     eager: tuple[str, ...] = ()          # sub-configs whose part of the model has no sdpa attention
     no_flash: str = ""                   # why flash attention would compute something else for it
-    uncast: str = ""                     # the module that takes pictures in its own type only
-    longest_sound_seconds: float | None = None            # the processor cuts off the rest without a word
-    one_kind: bool = False               # no row has pictures and clips: the one is taken for the other
+    uncast: str = ""                     # a module that takes pictures in the dtype of its weights only
+    longest_sound_seconds: float | None = None            # the processor silently cuts longer sounds
+    one_kind: bool = False               # a row can't have pictures and clips: one is taken for the other
     float16: str = ""                    # why it can't compute in float16
     packing: str = ""                    # why samples can't share a row
-    block_masks: tuple[str, ...] = ()    # layers where a picture's tokens see all of it: own masks, if packed
+    block_masks: tuple[str, ...] = ()    # kinds of layers where all tokens of a picture see one another
     pixels: str = ""                     # how pictures are bounded: a strategy in lib/resolution.py
-    unbounded: str = "makes every picture of one size"    # why they can't be, where there is none
+    unbounded: str = "makes every picture of one size"    # why pictures can't be bounded, without a strategy
     template: str = ""                   # a file in lib/templates, where the published checkpoint has none
     template_names: tuple[str, ...] = () # what Axolotl's recipes call its own chat template
     special_tokens: dict[str, str] = field(default_factory=dict)    # {name: token} that its tokenizer lacks
     packages: dict[str, str] = field(default_factory=dict)          # {module: pip name and version} it needs
-    absent: dict[str, str] = field(default_factory=dict)  # {module: pip name}: kernels for CUDA alone, which
-    #                                      transformers takes wherever it can import them
+    absent: dict[str, str] = field(default_factory=dict)  # {module: pip name} of kernels that need CUDA, and
+    #                                      that transformers takes wherever they are installed
     unread: tuple[str, ...] = ()         # regexes on tensors of its checkpoints that the class has no use for
     use_instead: dict[str, str] = field(default_factory=dict)       # published id -> the same model converted
     first_loss_note: str = ""            # why a high first loss is no sign of a mistake here, and who says so

@@ -1,10 +1,10 @@
-"""fast: the loop's inner parts, computed as the libraries compute them, in fewer and larger pieces.
+"""fast: the model's inner parts with the libraries' results, computed in fewer and larger operations.
 
-Attention is lib/attention.py's, LoRA's layers are lib/adapted.py's, what of the last layer is computed is
-lib/last.py's, norms are lib/norms.py's, and lib/alignment.py fills up what a GPU would be slow at.
+lib/attention.py computes attention, lib/adapted.py LoRA layers, lib/norms.py norms; lib/last.py leaves out of
+the last layer what nothing depends on, and lib/alignment.py pads layers that a GPU would be slow at.
 `rows_forward` stands in for peft's layers with some rows that train, which copy the whole matrix each time.
 
-All hold inside `paths(model, roles)` only: what is saved, shown and compared is computed by the libraries.
+All are used inside `paths(model, roles)` only: what is saved, shown and compared the libraries compute.
 """
 import contextlib
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from lib.roles import Roles
 
 @contextlib.contextmanager
 def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
-    """Inside, the model takes the fast paths: a GPU's where it is on one, or where a forecast says so."""
+    """Inside, the model takes the fast paths. cuda: those of a GPU; None: if the model is on one."""
     language = {module for name, module in model.named_modules() if roles.of(base_name(name)) == "language"}
     cuda = next(model.parameters()).is_cuda if cuda is None else cuda
     fast = {module: forward for module in model.modules() if (forward := forward_of(module, cuda))}
@@ -42,7 +42,7 @@ def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
 
 
 def forward_of(module, cuda: bool):
-    """The fast forward of a module, or None."""
+    """The fast forward of a module; None where it has none."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     if forward := adapted.forward_of(module) or norms.forward_of(module, cuda):
         return forward
@@ -56,7 +56,7 @@ def forward_of(module, cuda: bool):
 # ---- patches ----
 
 def patches_forward(module, x: torch.Tensor) -> torch.Tensor:
-    """A convolution's output; of patches [N, C, *its kernel's size], as some towers take, a product's."""
+    """A frozen convolution's output; of single patches [N, C, *kernel_size], by one matrix product."""
     if x.shape[2:] != module.kernel_size or any(module.padding) or module.groups > 1:
         return type(module).forward(module, x)
     out = F.linear(x.flatten(1), module.weight.flatten(1), module.bias)
@@ -66,13 +66,13 @@ def patches_forward(module, x: torch.Tensor) -> torch.Tensor:
 # ---- rows of new tokens ----
 
 def ids_of(module) -> torch.Tensor:
-    """The tokens [R], in rising order, whose rows train in an embedding or a head."""
+    """The ids [R], ascending, of the tokens whose rows train in an embedding or a head."""
     (name,) = module.active_adapters
     return torch.tensor(module.token_indices[name], device=module.get_base_layer().weight.device)
 
 
 def rows_forward(module, ids: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """The layer's output, [..., D] of tokens or [..., V] of hidden states, new rows in the base's places."""
+    """An embedding's output [..., D] or a head's [..., V], with the trained rows in place of the base's."""
     (name,), base = module.active_adapters, module.get_base_layer()
     out = base(x)
     rows = module.trainable_tokens_delta[name].to(out.dtype)                     # [R, D]

@@ -1,6 +1,6 @@
-"""faults: what may go wrong in a training step, said in two lines that name the rows.
+"""faults: what may go wrong in a training step, said in two lines that name the samples.
 
-A run is 05_train's Run: its `now` is (step, the micro-batch's rows of samples), as far as the loop has come.
+A run is 05_train's Run: its `now` is (step, rows of samples) of the micro-batch that the loop is at.
 """
 import math
 from collections.abc import Iterator
@@ -12,14 +12,15 @@ from lib.stage import StageError
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
 LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "NCCL", "Gloo")
-BITS_OF_NF4 = 4.5                         # with its scales
-NAMED = 8                                 # samples at most in a message
+BITS_OF_NF4 = 4.5                         # of a weight, its part of the scales included
+NAMED = 8                                 # samples that a message names at most
 
 
 def not_finite(run, step: int, shares: list, found: list, norm: float) -> list[str]:
-    """The ids of the samples behind a loss or gradient that is no finite number, so that the step is skipped.
+    """The ids of the samples behind a loss or gradient that isn't finite; [] where all are finite.
 
-    [] is the rule. Stops all ranks, and names the samples, once more than skip_nonfinite steps are such.
+    Such a step is skipped. Once there are more of them than skip_nonfinite, this stops all ranks and names
+    the samples.
     """
     bad = [index for share, losses in zip(shares, found)
            for batch, (loss, _) in zip(share, losses) if not math.isfinite(loss)
@@ -44,7 +45,7 @@ def names(run, indices: list[int]) -> list[str]:
 
 @contextmanager
 def told(run) -> Iterator[None]:
-    """Nothing. Where memory runs out, a DataLoader worker dies or another rank is lost, a StageError says so.
+    """Inside, running out of memory, a dead DataLoader worker or a lost rank becomes a StageError.
 
     What is on the disk stays as it is: a checkpoint that is being written is finished first.
     """
@@ -62,12 +63,12 @@ def told(run) -> Iterator[None]:
 
 
 def is_no_memory(error: Exception) -> bool:
-    """Whether it says that memory ran out, be it the host's or a device's."""
+    """Whether an error says that memory ran out, the host's or a device's."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
 
 
 def out_of_memory(run) -> StageError:
-    """Which samples were too much, how long they are, and the three knobs that help most."""
+    """The error for memory that ran out: on which samples, how long they are, which three knobs help most."""
     step, rows = run.now
     lengths = {index: run.samples.input_tokens[index] for row in rows for index in map(sample_of, row)}
     named = ", ".join(f"{run.samples.ids[index]} ({tokens:,} tokens)" for index, tokens in
@@ -82,8 +83,9 @@ def out_of_memory(run) -> StageError:
 
 
 def relief(knobs, longest_tokens: int, has_media: bool, forecast: dict | None = None) -> list[str]:
-    """The three knobs that save most memory here, by 03's forecast; without one, first come those that leave
-    the training as it is.
+    """The three knobs that save most memory here, by 03's forecast.
+
+    Without a forecast, those that leave the training as it is come first.
     """
     accumulated = knobs.micro_batch_size * knobs.gradient_accumulation_steps
     kept = least = language = state = 0.0
@@ -108,7 +110,7 @@ def relief(knobs, longest_tokens: int, has_media: bool, forecast: dict | None = 
 
 
 def dead_worker(run, said: str) -> StageError:
-    """Which samples were waited for when a worker died, and what to do."""
+    """The error for a worker that died: which samples were waited for, and what to do."""
     step, rows = run.now
     named = ", ".join(names(run, [index for row in rows for index in row]))
     how = said.splitlines()[0].rstrip(" .")
@@ -118,7 +120,7 @@ def dead_worker(run, said: str) -> StageError:
 
 
 def lost_rank(run) -> StageError:
-    """Which rank speaks, and that another one has ended."""
+    """The error for another rank's end: which rank noticed it, and when."""
     step, rows = run.now
     when = f"in step {step + 1}" if rows else "before the first step"
     return StageError(f"rank {run.world.rank} of {run.world.world_size} has lost another rank {when}",

@@ -1,6 +1,6 @@
-"""features: what a tower makes of pictures, taken from the model, and given back to it in place of pixels.
+"""features: what a vision tower makes of pictures: taken from the model, and given back in place of pixels.
 
-They are the outputs of the model's `get_image_features`. lib/store.py keeps them in the run folder.
+Features are the outputs of the model's `get_image_features`. lib/store.py keeps them in the run folder.
 """
 import functools
 from collections.abc import Iterator
@@ -11,13 +11,13 @@ import torch
 
 from lib.stage import StageError
 
-BY_LAYER = ("deepstack_features",)        # a list of layers; other lists are of pictures
+BY_LAYER = ("deepstack_features",)        # fields that are lists of layers; other lists are of pictures
 
-kept: dict | None = None                  # features of the batch in hand
+kept: dict | None = None                  # features of the current batch
 
 
 class Captured(Exception):
-    """Ends a forward whose features are had."""
+    """Ends a forward once its features are captured."""
 
 
 @contextmanager
@@ -38,7 +38,7 @@ def in_place_of_features(model, make) -> Iterator[None]:
 
 @torch.no_grad()
 def forward(model, row: dict, autocast, make) -> None:
-    """Nothing; the model has had a row, with `make(own method)` for get_image_features, or until Captured."""
+    """Run the model on a row, with `make(own method)` for get_image_features; end early where Captured."""
     inputs = {key: value.to(model.device) for key, value in row.items() if key != "labels"}
     with in_place_of_features(model, make), autocast(), suppress(Captured):
         model(**inputs, use_cache=False)
@@ -82,7 +82,7 @@ def of_row(model, row: dict, fields: tuple[str, ...], autocast) -> dict:
 
 @contextmanager
 def replayed(model) -> Iterator[None]:
-    """Inside, the model takes the features of the batch in hand (`of_batch`) for those of its tower."""
+    """Inside, the model takes the current batch's features (`of_batch`) in place of its tower's."""
     def replay(own):
         return lambda *words, **options: SimpleNamespace(**kept) if kept else own(*words, **options)
 
@@ -91,19 +91,22 @@ def replayed(model) -> Iterator[None]:
 
 
 def of_batch(batch: dict) -> dict:
-    """What the model gets beside the batch's own tensors, so that it asks for the features."""
+    """Inputs that make the model ask for the batch's features, which are noted; {} where it has none."""
     global kept
     kept = batch.get("features")
     return {"pixel_values": torch.zeros(1, device=batch["input_ids"].device)} if kept else {}
 
 
 def together(rows: list[dict]) -> dict:
-    """The features of several samples as those of one batch."""
+    """The features of several samples, joined to those of one batch."""
     return {field: joined([row[field] for row in rows], field in BY_LAYER) for field in rows[0]}
 
 
 def joined(values: list, by_layer: bool):
-    """One value of a field for several: tensors end to end, lists of pictures one after the other."""
+    """Several samples' values of a field as one: tensors concatenated, lists of pictures, too.
+
+    by_layer: the values are lists of layers, each of which is joined by itself.
+    """
     if isinstance(values[0], torch.Tensor):
         return torch.cat(values)
     if by_layer:

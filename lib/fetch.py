@@ -1,8 +1,8 @@
 """fetch: media behind urls, each fetched once into a folder of the run, so that training needs no network.
 
-A file is called by the hash of its content; a note, called by the hash of the url, says which file it is.
-Only public hosts are asked, after redirects, too, and at the address that was looked at; and only
-directly, so that no proxy asks for others. A recipe can name private hosts that it trusts.
+A file is named by the hash of its content; a note, named by the hash of the url, says which file it is. Only
+public hosts are asked, also after redirects, at the very address that was checked, and without a proxy, which
+could ask others. A recipe can name private hosts that it trusts.
 
 Fork me to: fetch from elsewhere (`Fetcher._download`).
 """
@@ -35,7 +35,7 @@ class PrivateHost(OSError):
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches urls into `folder`; `hosts` are the private ones that may be asked."""
+    """Fetches urls into `folder`; hosts: private ones that may be asked; asked: urls that were already."""
     folder: Path
     timeout_seconds: float
     max_bytes: int
@@ -44,7 +44,7 @@ class Fetcher:
     asked: set[str] = field(default_factory=set)
 
     def fetch_all(self, urls: list[str]) -> None:
-        """Nothing; every url that can be had is in the folder. None is asked twice, good or bad."""
+        """Fetch every url that isn't in the folder yet. None is asked twice, whether it was had or not."""
         missing = [url for url in dict.fromkeys(urls)
                    if url not in self.asked and "sha256" not in self._read(url)]
         self.asked.update(missing)
@@ -61,7 +61,7 @@ class Fetcher:
         return self.folder / note["sha256"], note["served"]
 
     def refuse(self, url: str, why: str) -> None:
-        """Nothing; the url's content is no medium, and the next run of the stage fetches it anew."""
+        """Note that a url's content is no medium, and why; the next run of the stage fetches it anew."""
         write(self._note(url), json.dumps({"url": url, "error": why}).encode())
 
     def _read(self, url: str) -> dict:
@@ -73,7 +73,7 @@ class Fetcher:
         return self.folder / f"{hashlib.sha256(url.encode('utf-8', 'backslashreplace')).hexdigest()}.json"
 
     def _fetch(self, url: str) -> None:
-        """Nothing; the url's note, and its content, are in the folder."""
+        """Fetch a url; write its content and its note into the folder."""
         try:
             data, served = self._tried(url)
             sha256 = hashlib.sha256(data).hexdigest()
@@ -84,7 +84,7 @@ class Fetcher:
             self.refuse(url, str(error))
 
     def _tried(self, url: str) -> tuple[bytes, str]:
-        """(content, "HTTP 200, image/png") of a url; after all tries, a FetchError."""
+        """(content, how it was served, as "HTTP 200, image/png") of a url; FetchError after all tries."""
         for number in range(self.retries + 1):
             try:
                 return self._download(url)
@@ -111,13 +111,13 @@ class Fetcher:
 
 
 def served_as(answer, start: bytes | None = None) -> str:
-    """The status and type of an answer, and how it starts."""
+    """The status and type of an answer, and its first bytes if they are given."""
     shown = "" if start is None else f", it starts with {start!r}"
     return f"HTTP {answer.status}, {answer.headers.get_content_type()}{shown}"
 
 
 def opener(hosts: tuple[str, ...]) -> urllib.request.OpenerDirector:
-    """What opens http and https urls, of public hosts and of these."""
+    """An opener of http and https urls that connects to public hosts, and to these."""
 
     def connect(address: tuple[str, int], timeout, source=None) -> socket.socket:
         host, port = address
@@ -157,7 +157,7 @@ def is_public(ip: str) -> bool:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Nothing; the file is there as a whole, whoever else writes it."""
+    """Write a file as a whole, even where another process writes the same one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     aside.write_bytes(data)
     aside.replace(path)

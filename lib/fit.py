@@ -1,4 +1,4 @@
-"""fit: a run's forecast as tables: what takes memory, which micro-batch fits, what to change if none does.
+"""fit: a run's memory forecast as tables: what takes memory, which micro-batch fits, what to change else.
 
 Fork me to: advise something else (`changes`).
 """
@@ -22,10 +22,10 @@ from lib.sampler import Batcher, Samples
 from lib.stage import Knobs, StageError, every_knob
 
 GIB = 2**30
-RESERVE = 0.05                            # of a GPU: CUDA's context and gaps between tensors aren't counted
-CAUTION = 0.7                             # of what is free: long runs leave gaps, libraries take their part
-MOST_ROWS = 256                           # in the micro-batches that are looked at
-SETTINGS = {"checkpointed": True, "kept": False}     # what becomes of layers' activations
+RESERVE = 0.05                            # of a GPU, for what isn't counted: CUDA's context, gaps in memory
+CAUTION = 0.7                             # of free memory, that is planned with: gaps and libraries take some
+MOST_ROWS = 256                           # the largest micro-batch that is tried
+SETTINGS = {"checkpointed": True, "kept": False}     # of layers' activations: whether they are checkpointed
 CHANGED_BY = ("micro_batch_size", "gradient_accumulation_steps", "sample_packing", "sequence_len",
               "optimizer", "adapter", "lora_r", "lora_target_roles", "lora_target_modules",
               "lora_target_parameters", "lora_model_dir", "peft_use_dora", "train_roles",
@@ -41,16 +41,19 @@ class Case:
 
     @classmethod
     def of(cls, run: Path, plan: dict) -> "Case":
-        """A run folder's. It reads knobs of 04 and 05, too: a forecast is no part of any stage's result."""
+        """The Case of a run folder.
+
+        It may read all knobs, those of 04 and 05, too, since a forecast is no part of any stage's result.
+        """
         return cls(plan, every_knob(run), run / "02_data")
 
     def changed(self, **knobs) -> "Case":
-        """The same with other knobs, and planned anew."""
+        """This case with other knobs, planned anew."""
         knobs = Knobs(**vars(self.knobs) | knobs)
         return Case(make_plan(knobs), knobs, self.data)
 
     def peaks(self, cuda: bool = True) -> Callable[[int, bool], Peak]:
-        """A function: rows of a micro-batch, whether layers are checkpointed -> the Peak."""
+        """A function of (rows of a micro-batch, whether layers are checkpointed) that returns the Peak."""
         step = Step(self.plan, self.knobs, cuda)
         row, batcher = longest_row(self, step.net)
         return functools.cache(lambda rows, checkpointing: step.peak(
@@ -58,7 +61,7 @@ class Case:
 
 
 def longest_row(case: Case, net) -> tuple[dict[str, torch.Tensor], Batcher]:
-    """(02's longest training row, packed if rows are, its floats on meta, what makes batches of it)."""
+    """(02's longest training row, packed if the recipe packs, with its floats on meta; its Batcher)."""
     knobs, family = case.knobs, family_of(case.plan["model_type"])
     encoder = Encoder.load(case.data / "processor", knobs.trust_remote_code)
     packs = knobs.sample_packing and not family.packing              # where it can't, 05 says so
@@ -75,7 +78,7 @@ def longest_row(case: Case, net) -> tuple[dict[str, torch.Tensor], Batcher]:
 # ---- what takes memory ----
 
 def facts(case: Case, peaks: Callable[[int, bool], Peak], device: str) -> dict:
-    """forecast.json: what a device that holds everything has at its peak, with and without checkpointing."""
+    """The content of forecast.json: GiB of a device that holds everything, with and without checkpointing."""
     knobs, found = case.knobs, {}
     for name, checkpointing in SETTINGS.items():
         peak = peaks(knobs.micro_batch_size, checkpointing)
@@ -93,9 +96,9 @@ def asked(knobs, device: str) -> dict:
 
 
 def of_run(run: Path, plan: dict, device: str) -> dict | None:
-    """A run's `facts` for a kind of device; None, and a word why, where there is no forecast.
+    """A run's `facts` for a kind of device; None, after a warning that says why, where there is no forecast.
 
-    What 03 wrote serves as long as the knobs are those, and the device is of that kind.
+    The one that 03 wrote is taken if its knobs and its kind of device are these.
     """
     try:
         case, path = Case.of(run, plan), run / "03_load_model" / "forecast.json"
@@ -103,15 +106,16 @@ def of_run(run: Path, plan: dict, device: str) -> dict | None:
         if asked(case.knobs, device).items() <= written.items():
             return written
         return facts(case, case.peaks(device == "cuda"), device)
-    except (StageError, RuntimeError) as error:      # a mistake, 04 or 05 says again, with what mends it
+    except (StageError, RuntimeError) as error:      # a user's mistake: 04 or 05 says it, and its fix
         terminal.warn(f"no forecast of memory: {first_line(error)}")
         return None
 
 
 def kept(found: dict, room_gib: float, shards: int | None = None) -> tuple[float, float]:
-    """(share, 0 to 1, of the layers whose activations can stay in memory, GiB at the peak), by a forecast.
+    """(share, 0 to 1, of the layers whose activations fit in memory, GiB at the peak), by a forecast.
 
-    shards: ranks that share out the frozen layers. Memory grows with each layer that stays by as much.
+    Each layer whose activations are kept is taken to need the same memory. shards: ranks over which frozen
+    layers are sharded; None: each rank holds them.
     """
     saved = found["layers_gib"] * (1 - 1 / shards) - 2 * found["layer_gib"] if shards else 0.0
     least, most = (found[setting]["peak_gib"] - saved for setting in SETTINGS)
@@ -120,12 +124,12 @@ def kept(found: dict, room_gib: float, shards: int | None = None) -> tuple[float
 
 
 def gib(size: int) -> float:
-    """Bytes in GiB, for a file."""
+    """Bytes as GiB, rounded for a file."""
     return round(size / GIB, 4)
 
 
 def print_facts(found: dict) -> None:
-    """The table of forecast.json."""
+    """Print the table of forecast.json."""
     both = [found[name] for name in SETTINGS]
     rows = [[f"weights: {kind}", size, size] for kind, size in found["weights_gib"].items()]
     rows += [[name, *[found[f"{name}_gib"]] * 2] for name in ("trained", "gradients", "optimizer")]
@@ -141,10 +145,10 @@ def print_facts(found: dict) -> None:
 # ---- what fits ----
 
 def most_rows(bytes_of: Callable[[int], int], room: int, most: int = MOST_ROWS) -> int:
-    """The most rows, up to `most`, whose bytes are within room; 0 if one row's aren't.
+    """The most rows, up to `most`, whose bytes are within room; 0 if a single row's aren't.
 
-    Bytes grow with rows, nearly along a straight line, which tells the next number to try. It begins with few
-    rows: of many, ids alone are gigabytes, and they are real.
+    Bytes grow with rows nearly along a straight line, which gives the next number to try. The search begins
+    with few rows, since ids are real tensors: for many rows they alone take gigabytes.
     """
     if bytes_of(1) > room:
         return 0
@@ -160,7 +164,7 @@ def most_rows(bytes_of: Callable[[int], int], room: int, most: int = MOST_ROWS) 
 
 
 def print_fit(case: Case, gpus: int, room_gib: float) -> None:
-    """Nothing; the micro-batch that fits each way of using the GPUs, and what to change if none does."""
+    """Print the largest micro-batch that fits each way of using the GPUs, and what to change if none does."""
     knobs, peaks, room = case.knobs, case.peaks(), int(room_gib * GIB * (1 - RESERVE))
     print_facts(facts(case, peaks, "cuda"))
     ways = {"one GPU": lambda peak: peak.of(1)}
@@ -180,7 +184,7 @@ def print_fit(case: Case, gpus: int, room_gib: float) -> None:
 
 
 def changes(case: Case, peaks: Callable[[int, bool], Peak], gpus: int, room: int) -> list[str]:
-    """Lines on the knobs that lower the peak most, with what it would be."""
+    """Lines on the knobs that lower the peak most, each with the peak that it would lead to."""
     knobs, lines = case.knobs, ["it doesn't fit; what helps:"]
 
     def line(words: str, peak: Peak) -> str:

@@ -26,7 +26,7 @@ def partial(run: Path, stem: str) -> Path:
 
 
 def lock(path: Path) -> None:
-    """Until `unlock` or the end of this process, no other process may write the folder."""
+    """Keep other processes from writing the folder, until `unlock` or the end of this process."""
     unlock(path)  # a test that starts a stage twice in one process may still hold the first start's lock
     file = (path / "lock").open("ab+", buffering=0)
     try:
@@ -49,7 +49,7 @@ def lock(path: Path) -> None:
 
 
 def unlock(path: Path) -> None:
-    """Other processes may write the folder again."""
+    """Let other processes write the folder again."""
     if file := _locks.pop(path, None):
         file.close()
 
@@ -66,12 +66,12 @@ def checkpoints(path: Path) -> list[Path]:
 
 
 def newest_checkpoint(path: Path) -> Path | None:
-    """The checkpoint of the highest step in a 05_train folder that is as it was written, or None."""
+    """The newest checkpoint in a 05_train folder that is as it was written, or None."""
     return next((found for found in checkpoints(path) if not damage(found)), None)
 
 
 def seal(path: Path) -> None:
-    """The folder's files are on the disk, with SHA256SUMS, which `sha256sum -c` reads, to know them by."""
+    """Write SHA256SUMS over a folder's files, which `sha256sum -c` reads, and flush all of it to the disk."""
     lines = [f"{ledger.sha256_of(file)}  {file.name}\n" for file in sorted(path.iterdir())]
     (path / SUMS).write_text("".join(lines), encoding="utf-8")
     sync_tree(path)
@@ -96,7 +96,7 @@ def damage(path: Path) -> str:
 
 
 def sync_tree(path: Path) -> None:
-    """All that is in a folder survives a power cut, and so does the folder's own name."""
+    """Flush everything in a folder to the disk, and the folder's own name: so it survives a power cut."""
     for where, _, names in os.walk(path):
         for each in (*(Path(where, name) for name in names), Path(where)):
             if not each.is_symlink():
@@ -105,7 +105,7 @@ def sync_tree(path: Path) -> None:
 
 
 def heal(run: Path, stem: str) -> None:
-    """What a kill left between stage.json and the rename is in place; StageError while the stage runs."""
+    """Put in place what a kill left between stage.json and the rename; StageError while the stage runs."""
     path = partial(run, stem)
     if path.is_dir():
         lock(path)
@@ -116,7 +116,7 @@ def heal(run: Path, stem: str) -> None:
 
 
 def put_in_place(run: Path, stem: str) -> None:
-    """STEM.partial is STEM. What was STEM is gone, or STEM.old where --force was given."""
+    """Rename STEM.partial to STEM. What was STEM is removed, or becomes STEM.old if --force was given."""
     path, final = partial(run, stem), run / stem
     if final.exists():
         # Without a ledger it is not the kit's own folder, so not the kit's to throw away.
@@ -128,14 +128,14 @@ def put_in_place(run: Path, stem: str) -> None:
 
 
 def set_aside(path: Path, aside: Path) -> None:
-    """The folder has the other name, and what had that name is gone."""
+    """Give the folder the other name, and remove what had that name."""
     if aside.exists():
         shutil.rmtree(aside)
     path.rename(aside)
 
 
 def _tidy(run: Path, stem: str) -> None:
-    """A finished folder has no marks of its start, and beside it is no discarded one."""
+    """Remove the marks of the start from a finished folder, and the discarded folder beside it."""
     if ledger.finished(run / stem):
         for name in ("lock", "started.json"):
             (run / stem / name).unlink(missing_ok=True)
@@ -143,7 +143,7 @@ def _tidy(run: Path, stem: str) -> None:
 
 
 def clear(path: Path) -> None:
-    """The folder holds its lock alone."""
+    """Remove everything in the folder but its lock."""
     for left in path.iterdir():
         if left.is_dir() and not left.is_symlink():
             shutil.rmtree(left)

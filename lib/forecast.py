@@ -1,7 +1,8 @@
 """forecast: the memory that training takes on each GPU, from a configuration alone, before one is rented.
 
-05's own step (model, adapter, fast paths, loss, backward) runs once on hollow tensors (lib/hollow.py), at the
-longest row of 02, and what is alive is counted. No weights are read and none are made.
+05's own step (model, adapter, fast paths, loss, backward) runs once on hollow tensors (lib/hollow.py), which
+have shapes but no memory, with the longest row of 02; the bytes that real tensors would take are counted. No
+weights are read and none are made.
 
 Fork me to: forecast another optimizer (`Step.__init__` makes its state), or more kinds of GPUs.
 """
@@ -26,10 +27,10 @@ TOWERS = ("vision", "audio")
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes on one GPU that holds everything.
+    """The bytes of a training step on one GPU that holds everything.
 
-    weights: frozen ones, by role and type. activations: all else, at their highest. phases: the most in each
-    part of a step. layers, layer: frozen weights of the language model's layers, and of the largest one.
+    weights: frozen ones, by role and dtype. activations: all else, at their highest. phases: {part of a step:
+    the most at any time in it}. layers, layer: frozen weights of all language layers, and of the largest one.
     """
     weights: dict[str, int]
     trained: int
@@ -41,17 +42,17 @@ class Peak:
     layer: int
 
     def of(self, ranks: int) -> int:
-        """The peak where each of several ranks holds everything; gradients are summed some at a time."""
+        """The peak where each of several ranks holds everything, with a bucket to sum gradients in."""
         bucket = min(self.gradients, parallel.BUCKET * FLOAT32) if ranks > 1 else 0
         return max(*self.phases.values(), self.phases["update"] + bucket)
 
     def sharded(self, ranks: int) -> int:
-        """The peak where frozen layers are spread over ranks (lib/sharding.py): one in use, one to come."""
+        """The peak where frozen layers are sharded over ranks (lib/sharding.py): two at a time are whole."""
         return self.of(ranks) - self.layers + self.layers // ranks + 2 * self.layer
 
 
 class Step:
-    """A plan's training step on hollow tensors, with knobs of 04 and 05, as on a GPU or on a CPU."""
+    """A plan's training step on hollow tensors, with the knobs of 04 and 05, as a GPU or a CPU runs it."""
 
     def __init__(self, plan: dict, knobs, cuda: bool = True):
         self.knobs, self.cuda, self.roles = knobs, cuda, Roles.of_plan(plan)
@@ -76,7 +77,7 @@ class Step:
         self._watch()
 
     def _watch(self) -> None:
-        """Nothing; the parts of a step that a table names are told apart from here on."""
+        """Set hooks that tell the phases of a step apart, and note when gradients are made."""
         for name, module in self.net.named_modules():
             role = self.roles.paths.get(model.base_name(name))
             if role in TOWERS:
@@ -120,7 +121,7 @@ class Step:
         return self._as_peak(phases, gradients)
 
     def _as_peak(self, phases: dict[str, int], gradients: int) -> Peak:
-        """The Peak of what was counted."""
+        """The Peak, of the bytes that were counted."""
         taken, weights = self.count.taken, Counter()
         trained = sum(taken(p.nbytes) for p in self.trained.values())
         for name, p in self.net.named_parameters():
@@ -137,8 +138,10 @@ class Step:
 
     @contextlib.contextmanager
     def _kernels(self):
-        """Packed weights' way, and CUDA's, if the forecast is for one: its kernels', what lib/attention.py
-        and lib/loss.py choose there, and peft's, which asks for CUDA's autocast by its flag alone.
+        """Inside, quantised weights count their packed bytes, and for a GPU everything takes CUDA's way.
+
+        That is: its kernels' memory, what lib/attention.py and lib/loss.py choose there, and CUDA's autocast,
+        for which peft asks.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch.multiple(adapted, dequantised=unpacked))
@@ -153,9 +156,9 @@ class Step:
 
 
 def moments_bytes(elements: int, optimizer: str) -> int:
-    """What AdamW keeps of a tensor: two floats for each element, or two bytes and a scale for each 256.
+    """The bytes that AdamW keeps for a tensor: two floats per element, or in 8 bits two bytes per element.
 
-    A user's own optimizer counts as AdamW.
+    In 8 bits, two scales per 256 elements are added. A user's own optimizer counts as AdamW.
     """
     if not optimizer.endswith("8bit") or elements < 4096:
         return 2 * FLOAT32 * elements
@@ -165,7 +168,7 @@ def moments_bytes(elements: int, optimizer: str) -> int:
 # ---- the model ----
 
 def keep_in_float32(net) -> None:
-    """Nothing; what loading leaves in float32 is so on meta, too."""
+    """Make float32 on meta, too, what loading leaves in float32."""
     for part in net._keep_in_fp32_modules_strict or ():
         for name, parameter in net.named_parameters():
             if re.search(rf"(^|\.){part}(\.|$)", name):
@@ -173,7 +176,7 @@ def keep_in_float32(net) -> None:
 
 
 def in_few_bits(net, plan: dict) -> list[torch.nn.Module]:
-    """The layers on meta that are bitsandbytes' from here on."""
+    """The layers of a model on meta that the plan quantises, now replaced by bitsandbytes' classes."""
     if not plan["quantisation"]:
         return []
     from transformers.quantizers import AutoHfQuantizer
@@ -186,7 +189,7 @@ def in_few_bits(net, plan: dict) -> list[torch.nn.Module]:
 
 
 def pack(layers: list[torch.nn.Module]) -> None:
-    """Nothing; the layers' weights take as many bytes as bitsandbytes' and compute as they do."""
+    """Make the layers' weights take as many bytes as bitsandbytes' do, and their forwards as much memory."""
     for layer in layers:
         shape, elements = tuple(layer.weight.shape), layer.weight.numel()
         if hasattr(layer, "compute_dtype"):
@@ -201,7 +204,7 @@ def pack(layers: list[torch.nn.Module]) -> None:
 
 
 def packed_forward(layer, shape: tuple[int, int], x: torch.Tensor) -> torch.Tensor:
-    """A quantised layer's output [..., out]."""
+    """A packed layer's output [..., out], which takes as much memory as bitsandbytes' would."""
     four = hasattr(layer, "compute_dtype")
     wide = (layer.compute_dtype if four else None) or x.dtype
     out = on_cuda.FewBits.apply(x.to(wide), layer.weight, shape, not four)
@@ -209,6 +212,6 @@ def packed_forward(layer, shape: tuple[int, int], x: torch.Tensor) -> torch.Tens
 
 
 def unpacked(weight: torch.Tensor, packing: tuple) -> torch.Tensor:
-    """The matrix [out, in] of a packed weight, while it is used."""
+    """The matrix [out, in] that a packed weight is dequantised to."""
     shape, dtype = packing
     return weight.new_empty(shape, dtype=dtype)

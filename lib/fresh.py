@@ -18,12 +18,12 @@ from lib.evaluate import exact_match
 from lib.golden import read_header
 from lib.stage import StageError
 
-SAME = 1e-3                    # share of the largest logit: same weights, same forward
-ROUNDED = 5e-2                 # what rounding the merged weights does at most, where no choice is a near tie
+SAME = 1e-3                    # of the largest logit: differences allowed with the same weights and forward
+ROUNDED = 5e-2                 # of the largest logit: differences that rounding merged weights may explain
 
 
 def prove(work, plan: dict, encoder: Encoder, exports: list[Path], rows: list[dict]) -> dict:
-    """What lib/proof.py found in a process that has neither the kit nor its folder on its path."""
+    """What lib/proof.py found in a process that can import neither the kit nor anything in its folder."""
     with tempfile.TemporaryDirectory() as scratch:
         given, found = Path(scratch, "task.json"), Path(scratch, "result.json")
         task = proof_task(work, plan, encoder, exports, rows, Path(scratch))
@@ -61,7 +61,7 @@ def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dic
 
 
 def golden_records(work, golden: Path) -> list[dict]:
-    """The samples of golden.safetensors: held-out ones, or where there are none, some of those trained."""
+    """The samples of golden.safetensors: held-out ones or, where there are none, training samples."""
     parts = (datasets.load_from_disk(work.input("02_data") / part) for part in ("eval", "train"))
     records = next(part for part in parts if len(part))
     places = {sample_id: place for place, sample_id in enumerate(records["sample_id"])}
@@ -69,7 +69,7 @@ def golden_records(work, golden: Path) -> list[dict]:
 
 
 def proof_row(record: dict, encoder: Encoder, scratch: Path) -> dict:
-    """A sample as its prompt, as messages and as text, and files of its media."""
+    """A sample for the proof: its prompt, as text and as messages, and files with its media."""
     prompt, shown, _ = encoder.prompt(record)
     files = []
     for place, medium in enumerate(encoder.open(record["media"])):
@@ -96,7 +96,7 @@ def lossless(medium, stem: Path, encoder: Encoder) -> dict:
 
 
 def checked(found: dict, rows: list[dict], plan: dict) -> dict:
-    """check.json; a StageError where the fresh process had something else than training did."""
+    """The content of check.json; StageError where the fresh process found other than what training had."""
     fix = "the export is in 06_save.partial for a look; 05_train is untouched"
     if found["processor"]:
         raise StageError(f"the exported processor makes another {found['processor']} than training had", fix)

@@ -1,4 +1,4 @@
-"""golden: what was trained and what it answers, kept for a fresh process to reproduce.
+"""golden: hashes of the trained weights and some of their logits, kept for a fresh process to reproduce.
 
 The logits are those of the plain inference forward (no autocast, no dropout), because that is what serves:
 under autocast the same weights differ by about one percent.
@@ -18,7 +18,7 @@ POSITIONS = 16                            # logits kept per row: 16 x 262k x 4 b
 
 @torch.no_grad()
 def golden_answers(model, samples, count: int) -> dict[str, torch.Tensor]:
-    """The inputs of the first `count` samples and the float32 logits [positions, V] where they train.
+    """The inputs of the first `count` samples and float32 logits [positions, V] at trained positions.
 
     Keys: `ROW.NAME` for each tensor that the model takes, `ROW.positions` and `ROW.logits`.
     """

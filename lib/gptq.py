@@ -1,7 +1,7 @@
 """gptq: checkpoints whose linear layers are packed integers, read as plain weights, one tensor at a time.
 
-GPTQ's own packages bring kernels for inference on CUDA. Training needs none of them: the frozen weights are
-what the integers stand for, scale * (integer - zero), and an adapter that fits them fits the packed ones.
+GPTQ's own packages bring kernels for inference on CUDA, which training doesn't need: the frozen weights are
+what the integers stand for, scale * (integer - zero), so an adapter trained on these fits the packed ones.
 
 Source: GPTQ (arXiv 2210.17323); the layout is AutoGPTQ's and GPTQModel's.
 """
@@ -14,18 +14,18 @@ from lib import shards
 from lib.shards import whole
 from lib.stage import StageError
 
-ZERO = {"gptq": 1, "gptq_v2": 0}                     # what a zero point is stored less, by the layout's name
+ZERO = {"gptq": 1, "gptq_v2": 0}                     # {layout: what stored zero points are too small by}
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-BITS = (2, 4, 8)                                     # which a word of 32 bits holds without a rest
+BITS = (2, 4, 8)                                     # widths of which a word of 32 bits holds a whole number
 
 
 def layout_of(settings: dict) -> str:
-    """The name of a checkpoint's layout; one that names none is of the first kind."""
+    """The name of a checkpoint's layout; a checkpoint that names none has GPTQ's first, "gptq"."""
     return settings.get("checkpoint_format", "gptq")
 
 
 def refuse_layouts(settings: dict) -> None:
-    """A StageError for a layout that isn't read here."""
+    """Raise StageError for a layout or a number of bits that isn't read here."""
     layout = layout_of(settings)
     if settings["bits"] not in BITS or layout not in ZERO:
         what = f"base_model: GPTQ in {settings['bits']} bits, laid out as {layout}, isn't read here"
@@ -42,7 +42,7 @@ class Later:
 
 
 def in_place_of_files(plan: dict, config) -> dict:
-    """transformers' arguments for a load from memory; its config says no more that weights are packed."""
+    """transformers' arguments for loading the unpacked weights; the config no longer says they are packed."""
     from transformers import GenerationConfig
     tensors = weights(plan, config.quantization_config)
     del config.quantization_config
@@ -52,7 +52,10 @@ def in_place_of_files(plan: dict, config) -> dict:
 
 
 def weights(plan: dict, settings: dict) -> dict[str, Later]:
-    """{name: tensor to come} of a checkpoint; a packed layer is `LAYER.weight`. OSError where one lacks."""
+    """{name: tensor to be read later} of a checkpoint; a packed layer's is LAYER.weight.
+
+    Raises OSError where a file or a part of a packed layer is missing.
+    """
     places, found = {}, {}
     for path in shards.weight_files(plan):
         if path is None:
@@ -72,7 +75,7 @@ def weights(plan: dict, settings: dict) -> dict[str, Later]:
 
 
 def unpacked(qweight, qzeros, scales, g_idx, bits: int, zero: int) -> torch.Tensor:
-    """The weight [out, in] in bfloat16.
+    """The weight [out, in] in bfloat16 that a layer's packed integers stand for.
 
     qweight [in * bits / 32, out] and qzeros [groups, out * bits / 32] are words of 32 bits, the lowest bits
     first; scales [groups, out]; g_idx [in] says to which group an input belongs.

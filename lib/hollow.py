@@ -1,8 +1,8 @@
-"""hollow: tensors with shapes, types and aliases but no memory, and a count of what they stand for.
+"""hollow: tensors with shapes, dtypes and aliases but no memory, and a count of the bytes they stand for.
 
-`Count` adds up the storages that are alive, of real tensors as well. Inside a `Hollow`, which is one, floats
-are torch's fake tensors and cost nothing; whole numbers (ids, masks, grids), by whose values models choose
-shapes, stay real. So models run as they are. What CUDA would hold of them is lib/on_cuda.py's.
+`Count` adds up the storages that are alive, those of real tensors, too. `Hollow` is a Count inside of which
+floating-point tensors are torch's fake tensors and take no memory; integers (ids, masks, grids), by whose
+values models choose shapes, stay real. So models run unchanged. lib/on_cuda.py says what CUDA would take.
 """
 import math
 import weakref
@@ -14,17 +14,17 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-REAL_ELEMENTS = 2**24                     # a larger result is hollow, too: nothing reads its values
+REAL_ELEMENTS = 2**24                     # a larger result is hollow in any case: no model reads its values
 CPU = torch.device("cpu")
 aten = torch.ops.aten
 BY_MASK = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}
 
 
 class Count(TorchDispatchMode):
-    """Bytes of the storages that are alive, of the most that ever were, and of the most in each phase.
+    """Counts the bytes of storages: those alive now, the most at any time, and the most in each phase.
 
-    aside_bytes: what of them is counted elsewhere; `most_besides_bytes` is the most that was but for it.
-    taken: storage bytes -> bytes that an allocator takes for them.
+    aside_bytes: the part of the living ones that is counted elsewhere; most_besides_bytes: the most at any
+    time without that part. taken: a function from a storage's bytes to those that the allocator takes.
     """
 
     def __init__(self, taken: Callable[[int], int] = int):
@@ -36,11 +36,11 @@ class Count(TorchDispatchMode):
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was alive at once."""
+        """The most bytes that were alive at once."""
         return max(self.phases_bytes.values())
 
     def start_again(self) -> None:
-        """Nothing; forgets the peaks so far."""
+        """Forget the peaks so far."""
         self.most_besides_bytes, self.phases_bytes = 0, Counter()
         self.look()
 
@@ -50,11 +50,11 @@ class Count(TorchDispatchMode):
         return made
 
     def run(self, op, args: tuple, kwargs: dict):
-        """What an operation returns."""
+        """The result of an operation; subclasses may compute it in another way."""
         return op(*args, **kwargs)
 
     def add(self, tensors) -> None:
-        """Nothing; counts the storages of these tensors, each once, until they are freed."""
+        """Count the storages of these tensors, each once, until they are freed."""
         for tensor in tree_leaves(tensors):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -66,17 +66,17 @@ class Count(TorchDispatchMode):
         self.look()
 
     def look(self) -> None:
-        """Nothing; notes what is alive now, if it is the most."""
+        """Note what is alive now, where it is the most so far."""
         self.phases_bytes[self.phase] = max(self.phases_bytes[self.phase], self.live_bytes)
         self.most_besides_bytes = max(self.most_besides_bytes, self.live_bytes - self.aside_bytes)
 
     def enter(self, phase: str) -> None:
-        """Nothing; another phase begins."""
+        """Begin another phase."""
         self.phase = phase
         self.look()
 
     def watch(self, module: torch.nn.Module, phase: str) -> None:
-        """Nothing; the module's forward is a phase of its own."""
+        """Make the module's forward a phase of its own."""
         before: list[str] = []
 
         def begin(*_):
@@ -91,14 +91,14 @@ class Count(TorchDispatchMode):
 
 
 class Hollow(Count):
-    """A Count inside of which operations cost no memory, but for those on whole numbers."""
+    """A Count inside of which operations take no memory, except those on small integer tensors."""
 
     def __init__(self, taken: Callable[[int], int] = int):
         super().__init__(taken)
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def run(self, op, args, kwargs):
-        """What an operation returns: real where all that it reads is, and where it is small."""
+        """The result of an operation: real if all its inputs are and it is small, else hollow."""
         if op is torch.ops.prim.device.default:                      # two calls of three; all is "on" the CPU
             return CPU
         if op is aten.nonzero.default and is_hollow(args[0]):
@@ -120,13 +120,13 @@ class Hollow(Count):
         return made
 
     def tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A hollow tensor, and counted, of the shape and type of one on any device."""
+        """A hollow tensor with the shape and dtype of the given one; it is counted."""
         made = FakeTensor(self.fakes, tensor.detach().to("meta"), CPU)
         self.add(made)
         return made
 
     def fill(self, model: torch.nn.Module) -> None:
-        """Nothing; the model's parameters and buffers are hollow from here on, tied ones still tied."""
+        """Replace the model's parameters and buffers by hollow ones; tied ones stay tied."""
         made: dict[torch.nn.Parameter, torch.nn.Parameter] = {}
         for module in model.modules():
             for name, old in module._parameters.items():
@@ -143,12 +143,12 @@ def is_hollow(tensor: torch.Tensor) -> bool:
 
 
 def is_readable(tensor) -> bool:
-    """Whether a new tensor is such that a model may choose shapes by its values."""
+    """Whether a model may choose shapes by a new tensor's values, as far as its dtype and size tell."""
     return tensor.numel() <= (2**14 if tensor.is_floating_point() else REAL_ELEMENTS)
 
 
 def places(index) -> tuple:
-    """An index as numbers: a mask is one index for each of its axes, and a hollow one hides nothing."""
+    """An index as integers: a mask becomes one index for each of its axes; a hollow mask selects all."""
     if isinstance(index, torch.Tensor) and index.dtype == torch.bool:
         return (torch.ones(index.shape) if is_hollow(index) else index).nonzero(as_tuple=True)
     return (index,)

@@ -4,9 +4,10 @@
         groups: what trains, as torch's param_groups, with the "weight_decay" of each and its "share" of the
         run's learning rate: before a step, the loop sets each group's "lr" to that step's rate times "share".
     lr_scheduler: mine.py:rate           rate(step, steps) -> the part of learning_rate that a step takes
-        Steps are counted from 0, the end of the warm-up; there are `steps` of them.
+        Steps count from 0 at the end of the warm-up; there are `steps` of them.
     loss: mine.py:token_losses           token_losses(logits [N, V], targets [N]) -> losses [N]
-        Of trained tokens only, a chunk of a batch at a time; the loop sums them and divides by their number.
+        Of trained tokens only, a chunk of a batch at a time; the loop sums the losses and divides by the
+        number of tokens.
     eval_metrics: [mine.py:score]        score(answers, references) -> a number
         Two lists of texts. The number is written down as eval_score.
 
@@ -30,7 +31,7 @@ from lib.stage import StageError
 
 
 def look(knobs) -> None:
-    """Nothing; a StageError, before weights are loaded, where a function that is named can't be had."""
+    """Raise StageError, before weights are loaded, where a function that the recipe names can't be had."""
     named = {"optimizer": [knobs.optimizer], "lr_scheduler": [knobs.lr_scheduler], "loss": [knobs.loss],
              "eval_metrics": knobs.eval_metrics}
     for knob, texts in named.items():
@@ -39,14 +40,14 @@ def look(knobs) -> None:
 
 
 def function(knob: str, text: str) -> Callable:
-    """The function that a knob's value names; what goes wrong in it ends in two lines."""
+    """The function that a knob's value names; what it raises becomes a StageError."""
     path, name = HOOK.fullmatch(text).groups()
     return loaded(knob, os.path.abspath(path), name)
 
 
 @functools.cache
 def loaded(knob: str, path: str, name: str) -> Callable:
-    """`function` of a file, which runs once."""
+    """The function `name` of a user's file, wrapped by `told`; the file is run only once."""
     spec = importlib.util.spec_from_file_location(f"hook {path}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
     told(knob, path, spec.loader.exec_module)(module)
@@ -57,7 +58,10 @@ def loaded(knob: str, path: str, name: str) -> Callable:
 
 
 def told(knob: str, path: str, called: Callable) -> Callable:
-    """The same function, but that what it raises becomes a StageError with the line of the user's file."""
+    """A function that calls a user's and turns what it raises into a StageError with the user's line.
+
+    Out of memory is raised as it is, for lib/faults.py to explain.
+    """
     def call(*given):
         try:
             return called(*given)
@@ -73,7 +77,7 @@ def told(knob: str, path: str, called: Callable) -> Callable:
 
 
 def wrong(knob: str, text: str, returned, wanted: str) -> StageError:
-    """The error for a hook that returned something else than it has to."""
+    """The error for a hook that didn't return what it has to."""
     what = f"a tensor of shape {list(returned.shape)}" if hasattr(returned, "shape") else repr(returned)
     return StageError(f"{knob}: {text} returned {what}, not {wanted}", "lib/hooks.py says what it is given")
 
@@ -81,12 +85,12 @@ def wrong(knob: str, text: str, returned, wanted: str) -> StageError:
 # ---- the loss ----
 
 def loss_of(knobs) -> Callable:
-    """The loop's forward: lib/loss.py's own, or the same with a user's losses of tokens."""
+    """The loop's loss function: `forward_loss`, or for a hook `hooked_loss` with the user's function."""
     return partial(hooked_loss, knobs.loss) if HOOK.fullmatch(knobs.loss) else forward_loss
 
 
 def hooked_loss(text: str, model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """(sum of token losses, number of right argmax tokens), as of `forward_loss`, by the user's function."""
+    """(sum of the user's token losses, number of right tokens), in the place of `forward_loss`."""
     token_losses = function("loss", text)
 
     def of_chunk(logits, targets):

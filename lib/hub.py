@@ -1,4 +1,4 @@
-"""hub: the rows of data sets that the `datasets` library keeps: of the hub, of its cache, or saved by it."""
+"""hub: rows of data sets that the library `datasets` loads: from the hub, its cache, or a saved folder."""
 from pathlib import Path
 
 from lib.paths import BUILDERS, is_data_id
@@ -6,7 +6,7 @@ from lib.stage import StageError
 
 
 def saved(path: Path, spec: dict) -> list:
-    """The data sets of a folder that datasets' save_to_disk wrote, of which an entry's split takes parts."""
+    """The data sets of a folder that datasets' save_to_disk wrote, cut to the rows of the entry's split."""
     import datasets
     try:
         found = datasets.load_from_disk(str(path))
@@ -26,7 +26,7 @@ def saved(path: Path, spec: dict) -> list:
 
 
 def loaded(spec: dict):
-    """What datasets.load_dataset gives: a data set of the hub, of its cache, or of files here of any kind."""
+    """The data set that datasets.load_dataset gives: of the hub, of its cache, or of files of any kind."""
     import datasets
     from datasets.exceptions import DatasetsError
     datasets.disable_progress_bars()
@@ -51,7 +51,7 @@ def loaded(spec: dict):
 
 
 def undecoded(found):
-    """A data set whose media stay bytes and paths, for lib/media.py to decode."""
+    """A data set whose columns give media as bytes and paths, for lib/media.py to decode."""
     import datasets
     for column, feature in found.features.items():
         inner = getattr(feature, "feature", feature)
@@ -67,12 +67,12 @@ def one_line(error: BaseException) -> str:
 
 
 def names_in(split: str | None) -> list[str]:
-    """The splits that a split such as train[:1%]+test names."""
+    """The names in a split: of train[:1%]+test, train and test."""
     return [piece.partition("[")[0].strip() for piece in split.split("+")] if split else []
 
 
 def places(spec: dict, sizes: dict[str, int]) -> list[tuple[str, range]]:
-    """[(name of a split, numbers in it)] of the rows that an entry's split takes of splits of these sizes."""
+    """[(a split's name, row numbers)] that an entry's split takes; sizes: {split: its rows}."""
     import datasets
     try:
         taken = datasets.ReadInstruction.from_spec(spec["split"]).to_absolute(sizes)

@@ -1,6 +1,6 @@
-"""Knobs: how a schema's field takes a recipe's value, by its declared type, its limits and its own check.
+"""Knobs: how a field of a schema takes a recipe's value, by its declared type, its limits and its own check.
 
-A schema is a dataclass whose fields are made by `knob(...)`. A field's type is all the converting there is:
+A schema is a dataclass whose fields are made by `knob(...)`. Values are converted by the field's type alone:
 str, int, float, bool, dict, list[…], Literal[…], unions of them, and another schema for a nested record.
 """
 
@@ -34,9 +34,10 @@ def knob(default, stages: str, why: str, unit="", low=None, above=None, high=Non
          check=None) -> dataclasses.Field:
     """One field of a schema.
 
-    `stages` are the numbers of the scripts that read it. `low` and `high` are allowed values, `above` and
-    `below` are not. `check(value)` returns the value to keep or raises Wrong. `identity=False` says it is no
-    part of what a run is. The dataclass itself has no defaults: a value always comes out of a Reading.
+    `stages` are the numbers of the scripts that read it. `why` says what it is for; messages print it alone.
+    `low` and `high` are allowed values, `above` and `below` are not. `check(value)` returns the value to keep
+    or raises Wrong. `identity=False`: changing it doesn't make a stage out of date. The dataclass itself has
+    no defaults, since every value comes out of a Reading.
     """
     limits = {"from {:,}": low, "above {:,}": above, "up to {:,}": high, "below {:,}": below}
     stems = tuple(stem for stem in STAGES if stem[:2] in stages.split())
@@ -55,7 +56,10 @@ def knobs_of(schema: type) -> dict[str, tuple[type, Mapping]]:
 
 
 def convert_within(node: yaml.Node, kind: type, meta: Mapping):
-    """The value of a node as its knob takes it: converted, within the limits, passed by the knob's check."""
+    """A node's value for a knob: converted by its type, within its limits, passed by its check.
+
+    Raises Wrong where it is not.
+    """
     value = convert(node, kind)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         low, above, high, below = meta["limits"].values()
@@ -69,7 +73,7 @@ def convert_within(node: yaml.Node, kind: type, meta: Mapping):
 
 
 def convert(node: yaml.Node, kind: type):
-    """The value of a node as `kind`, a type of a schema. Raises Wrong."""
+    """The value of a node as `kind`, one of the types of a schema; raises Wrong where it can't be."""
     members = typing.get_args(kind)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return convert_union(node, kind, members)
@@ -88,7 +92,10 @@ def convert(node: yaml.Node, kind: type):
 
 
 def convert_union(node: yaml.Node, kind: type, members: tuple):
-    """The value as the first type of a union that takes it; what is wrong inside a list is said first."""
+    """The value of a node as the first member of a union that takes it; raises Wrong where none does.
+
+    A complaint about something inside a list or a mapping is raised before a general one.
+    """
     complaint = Wrong(f"must be {in_words(kind)}", None, node)
     for member in members:
         try:
@@ -99,7 +106,7 @@ def convert_union(node: yaml.Node, kind: type, members: tuple):
 
 
 def scalars(node: yaml.ScalarNode, kind: type) -> list:
-    """[the value] of a scalar as `kind`; [] where it can't be one."""
+    """[the value of a scalar as `kind`], or [] where it has none."""
     text, lowered = node.value, node.value.lower()
     if typing.get_origin(kind) is typing.Literal:
         return [choice for choice in typing.get_args(kind)
@@ -115,7 +122,7 @@ def scalars(node: yaml.ScalarNode, kind: type) -> list:
 
 
 def convert_record(node: yaml.MappingNode, schema: type) -> dict:
-    """The mapping of a nested schema (one entry of `datasets`), its defaults filled in. Raises Wrong."""
+    """A nested record (an entry of `datasets`) as a dict, its defaults filled in. Raises Wrong."""
     given, repeated = pairs_of(node)
     known = knobs_of(schema)
     for _, key_node in repeated:
@@ -146,7 +153,7 @@ def convert_record(node: yaml.MappingNode, schema: type) -> dict:
 
 
 def in_words(kind: type, meta: Mapping | None = None) -> str:
-    """What a knob asks for, as in "a whole number from 1" or "lora or qlora"."""
+    """What a knob takes, in words such as "a whole number from 1" or "lora or qlora"."""
     members = [member for member in typing.get_args(kind) if member is not type(None)]
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         members = [member for member in members if member is not int or float not in members]
@@ -169,7 +176,7 @@ def either(words: list[str]) -> str:
 
 
 def nearest(key: str, names: list[str]) -> str:
-    """The mending edit for an unknown key: the known name that looks most like it, if one does."""
+    """The fix for an unknown key: the known name that looks most like it, if one does."""
     whole = re.split(r"[.\[]", key)[0]
     if whole != key and whole in names:
         return f"give {whole} as a whole, '{whole}=[…]'"

@@ -1,24 +1,25 @@
-"""last: the last layer's MLP, computed only where something is predicted.
+"""last: the last layer's MLP, computed only at positions that predict a trained token.
 
-Behind the last attention nothing goes from one position to another, and the loss looks at the states of
-supervised positions alone. So what the MLP would make of the others changes neither loss nor gradient: they
-get zeros. Its products are most of a layer's, so that this saves the more, the fewer layers a model has.
+After the last attention no position depends on another, and the loss reads the hidden states of supervised
+positions only. So the MLP's output elsewhere changes neither loss nor gradient, and is set to zero. Most of a
+layer's matrix products are the MLP's: the fewer layers a model has, the larger the part that this saves.
 
-Inside lib/fast.py's `paths` only. Fork me to: do the same with another part of the layer (`parts`).
+Used inside lib/fast.py's `paths` only. Fork me to: do the same with another part of the layer (`parts`).
 """
 import torch
 
 from lib import adapted
 
-FULL = 64                                 # so many positions or a multiple: memory of few sizes is used again
+FULL = 64                                 # positions are padded to a multiple: few sizes reuse memory best
 
-positions: torch.Tensor | None = None     # [N] of the [B*T] of the batch in hand; None: all are wanted
+positions: torch.Tensor | None = None     # [N], in the current batch's [B*T]; None: all are wanted
 
 
 def of_batch(batch: dict) -> None:
-    """Nothing; says where the next forward's states are wanted, and its backward's.
+    """Note at which positions the loss reads the states of this batch, for its forward and its backward.
 
-    They are filled up by the last position, which predicts nothing: any number of times, it changes nothing.
+    They are filled up to a multiple of FULL with the batch's last position. It predicts nothing, so repeating
+    it changes nothing.
     """
     global positions
     positions = batch.get("positions")
@@ -28,13 +29,13 @@ def of_batch(batch: dict) -> None:
 
 
 def parts(model, roles) -> list[torch.nn.Module]:
-    """The MLP with a gate of the language model's last layer, if it has one: no expert sees all positions."""
+    """[the gated MLP of the language model's last layer], or [] where it has none, as with experts."""
     layers = [layer for role, layer in roles.layers(model) if role == "language"]
     return [part for part in layers[-1].children() if adapted.is_gated(part)] if layers else []
 
 
 def forward(whole, x: torch.Tensor) -> torch.Tensor:
-    """What `whole` makes of x [B, T, D] at the wanted positions, and zeros elsewhere."""
+    """The MLP's output [B, T, D], by its own forward `whole` at the wanted positions; zeros elsewhere."""
     if positions is None:
         return whole(x)
     at = positions.to(x.device)

@@ -34,7 +34,7 @@ MARKS = ("stage.json", "started.json", "lock")  # the ledger's own files in a st
 
 
 class StageError(Exception):
-    """A user's mistake in two lines: the value and where it came from; the edit or command that mends it."""
+    """A user's mistake in two lines: what (the value, and where it came from); fix (the edit or command)."""
 
     def __init__(self, what: str, fix: str | None = None):
         if fix is None:
@@ -61,17 +61,17 @@ def read_json(path: Path):
 
 
 def in_lines(rows: Iterable[dict]) -> str:
-    """JSONL: a line for each row."""
+    """The rows as JSONL: a line for each."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def write_json(path: Path, content) -> None:
-    """The file is on the disk and whole, or it is not there."""
+    """Write a JSON file that is whole on the disk or, if this is cut off, as it was before."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def write_whole(path: Path, text: str) -> None:
-    """The file is on the disk and holds the text, or it is as it was."""
+    """Write a text file that is whole on the disk or, if this is cut off, as it was before."""
     half = path.with_name(f".{path.name}.half")  # hidden: what a full disk leaves of it is nobody's output
     half.write_text(text, encoding="utf-8")
     sync(half)
@@ -80,7 +80,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """What a file says, or which names a folder holds, survives a power cut."""
+    """Flush a file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -89,7 +89,7 @@ def sync(path: Path) -> None:
 
 
 def stamp(path: Path, sha256: str | None = None) -> dict:
-    """{bytes, mtime_ns, sha256} of a file; whoever has hashed the bytes already hands the hash in."""
+    """{bytes, mtime_ns, sha256} of a file; sha256: given by a caller that has hashed the bytes already."""
     stat = path.stat()  # before hashing, so that a file which is written meanwhile is noticed
     sha256 = sha256_of(path) if sha256 is None else sha256
     return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256}
@@ -129,20 +129,23 @@ def files_under(folder: Path) -> list[str]:
 
 
 def knobs(run: Path, stem: str) -> tuple[dict, dict]:
-    """Two dicts: the knobs that declare this stage, and those of them that are part of the run's identity."""
+    """Two dicts: the knobs that this stage reads, and those of them that are part of the run's identity."""
     values, declared = (read_json(run / "01_config" / name) for name in ("config.json", "stages.json"))
     mine = {knob: values[knob] for knob in declared[stem]}
     return mine, {knob: value for knob, value in mine.items() if knob not in declared["not_identity"]}
 
 
 def name_of(path: Path) -> str:
-    """A file's name in a ledger: relative where it lies inside the kit, so that the kit may be moved."""
+    """A file's name in a ledger: relative to the kit if it lies inside, so that the kit may be moved."""
     path = Path(os.path.abspath(path))
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.as_posix()
 
 
 def outside(path: Path, sha256: str | None = None) -> dict[str, dict]:
-    """{name: stamp} of a file, or of a folder's files and its list of names: a new file is noticed."""
+    """{name: stamp} of a file, or of all files in a folder, and the folder's list of names.
+
+    By the list, a new file is noticed.
+    """
     name = name_of(path)
     if not path.is_dir():
         return {name: stamp(path, sha256)}

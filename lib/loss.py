@@ -1,7 +1,7 @@
 """loss: cross-entropy on supervised positions only, a chunk of logits at a time, in the model's own forward.
 
-The full logits of a batch ([B, T, V] in float32) are often larger than the model. Here the output head never
-runs on a position that isn't trained, and never on more than a chunk of them at once.
+The full logits of a batch ([B, T, V] in float32) are often larger than the model. Here the output head runs
+on no position that isn't trained, and on no more than a chunk of positions at once.
 
 Fork me to: change the objective (`trained_head_loss`, which autograd follows), as a recipe's `loss` does.
 """
@@ -17,17 +17,17 @@ from lib.collator import IGNORE_INDEX
 from lib.logits import UNCHANGED, Finish
 from lib.stage import StageError
 
-NOT_INPUTS = ("labels", "positions", "targets", "packed_rows", "features")
-CHUNK = 256                               # rows of logits at once; of a large vocabulary, fewer,
-CHUNK_LOGITS = {"cpu": 2**23}             # so that there are no more of them: 16 MiB in bfloat16,
-ELSEWHERE = 2**25                         # or 64 MiB, since a GPU has to read the head for each chunk,
-WIDE_LOGITS = {"cpu": 2**19}              # and of those, so many in float32: 2 MiB, or on a GPU all of them
+NOT_INPUTS = ("labels", "positions", "targets", "packed_rows", "features")   # of a batch, but not the model's
+CHUNK = 256                               # rows (positions) of logits in a chunk, at most
+CHUNK_LOGITS = {"cpu": 2**23}             # logits in a chunk at most, by device: 16 MiB in bfloat16
+ELSEWHERE = 2**25                         # on other devices, 64 MiB: a GPU reads the head for each chunk
+WIDE_LOGITS = {"cpu": 2**19}              # logits of a chunk in float32 at once: 2 MiB; elsewhere, all of it
 
 
 def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions [N] in the flattened [B*T] hidden states, targets [N]): hidden state t predicts token t+1.
+    """(positions [N] in the flattened [B*T] hidden states, targets [N]); hidden state t predicts token t+1.
 
-    Runs on the CPU in the collator: finding them on a GPU would stall it.
+    It runs on the CPU, when a batch is made: on a GPU, the host would have to wait for the result.
     """
     rows, columns = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
     return rows * labels.shape[1] + columns, labels[rows, columns + 1]
@@ -36,10 +36,9 @@ def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def forward_loss(model, batch: dict, of_chunk: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """(sum of token losses, number of right tokens), scalars, of one forward through the root module.
 
-    A target is right if no other token has a larger logit.
-    batch: the collator's tensors on the model's device, with `positions` and `targets` [N]. Divide by a token
-    count outside: the right one is the whole optimizer step's. of_chunk(logits [N, V], targets [N]): the sum
-    of their losses, in place of cross-entropy's.
+    A token is right if no other token has a larger logit. The caller divides by the number of tokens of the
+    whole optimizer step. batch: the collator's tensors on the model's device, with `positions` and `targets`
+    [N]. of_chunk(logits [N, V], targets [N]): the sum of token losses, in place of cross-entropy.
     """
     head, finish = model.get_output_embeddings(), Finish.of(model)
     logits, at = head.forward, next(head.parameters()).device     # `weight` is made anew where new rows train
@@ -58,16 +57,16 @@ def forward_loss(model, batch: dict, of_chunk: Callable | None = None) -> tuple[
 
 @torch.no_grad()
 def supervised_states(model, batch: dict) -> torch.Tensor:
-    """The last hidden states [N, D] of the supervised positions, of one forward through the root module."""
+    """The last hidden states [N, D] of a batch's supervised positions, by one forward of the root module."""
     return in_place_of_logits(model, batch, lambda rows: rows)
 
 
 def in_place_of_logits(model, batch: dict, compute):
-    """What `compute` makes of the supervised positions' last hidden states [N, D], in one forward.
+    """The result of `compute` on the supervised positions' last hidden states [N, D], in one forward.
 
-    It takes the place of the output head for that forward; the model gets logits with an empty vocabulary
-    axis. Replacing the call, not the model, is one way for every family, and hooks on the root (FSDP2's, for
-    one) run as in any forward.
+    compute takes the place of the output head in that forward; the model gets logits with an empty vocabulary
+    axis. Replacing the head's call, not the model, works for every family, and hooks on the root module
+    (FSDP2's, for one) run as in any forward.
     """
     inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS} | features.of_batch(batch)
     attention.of_batch(batch), last.of_batch(batch)
@@ -82,7 +81,7 @@ def in_place_of_logits(model, batch: dict, compute):
         result.append(compute(rows))
         return hidden[..., :0]
 
-    own = vars(head).get("forward")       # of lib/fast.py, where the head has LoRA
+    own = vars(head).get("forward")       # set by lib/fast.py, where the head has LoRA
     head.forward = instead
     try:
         model(**inputs, use_cache=False)
@@ -95,7 +94,9 @@ def in_place_of_logits(model, batch: dict, compute):
 
 def trained_head_loss(rows, head, targets, finish: Finish, size: int,
                       of_chunk: Callable) -> tuple[torch.Tensor, torch.Tensor]:
-    """(loss sum, right count) where the head trains: the backward makes its logits again, `size` rows a time.
+    """(loss sum, number of right tokens) for a head that trains, `size` rows at a time.
+
+    Each chunk is checkpointed: the backward computes its logits again.
     """
     def chunk_loss(hidden, wanted):
         logits = finish(head(hidden).float())             # [size, V]
@@ -105,19 +106,20 @@ def trained_head_loss(rows, head, targets, finish: Finish, size: int,
 
     total, right = 0, 0
     for hidden, wanted in zip(rows.split(size), targets.split(size)):  # no rows: one chunk all the same
-        with set_checkpoint_early_stop(False):          # which is an exception, inside a user's function
+        with set_checkpoint_early_stop(False):          # it stops by an exception, inside a user's function
             loss, count = checkpoint(chunk_loss, hidden, wanted, use_reentrant=False)
         total, right = total + loss, right + count
     return total, right
 
 
 class FrozenHeadLoss(torch.autograd.Function):
-    """(loss sum, right count) for a head that doesn't train: each chunk's gradient is made with its logits.
+    """(loss sum, number of right tokens) for a frozen head: each chunk's gradient is made with its logits.
 
-    The logits, in the weights' dtype, become their own gradient, `wide` rows at a time, in float32 meanwhile.
+    A chunk has `size` rows. Its logits, in the weights' dtype, are overwritten by their own gradient, which
+    is computed in float32, `wide` rows at a time.
 
     Source: the idea of Cut Cross-Entropy (arXiv 2411.09009) in plain torch: d loss / d logits is softmax
-    minus one-hot, so nothing but [N, D] outlives the forward.
+    minus one-hot, so of the forward only the hidden states' gradient [N, D] has to be kept.
     """
 
     @staticmethod
@@ -133,7 +135,7 @@ class FrozenHeadLoss(torch.autograd.Function):
                 logits = finish(part.float())                                  # [wide, V]
                 bend = finish.slope(logits) if learns else None
                 top, of_answers = logits.amax(-1, keepdim=True), logits.gather(1, answers)
-                right += (of_answers == top).sum()     # the largest one's place takes far longer to find
+                right += (of_answers == top).sum()     # argmax would take far longer
                 slope = logits.sub_(top).exp_()                    # one exp and no second [wide, V]
                 sums = slope.sum(-1, keepdim=True)
                 total += (sums.log() + top - of_answers).sum()

@@ -1,6 +1,6 @@
 """measuring: the rows of a data set, measured by several processes and handed on in their order.
 
-A worker gets rows and gives plain data, so nothing of a result depends on how many there are.
+A worker gets rows and returns plain data, so the result doesn't depend on the number of workers.
 """
 import gc
 import os
@@ -21,12 +21,12 @@ from lib.files import Row, Source
 from lib.rows import Rows
 from lib.stage import StageError
 
-FEW, MANY = 64, 256                       # rows that a process measures at a time: many, where there are many
-PARTS = 64                                # from so many parts of FEW rows on, they become larger
-PART_BYTES = 2**22                        # of a part's rows, from which on no other row is added
+FEW, MANY = 64, 256                       # rows that a process measures at a time, at least and at most
+PARTS = 64                                # a data set that has more parts of FEW rows gets larger ones
+PART_BYTES = 2**22                        # a part whose rows hold as many bytes gets no other row
 AHEAD = 4                                 # parts that wait for each process
 
-reader: Rows | None = None                # a worker's own
+reader: Rows | None = None                # the data set that this process measures
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Part:
 
 
 def measured(rows: Rows, given: Source, processes: int | None) -> Iterator[Part]:
-    """The Parts of all rows, in their order; processes: None is one for each core."""
+    """The Parts of all rows, in their order. processes: None means one for each core."""
     parts = cut(given)
     first = list(islice(parts, 2))
     if len(first) < 2 or processes == 1:
@@ -48,7 +48,7 @@ def measured(rows: Rows, given: Source, processes: int | None) -> Iterator[Part]
         return
     number = processes or cores()
     waiting = deque()
-    gc.freeze()                           # collecting writes into what processes share, which would copy it
+    gc.freeze()                           # the collector would write into, and so copy, shared memory
     with ProcessPoolExecutor(number, initializer=start_worker, initargs=(replace(rows, uses=None),)) as pool:
         try:
             for each in chain(first, parts):
@@ -65,7 +65,7 @@ def measured(rows: Rows, given: Source, processes: int | None) -> Iterator[Part]
 
 
 def cut(given: Source) -> Iterator[list[Row]]:
-    """The rows in parts, which depend on the rows alone: so does what a data set's batches are."""
+    """The rows in parts. Their borders depend on the rows alone, and so the tables made of them do."""
     rows, size, most = [], 0, min(MANY, max(FEW, len(given) // PARTS))
     for each in given:
         rows.append(each)
@@ -78,7 +78,7 @@ def cut(given: Source) -> Iterator[list[Row]]:
 
 
 def bytes_in(row) -> int:
-    """About how many bytes a row holds: its texts and the media in it; a line of a file is its own length."""
+    """About how many bytes a row holds, texts and media; of an unparsed line, its length."""
     if isinstance(row, bytes | str):
         return len(row)
     if isinstance(row, dict):
@@ -92,7 +92,7 @@ def cores() -> int:
 
 
 def start_worker(rows: Rows) -> None:
-    """Nothing; this process measures with one thread, and leaves Ctrl-C to the one that started it."""
+    """Prepare a worker process: one thread, the rows' data set, and Ctrl-C left to the parent process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
@@ -100,13 +100,13 @@ def start_worker(rows: Rows) -> None:
 
 
 def start(rows: Rows) -> None:
-    """Nothing; this process measures rows of that data set."""
+    """Make this process ready to measure rows of a data set."""
     global reader
     reader = rows
 
 
 def part(given: list[Row]) -> Part:
-    """What becomes of these rows."""
+    """The Part that these rows become, by this process's data set."""
     found = Part(len(given))
     noting = replace(reader, uses=lambda path, sha256=None: found.files.append((path, sha256)))
     measured_samples, found.rejects = noting.measured(given)

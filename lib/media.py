@@ -1,9 +1,9 @@
 """media: pictures, sounds and clips from anything that a row holds, as the processor will see them.
 
-Every decode in the kit goes through `decode`: in 02, where a bad medium is found, and in 05's workers and in
-06, where none can be bad any more. What they become is in lib/pictures.py, sounds.py and clips.py.
+All media are decoded by `decode`: in 02, which rejects bad ones, and in 05's workers and in 06, which only
+get good ones. lib/pictures.py, sounds.py and clips.py do it for each kind.
 
-Fork me to: make something else of them (`decode`); lib/locating.py knows where they are.
+Fork me to: decode media in another way (`decode`); lib/locating.py finds where they are.
 """
 import hashlib
 import io
@@ -27,9 +27,10 @@ KIND_OF = {suffix: "audio" for suffix in (".wav", ".flac", ".ogg", ".mp3", ".m4a
 
 @dataclass(frozen=True)
 class Decoding:
-    """How media are read: samples a second; frames a second (None: all), and how many at most.
+    """How media are decoded.
 
-    Every picture is fitted into image_width x image_height, where these are given.
+    Sounds have sampling_rate samples a second; clips give video_fps frames a second (None: all), at most
+    video_max_frames. Every picture is fitted into image_width x image_height, where these are given.
     """
     sampling_rate: int = 16_000
     video_fps: float | None = None
@@ -40,11 +41,11 @@ class Decoding:
 
 
 def read_medium(source, root: Path, kind: str = "image", decoding=Decoding()) -> tuple[dict, object]:
-    """(media record, what `open_medium` gives) of a path, bytes, a data uri, {path, bytes}, a PIL image …
+    """(media record, decoded medium) of a path, bytes, a data uri, {path, bytes}, a PIL image …
 
     A sound may be {array, sampling_rate}; a clip an array, or a list of its frames in any of these forms.
-    The record is {kind, path, bytes, sha256, width, height, seconds}. Paths are relative to `root` and stay
-    paths in it; bytes are kept in it. MediaError if there is no such medium to be had.
+    The record is {kind, path, bytes, sha256, width, height, seconds}; it holds a path, which `source` gives
+    relative to `root`, or the bytes. Raises MediaError where the medium can't be found or decoded.
     """
     if kind == "video" and isinstance(source, (list, tuple)):
         path, data = None, frames_in_row(source, root)
@@ -65,14 +66,14 @@ def read_medium(source, root: Path, kind: str = "image", decoding=Decoding()) ->
 
 
 def open_medium(record: dict, decoding: Decoding):
-    """A sample's medium by its record: an RGB image, samples [N] in float32, or a Clip."""
+    """The decoded medium of a media record: an RGB image, a sound's samples [N] in float32, or a Clip."""
     path, data = record["path"], record["bytes"]
     raw = data if data is not None else read_file(Path(path))
     return decode(raw, path or record["sha256"], record["kind"], decoding)
 
 
 def poster(record: dict) -> Image.Image:
-    """A picture for people: the picture itself, a clip's first frame, or how loud a sound is."""
+    """A medium as a picture for people: itself, a clip's first frame, or a drawing of a sound's loudness."""
     medium = open_medium(record, Decoding(video_max_frames=1))
     if record["kind"] == "audio":
         name = Path(record["path"] or "in the row").name
@@ -88,7 +89,7 @@ def files_of(record: dict) -> list[Path]:
 
 
 def frames_in_row(frames, root: Path) -> bytes:
-    """The list of a clip's frames, if these are files, else a TIFF of them."""
+    """A clip's frames as bytes: the list of their paths as JSON if all are files, else one TIFF."""
     places = [locate(frame, root) for frame in frames]
     if places and all(path is not None for path, _ in places):
         return json.dumps([str(path) for path, _ in places], ensure_ascii=False).encode()
@@ -100,12 +101,12 @@ def frames_in_row(frames, root: Path) -> bytes:
 
 
 def is_playlist(raw: bytes | None) -> bool:
-    """Whether bytes are the paths of a clip's frames."""
+    """Whether bytes are a JSON list of the paths of a clip's frames."""
     return raw is not None and raw.startswith(b'["')
 
 
 def decode(raw: bytes, name, kind: str = "image", decoding: Decoding = Decoding()):
-    """A picture as `to_rgb` gives it, a sound's samples or a Clip; a MediaError if that can't be had."""
+    """The decoded medium in bytes: an RGB picture, a sound's samples or a Clip; MediaError if it is none."""
     if not raw:
         raise MediaError(name, "empty file (0 bytes)")
     try:
@@ -135,7 +136,7 @@ def decode(raw: bytes, name, kind: str = "image", decoding: Decoding = Decoding(
 
 
 def kind_of(medium) -> str:
-    """What a decoded medium is."""
+    """The kind of a decoded medium: "image", "video" or "audio"."""
     if isinstance(medium, Image.Image):
         return "image"
     return "video" if isinstance(medium, clips.Clip) else "audio"

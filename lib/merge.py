@@ -1,8 +1,8 @@
 """merge: the adapter folded into its base, tensor by tensor, as a model that needs no peft.
 
-The merged files hold the base's tensors by the same names, in the same order, types and shapes. What no
-adapter touches is copied; each other tensor is read, added up in float32 and rounded once. So memory holds
-one tensor at a time, or the one parameter in which loading stacks several, as it does with experts.
+The merged files hold the base's tensors under the same names, in the same order, dtypes and shapes. A tensor
+without an adapter is copied; any other is read, added up in float32 and rounded once. So memory holds one
+tensor at a time, or the one parameter that several are stacked into when a model is loaded, as experts are.
 
 Source: LoRA (arXiv 2106.09685), section 4.1: W + (alpha / r) B A costs nothing at inference.
 """
@@ -19,14 +19,15 @@ from lib import model, quant, registry, shards, terminal
 from lib.plan import check_weight_files, on_meta, planned_config, quiet
 from lib.roles import base_name
 
-FILES_AT_A_TIME = 2                                  # one is added up while another is written
+FILES_AT_A_TIME = 2                                  # one is computed while another is written
 BESIDE = ("config.json", "generation_config.json", shards.INDEX)
 
 
 def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: str | None = None) -> None:
-    """Write the merged model: files, index and configuration as the base has them, or files up to a size.
+    """Write the merged model: files, index and configuration as the base has them.
 
-    A quantised base is merged into its original weights, not into the quantised ones.
+    max_shard_size: the largest file, in place of the base's own files. A base that is quantised for training
+    is merged into its original weights.
     """
     whole = quant.whole(plan) | {"dtype": "float32"}
     check_weight_files(Path(whole["base_model"]))
@@ -57,7 +58,7 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
 
 
 def write_from_memory(whole: dict, dtype: str, adapter_path: Path, folder: Path, max_shard_size: str | None):
-    """Write the merged model by way of one in float32: where files and model have no tensors in common."""
+    """Write the merged model from a whole one in float32, where files and model don't share their tensors."""
     base = model.load(whole, torch.device("cpu"))
     merged = model.attach(base, adapter_path, trainable=False).merge_and_unload()
     for parameter in merged.parameters():
@@ -71,8 +72,10 @@ def write_from_memory(whole: dict, dtype: str, adapter_path: Path, folder: Path,
 class Sums:
     """The tensors of the base's files to which an adapter adds something, and their sums.
 
-    Files and model may name and shape a tensor otherwise: when transformers loads, it renames, and stacks
-    experts. What is added goes back through its own conversions, as a trained model does when it is saved.
+    Files and model may name and shape a tensor differently: transformers renames tensors and stacks experts
+    when it loads them. What an adapter adds is converted back by transformers' own code for saving models.
+
+    refusal: why sums can't be made tensor by tensor; "" where they can.
     """
 
     def __init__(self, whole: dict, adapter_path: Path, tensors: dict[str, shards.Place]):
@@ -80,9 +83,9 @@ class Sums:
         from peft.tuners.trainable_tokens import TrainableTokensLayer
         base, self.stored, self.tensors = hollow(whole), as_stored(whole, tensors), tensors
         names = {id(parameter): name for name, parameter in base.named_parameters()}
-        self.layers: dict[str, tuple] = {}           # tensor -> (layer, its parameter's name, if as it is)
-        self.waiting: dict[str, torch.Tensor] = {}   # what is added to tensors that are still to come
-        self.rows: dict[str, object] = {}            # tensor -> layer with rows of new tokens
+        self.layers: dict[str, tuple] = {}           # {tensor: (layer, its parameter's name, if unconverted)}
+        self.waiting: dict[str, torch.Tensor] = {}   # {tensor: what is added to it}, until it is its turn
+        self.rows: dict[str, object] = {}            # {tensor: layer with rows of new tokens}
         self.refusal, self.lock = "", Lock()
         for path, layer in model.attach(base, adapter_path, trainable=False).named_modules():
             if isinstance(layer, TrainableTokensLayer):
@@ -107,7 +110,7 @@ class Sums:
         return revert_weight_conversion(self.stored, {name: parameter})
 
     def content(self, part: str, place: shards.Place) -> Iterator[torch.Tensor]:
-        """A tensor of the merged files, in pieces: as the base has it, or its sum in the base's type."""
+        """A tensor of the merged files, in pieces: the base's own, or its sum in the base's dtype."""
         from peft.tuners.lora import Linear
         layer, name, as_it_is = self.layers.get(part, (None, "", True))
         if part in self.rows:
@@ -123,14 +126,14 @@ class Sums:
             yield total
 
     def place(self, part: str) -> shards.Place:
-        """The base's place of a tensor, as large as the merged one is: an embedding may have grown."""
+        """The Place of a merged tensor: the base's, but as large as the merged one, if it has grown."""
         place = self.tensors[part]
         rows = len(weight_of(self.rows[part])) if part in self.rows else None
         return place if rows is None else replace(place, shape=[rows, *place.shape[1:]],
                                                   bytes=place.bytes // place.shape[0] * rows)
 
     def whole(self, layer, part: str, before: torch.Tensor) -> torch.Tensor:
-        """The sum for a tensor in float32, at once."""
+        """The sum of a tensor, given in float32, and what the adapter adds to it."""
         _, name, as_it_is = self.layers[part]
         if as_it_is:
             return merged(layer, before)
@@ -140,7 +143,7 @@ class Sums:
 
 
 def as_stored(whole: dict, tensors: dict[str, shards.Place]):
-    """The model on meta as transformers loads it from these tensors; it remembers how it renamed them."""
+    """The model on meta as transformers loads it from these tensors; it remembers how they were converted."""
     config = planned_config(whole)
     empty = {name: torch.empty(place.shape, device="meta") for name, place in tensors.items()}
     with quiet():
@@ -152,7 +155,7 @@ def as_stored(whole: dict, tensors: dict[str, shards.Place]):
 
 
 def hollow(whole: dict):
-    """The model on the CPU with weights of full shape and no memory: each is one zero, seen many times."""
+    """The model on the CPU with weights of full shape but no memory: each is a single zero, expanded."""
     return on_meta(whole)._apply(lambda tensor: tensor.new_zeros((), device="cpu").expand(tensor.shape))
 
 
@@ -163,7 +166,7 @@ def weight_of(layer) -> torch.nn.Parameter:
 
 @torch.no_grad()
 def with_rows(layer, weight: torch.Tensor) -> torch.Tensor:
-    """A weight [rows, D] of the files with the rows of new tokens, and as many rows as the layer has."""
+    """A weight [rows, D] of the files, grown to the rows that the layer has, with those of new tokens."""
     (name,) = layer.active_adapters
     grown = weight.new_empty([len(weight_of(layer)), *weight.shape[1:]])
     grown[:len(weight)] = weight
@@ -173,9 +176,9 @@ def with_rows(layer, weight: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def added_by_rows(layer, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The rows of a weight [out, in], each piece with what a plain LoRA layer adds to it, in its own type.
+    """The pieces of a weight [out, in], each with what a plain LoRA layer adds to it, in the piece's dtype.
 
-    All sums take the same place in memory: pages made anew for each would cost as much as the sums.
+    All sums use the same memory: fresh pages for each would cost as much time as the sums.
     """
     (name,) = layer.active_adapters
     low, high, row, memory = layer.lora_A[name].weight, layer.lora_B[name].weight, 0, None
@@ -188,7 +191,7 @@ def added_by_rows(layer, pieces: Iterator[torch.Tensor]) -> Iterator[torch.Tenso
 
 @torch.no_grad()
 def merged(layer, weight: torch.Tensor) -> torch.Tensor:
-    """A layer's weight with the adapter, by peft's own merging, which changes `weight` in place."""
+    """A layer's weight with the adapter merged into it, by peft itself, which changes `weight` in place."""
     parameter = weight_of(layer)
     nothing, parameter.data = parameter.data, weight
     layer.merge()

@@ -1,7 +1,7 @@
 """metrics: what training writes down: metrics.jsonl, timings.jsonl, and the loss curve made of them.
 
-metrics.jsonl is exact: the same after every resume, and on every machine that computes alike. timings.jsonl
-holds what is not.
+metrics.jsonl is exact: it is the same after a resume, and on every machine that computes alike. timings.jsonl
+holds what isn't: seconds, rates and memory.
 """
 import itertools
 import json
@@ -20,7 +20,7 @@ EXACT_BY_ROLE = ("learning_rate_", "grad_norm_")
 
 
 def sizes(samples, rows: list[tuple[int, ...]], shares: list) -> dict[str, int]:
-    """{supervised_tokens, tokens, room, images} of a step, over all ranks; room counts padding, too."""
+    """{supervised_tokens, tokens, room, images} of a step, over all ranks; room is tokens with padding."""
     def tokens(row: tuple[int, ...]) -> int:
         return sum(samples.input_tokens[sample_of(index)] for index in row)
     every, packed = [index for row in rows for index in row], samples.positions is not None
@@ -33,9 +33,9 @@ def sizes(samples, rows: list[tuple[int, ...]], shares: list) -> dict[str, int]:
 
 
 class Log:
-    """Appends a line a step on rank 0. On resuming at step N, lines of later steps are cut off first.
+    """Appends a line for each step, on rank 0. On resuming at step N, lines of later steps are cut off first.
 
-    `notable` are the rows so far that later steps depend on, evaluations and skipped steps, on every rank.
+    notable: the lines so far on which later steps depend, evaluations and skipped steps; every rank has them.
     """
 
     def __init__(self, folder: Path, world: parallel.World, steps_per_epoch: int, first_step: int,
@@ -76,13 +76,13 @@ class Log:
                 "waiting": f"{self.last['data_wait']:.0%}", "peak": f"{self.last['peak_memory_gib']:.2f} GiB"}
 
     def write(self, row: dict) -> None:
-        """Append to metrics.jsonl."""
+        """Append a line to metrics.jsonl."""
         self._append("metrics.jsonl", row)
         if "loss" not in row:
             self.notable.append(row)
 
     def evaluation(self, step: int, found: dict, answers: list[dict], seconds: dict[str, float]) -> None:
-        """Write what an evaluation found, what it cost, and the answers, which no tracker gets; say it."""
+        """Write an evaluation's figures and answers, which no tracker gets; say the figures and the time."""
         self.write({"step": step, **found})
         if answers and self.world.is_leader:
             with (self.folder / "answers.jsonl").open("a", encoding="utf-8") as file:
@@ -93,13 +93,13 @@ class Log:
         terminal.say(f"step {step}: {figures} ({took})")
 
     def best(self, knobs) -> dict | None:
-        """The first evaluation with the best metric so far; the one before training doesn't count."""
+        """The first evaluation with the best metric so far, without the one before training; None: none."""
         metric, sign = knobs.metric_for_best_model, 1 if knobs.greater_is_better else -1
         found = [row for row in self.notable if row["step"] and math.isfinite(row.get(metric, math.nan))]
         return max(found, key=lambda row: sign * row[metric], default=None)
 
     def patience_is_over(self, knobs) -> bool:
-        """Whether the last `early_stopping_patience` evaluations were no better than one before them."""
+        """Whether the last `early_stopping_patience` evaluations were no better than an earlier one."""
         best = self.best(knobs)
         since = sum(knobs.metric_for_best_model in row and row["step"] > best["step"]
                     for row in self.notable) if best else 0
@@ -113,7 +113,7 @@ class Log:
             (self.folder / "loss.svg").write_text(svg, encoding="utf-8")
 
     def say_peak(self, forecast_gib: float | None) -> None:
-        """Nothing; says what memory was really used, and what was forecast of it."""
+        """Say how much memory was used at the peak, and how much was forecast."""
         used = f"peak memory {devices.peak_memory_gib(self.world.device):.2f} GiB"
         forecast = "" if forecast_gib is None else f"; forecast {forecast_gib:.2f} GiB"
         if self.world.device.type != "cuda":
@@ -130,7 +130,7 @@ class Log:
 
 
 def lines_up_to(path: Path, last_step: int) -> list[bytes]:
-    """The lines of the steps up to one: all before a later step, or before what a kill or power cut left."""
+    """The lines of a file up to a step: those before the first later or broken one, as a kill may leave."""
     def counts(line: bytes) -> bool:
         try:
             return line.endswith(b"\n") and json.loads(line)["step"] <= last_step
@@ -141,12 +141,12 @@ def lines_up_to(path: Path, last_step: int) -> list[bytes]:
 
 
 def cut_back(path: Path, last_step: int) -> None:
-    """The file holds the lines up to a step, at every moment."""
+    """Cut a file back to the lines up to a step, by one rename: it is never half cut."""
     ledger.write_whole(path, b"".join(lines_up_to(path, last_step)).decode())
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The objects of a JSONL file; [] where there is none, since what is volatile may be gone."""
+    """The objects of a JSONL file; [] where there is none, since volatile files may be gone."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines()]
 

@@ -1,6 +1,6 @@
 """model: from a plan to the loaded model, with what trains: an adapter, or roles of the model itself.
 
-Scripts 03 to 06 load through here, by the plan (lib/plan.py), and each load is compared with it.
+Scripts 03 to 06 load models through here, by the plan (lib/plan.py), and each load is compared with it.
 """
 import contextlib
 import functools
@@ -29,11 +29,11 @@ __all__ += ["as_stored", "trains"]
 
 def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Path | None = None,
          spread: dict | None = None):
-    """The plan's model on `device`, frozen, with the adapter in a folder on it, if one is named.
+    """The plan's model on `device`, frozen, with the adapter of a folder on it, if one is named.
 
-    mode: "train", in train mode and with an adapter that trains, or "inference", in eval mode. spread:
-    transformers' arguments that share it out over the GPUs instead (`devices.spread`).
-    StageError for missing, misshapen or unexpected tensors, or layers quantised otherwise than planned.
+    mode: "train" is train mode with an adapter that trains; "inference" is eval mode. spread: transformers'
+    arguments that place parts on several GPUs (`devices.spread`) in place of `device`. Raises StageError for
+    missing, misshapen or unexpected tensors, and where other layers are quantised than planned.
     """
     family = registry.family_of(plan["model_type"])
     registry.refuse_packages(family, device.type)
@@ -81,21 +81,22 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
 
 
 def keep_statistics(module: torch.nn.Module) -> None:
-    """Nothing; a batch norm goes by the checkpoint's means and variances, in training, too.
+    """Make a batch norm use the checkpoint's means and variances in training, too.
 
-    Else a sample's loss would depend on those beside it, and the means move, which no adapter holds.
+    Otherwise a sample's loss would depend on the others in its batch, and the means would move, which no
+    adapter holds.
     """
     module.eval()
     module.train = lambda mode=True: module
 
 
 def cast_to_own_type(module, given: tuple) -> tuple:
-    """A module's arguments, the pictures among them in the type of its weights."""
+    """A module's arguments, those in floating point cast to the dtype of its weights."""
     return tuple(each.to(module.dtype) if each.is_floating_point() else each for each in given)
 
 
 def check_loaded(plan: dict, info: dict) -> None:
-    """Nothing; a StageError where checkpoint and model don't hold the same tensors in the same shapes."""
+    """Raise StageError unless checkpoint and model hold the same tensors in the same shapes."""
     path, unread = plan["base_model"], "|".join(registry.family_of(plan["model_type"]).unread) or r"(?!)"
     for kind in ("missing_keys", "mismatched_keys"):
         if odd := sorted(map(str, info[kind])):
@@ -109,7 +110,7 @@ def check_loaded(plan: dict, info: dict) -> None:
 
 
 def compare(parameters: dict[str, torch.nn.Parameter], roles: Roles, planned: dict[str, int]) -> None:
-    """Nothing; a StageError names both sides where what trains is not what 04 planned, role by role."""
+    """Raise StageError, naming both sides, where what trains is not what 04 planned, role by role."""
     here, planned = roles.count(parameters.items()), Counter(planned)
     for role in sorted(here.keys() | planned.keys()):
         if here[role] != planned[role]:
@@ -118,7 +119,7 @@ def compare(parameters: dict[str, torch.nn.Parameter], roles: Roles, planned: di
 
 
 def trained_parameters(model) -> dict[str, torch.nn.Parameter]:
-    """Name -> parameter of everything that trains; a tied tensor once. An empty result is an error."""
+    """{name: parameter} of everything that trains, a tied tensor once; StageError where nothing does."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise StageError("nothing would train: no parameter requires a gradient",
@@ -128,13 +129,13 @@ def trained_parameters(model) -> dict[str, torch.nn.Parameter]:
 
 def checkpoint_trained_layers(model, roles: Roles, trained_roles: set[str], kept_share: float = 0.0,
                               offload: bool = False) -> int:
-    """Turn on gradient checkpointing in the layers of these roles and of language; returns how many.
+    """Turn on gradient checkpointing in the layers of these roles and of language; return their number.
 
-    Language even where it is frozen, since the gradients of whatever trains pass through it. The last layers
-    keep their activations, a share of all and at least one: their backward is the first to run. The library's
-    own switch makes every input embedding require gradients, a frozen tower's included, which then builds a
-    graph and runs twice: here it stays out. Non-reentrant (PyTorch docs, torch.utils.checkpoint). offload:
-    what a checkpointed layer keeps, its input, waits in host memory.
+    Language counts even where it is frozen, since the gradients of whatever trains pass through it. The last
+    layers keep their activations, kept_share of all and at least one: their backward is the first to run.
+    transformers' own switch isn't used: it makes every input embedding require gradients, a frozen tower's
+    included, which would then build a graph and run twice. Checkpoints are non-reentrant (PyTorch docs,
+    torch.utils.checkpoint). offload: a checkpointed layer's input, which it keeps, waits in host memory.
     """
     layers = [layer for layer in roles.layers(model) if layer[0] in {*trained_roles, "language"}]
     layers.sort(key=lambda layer: layer[0] == "language")                        # language's are the last
@@ -146,7 +147,7 @@ def checkpoint_trained_layers(model, roles: Roles, trained_roles: set[str], kept
 
 
 def checkpointed(offload: bool, function, *args):
-    """What a layer's `function` makes of args, of which alone the backward will make it again."""
+    """The result of a layer's `function`; only args are kept, from which the backward computes it again."""
     host = torch.autograd.graph.save_on_cpu(pin_memory=torch.cuda.is_available())
     with host if offload else contextlib.nullcontext():
         return checkpoint(function, *args, use_reentrant=False)
@@ -155,9 +156,9 @@ def checkpointed(offload: bool, function, *args):
 # ---- full fine-tuning ----
 
 def trains(name: str, roles: Roles, wanted: list[str], named: list[str] | None = None) -> bool:
-    """Whether full fine-tuning trains a parameter: of a wanted role, and one of those named, if any are.
+    """Whether full fine-tuning trains a parameter: of a wanted role, and matched by `named`, if it is given.
 
-    As in Axolotl, a regex is matched from the name's start, and a dot in it is a dot.
+    As in Axolotl, a regex is matched from the name's start, and a plain dot in it means a dot.
     """
     of_role = wanted == ["all"] or roles.of(name) in wanted
     return of_role and (named is None or any(
@@ -165,9 +166,9 @@ def trains(name: str, roles: Roles, wanted: list[str], named: list[str] | None =
 
 
 def train_roles(model, roles: Roles, wanted: list[str], named: list[str] | None = None) -> None:
-    """Full fine-tuning: what `trains` says does, as float32 masters (bf16 ones would not move).
+    """Make the parameters that `trains` names train, in float32: bf16 would round small updates away.
 
-    What no loss depends on becomes float32 too, since it may still run on what the others hand it.
+    Those that no loss depends on don't train, but become float32, too, since they may still be computed with.
     """
     for name, parameter in model.named_parameters():
         if trains(name, roles, wanted, named):
@@ -177,7 +178,7 @@ def train_roles(model, roles: Roles, wanted: list[str], named: list[str] | None 
 
 
 def as_stored(model):
-    """The model, from here on with each parameter in the type that the base has it in, as it is exported.
+    """The model, with each parameter cast in place to the dtype that it has in the base and in exports.
 
     Only parameters are cast: `model.to(bfloat16)` would also round buffers, such as the rope's frequencies.
     """
@@ -187,7 +188,7 @@ def as_stored(model):
 
 
 def save_full(model, folder: Path, max_shard_size: str | None = None) -> dict[str, torch.Tensor]:
-    """{name: tensor} of the model as written, and as it is afterwards: `as_stored`."""
+    """{name: tensor} of the model as written to the folder; the model itself is cast (`as_stored`)."""
     as_stored(model)
     with quiet():
         model.save_pretrained(folder, max_shard_size=max_shard_size or "50GB")
@@ -197,10 +198,10 @@ def save_full(model, folder: Path, max_shard_size: str | None = None) -> dict[st
 # ---- the adapter ----
 
 def new_adapter(plan: dict, knobs) -> tuple[object, dict[str, list[str]]]:
-    """(PEFT model with the adapter to train, role -> names of the layers hit).
+    """(PEFT model with the adapter to train, {role: names of the adapted layers}).
 
-    The weights are loaded only where what trains begins as something of theirs: DoRA's norms, or new rows of
-    embedding and head, for which nothing is quantised: that takes a minute for some GiB.
+    The base's weights are only loaded where what trains starts from them: DoRA's norms, or new rows of
+    embedding and head. For these rows nothing is quantised, which would take a minute for some GiB.
     """
     knobs = continued(knobs)
     if not knobs.peft_use_dora and plan["stored_as"] != "bitsandbytes":

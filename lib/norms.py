@@ -1,8 +1,8 @@
-"""norms: frozen RMSNorms and LayerNorms, which the libraries compute in a dozen small steps, in few.
+"""norms: frozen RMSNorms and LayerNorms in few operations, where the libraries take a dozen.
 
-On a GPU torch's fused kernel stands in for an RMSNorm, and a LayerNorm keeps its input's type, which autocast
-would widen. A CPU has no such kernel: there `Norm` computes an RMSNorm, with its gradient by hand, and keeps
-nothing in float32. Inside lib/fast.py's `paths` only.
+On a GPU torch's fused kernel computes an RMSNorm, and a LayerNorm keeps its input's dtype, which autocast
+would widen. A CPU has no fused kernel: there `Norm` computes an RMSNorm, with its gradient by hand, and keeps
+no float32 tensor for the backward. Used inside lib/fast.py's `paths` only.
 """
 import copy
 import inspect
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 
 def forward_of(module, cuda: bool):
-    """The fast forward of a frozen norm, or None."""
+    """The fast forward of a frozen norm; None for any other module. cuda: the one for a GPU."""
     if (one := kind_of(module)) is not None:
         return partial(fused_forward if cuda else plain_forward, module, one)
     if cuda and type(module) is torch.nn.LayerNorm and not any(p.requires_grad for p in module.parameters()):
@@ -22,9 +22,9 @@ def forward_of(module, cuda: bool):
 
 
 def kind_of(module) -> int | None:
-    """What a frozen RMSNorm adds to its weight, 0 or 1 as in Gemma's; None where it is no such norm.
+    """What a frozen RMSNorm adds to its weight: 0, or 1 as in Gemma; None for any other module.
 
-    That it is one is seen by what it computes, on a copy with other weights.
+    What the module computes, on a copy with other weights, shows whether it is such a norm.
     """
     weight, eps = getattr(module, "weight", None), epsilon_of(module)
     takes = inspect.signature(type(module).forward).parameters
@@ -40,21 +40,22 @@ def kind_of(module) -> int | None:
 
 
 def epsilon_of(norm) -> float | None:
-    """What an RMSNorm adds to the mean square."""
+    """The epsilon that an RMSNorm adds to the mean square; None where it names none."""
     return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
 
 
 def plain_forward(module, one: int, x: torch.Tensor) -> torch.Tensor:
-    """The norm's output [..., D], in x's type."""
+    """An RMSNorm's output [..., D] on a CPU, in x's dtype; one: what it adds to its weight."""
     return Norm.apply(x, module.weight.to(x.dtype), one, epsilon_of(module))
 
 
 class Norm(torch.autograd.Function):
-    """x / sqrt(mean(x^2) + eps) times (one + weight), for a frozen weight [D]; in float32 but for the product
-    of a plain weight, as the libraries have it.
+    """x / sqrt(mean(x^2) + eps) * (one + weight), for a frozen weight [D].
 
-    Source: RMSNorm (arXiv 1910.07467), equation 4; its gradient by hand: with n the normalised x, s its scale
-    and g the output's slopes times the weight, dx = s (g - n mean(g n)).
+    As in the libraries, it is computed in float32, except the product with a plain weight (one is 0).
+
+    Source: RMSNorm (arXiv 1910.07467), equation 4; its gradient by hand: with n the normalised x, s the scale
+    1 / sqrt(…) and g the output's gradient times (one + weight), dx = s (g - n mean(g n)).
     """
 
     @staticmethod
@@ -76,17 +77,20 @@ class Norm(torch.autograd.Function):
 
 
 def fused_forward(module, one: int, x: torch.Tensor) -> torch.Tensor:
-    """The same by torch's kernel; with 1 + weight it is rounded twice, as most norms are."""
+    """An RMSNorm's output [..., D] by torch's fused kernel, in x's dtype; one: what it adds to its weight.
+
+    With one = 1 the result is rounded twice, as most norms are.
+    """
     shape, weight, eps = x.shape[-1:], module.weight.to(x.dtype), epsilon_of(module)
     with torch.autocast(x.device.type, enabled=False):
-        if one:                           # 1 + weight has more digits than bf16: it is formed within a kernel
+        if one:                           # 1 + weight has more digits than bf16 holds: addcmul keeps them
             out = F.rms_norm(x, shape, None, eps)
             return torch.addcmul(out, out, weight)
         return F.rms_norm(x, shape, weight, eps)
 
 
 def layer_norm_forward(module, x: torch.Tensor) -> torch.Tensor:
-    """The norm's output [..., D], in x's type; what a kernel computes within is float32."""
+    """A LayerNorm's output [..., D] in x's dtype; inside, the kernel computes in float32."""
     own = (None if p is None else p.to(x.dtype) for p in (module.weight, module.bias))
     with torch.autocast(x.device.type, enabled=False):
         return F.layer_norm(x, module.normalized_shape, *own, module.eps)

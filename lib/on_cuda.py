@@ -1,4 +1,4 @@
-"""on_cuda: what CUDA's allocator and kernels would hold of tensors that have no memory.
+"""on_cuda: the memory that CUDA's allocator and kernels would take for hollow tensors (lib/hollow.py).
 
 Stand-ins for kernels compute nothing: they make results and keep tensors of the right sizes.
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 def taken_on_cuda(size: int) -> int:
-    """The bytes that CUDA's allocator takes for a tensor of so many.
+    """The bytes that CUDA's allocator takes for a tensor of `size` bytes.
 
     It hands out multiples of 512 bytes. From 10 MiB on it asks the device for whole multiples of 2 MiB, and
     cuts off what is left over only where that is more than 1 MiB.
@@ -25,29 +25,31 @@ def taken_on_cuda(size: int) -> int:
 
 
 def cuda_kernels():
-    """A context in which attention holds what CUDA's one kernel for it holds, and norms are CUDA's.
+    """A context in which attention and norms take the memory that CUDA's fused kernels would.
 
-    They replace torch.nn.functional's, as no mode of torch's holds in layers that the backward runs again.
+    It replaces functions of torch.nn.functional, since a mode of torch's isn't active in layers that the
+    backward runs again.
     """
     new = {name: partial(in_float32, getattr(F, name)) for name in ("layer_norm", "group_norm", "softmax")}
     return patch.multiple(F, scaled_dot_product_attention=attention, rms_norm=Norm.apply, **new)
 
 
 def in_float32(function, tensor: torch.Tensor, *words, **options) -> torch.Tensor:
-    """A function's result as CUDA's autocast has it, under autocast."""
+    """A function's result in float32 under autocast, as CUDA's autocast computes it."""
     return function(tensor.float() if torch.is_autocast_enabled("cpu") else tensor, *words, **options)
 
 
 def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
               enable_gqa=False) -> torch.Tensor:
-    """Attention's output [B, H, T, D]; of the scores, only a sum for each row is kept."""
+    """Attention's output [B, H, T, D], of which the backward keeps no scores, only one sum for each row."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (x.to(torch.get_autocast_dtype("cpu")) for x in (query, key, value))
     return Attention.apply(query, key, value, None if attn_mask is None else attn_mask.to(query.dtype))
 
 
 class Attention(torch.autograd.Function):
-    """Attention in one kernel, cuDNN's on a Hopper: its output, which it keeps, lies as the query does."""
+    """The memory of attention in one kernel, cuDNN's on a Hopper: it keeps its output, laid out as the query.
+    """
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
@@ -63,7 +65,7 @@ class Attention(torch.autograd.Function):
 
 
 class Norm(torch.autograd.Function):
-    """An RMSNorm in one kernel: it keeps its input, and a float for each row."""
+    """The memory of an RMSNorm in one kernel, which keeps its input and a float for each row."""
 
     @staticmethod
     def forward(ctx, x, shape, weight, eps):
@@ -76,9 +78,9 @@ class Norm(torch.autograd.Function):
 
 
 class FewBits(torch.autograd.Function):
-    """x W^T as bitsandbytes computes it: W exists in full while it is used, forward and backward.
+    """The memory of x W^T by bitsandbytes: W is dequantised while it is used, in forward and backward.
 
-    keeps_input: with 8 bits, it keeps x where checkpointing doesn't find it, as long as the loss is there.
+    keeps_input: with 8 bits, x is kept out of checkpointing's reach, until the graph is freed.
     """
 
     @staticmethod

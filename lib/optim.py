@@ -16,7 +16,7 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
                    knobs) -> torch.optim.Optimizer:
     """AdamW over the trained parameters; weight decay on matrices only, not on norms and biases.
 
-    roles: parameter name -> role. Each group's "share" is its learning rate as a part of the run's.
+    roles: {parameter name: role}. Each group's "share" is its learning rate over the run's.
     """
     groups: dict[tuple[float, float], list] = {}
     for name, p in parameters.items():
@@ -36,7 +36,7 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
 
 
 def hooked_optimizer(groups: list[dict], knobs) -> torch.optim.Optimizer:
-    """What a user's function makes of the groups; a StageError where that can't be trained with."""
+    """The optimizer that a user's function makes of the groups; StageError where it can't train with them."""
     trained = {p for group in groups for p in group["params"]}
     made = hooks.function("optimizer", knobs.optimizer)(groups, knobs)
     if not isinstance(made, torch.optim.Optimizer):
@@ -50,7 +50,7 @@ def hooked_optimizer(groups: list[dict], knobs) -> torch.optim.Optimizer:
 
 
 def numbers_in_groups(optimizer, knobs) -> list[dict[str, float]]:
-    """What a user's optimizer may have changed in its groups, and a checkpoint has to hold; else nothing."""
+    """[numbers of each group that a user's optimizer may change, for a checkpoint]; [] for the kit's own."""
     groups = optimizer.param_groups if HOOK.fullmatch(knobs.optimizer) else []
     return [{key: value for key, value in group.items()
              if isinstance(value, (int, float)) and key not in ("lr", "share", "weight_decay")}
@@ -71,13 +71,13 @@ def of_role(role: str, knobs) -> tuple[float, float]:
 
 
 def rates(knobs, rate: float) -> dict[str, float]:
-    """A step's rate, and of the roles that have their own, as figures."""
+    """{figure: learning rate} of a step, of the run and of each role that has its own."""
     return {"learning_rate": rate} | {f"learning_rate_{role}": rate * its / knobs.learning_rate
                                       for role, (its, _) in own_of(knobs).items() if its is not None}
 
 
 def rate_share(name: str, role: str, knobs) -> float:
-    """A parameter's learning rate as a part of the run's: by its role, and LoRA+'s ratio on B matrices.
+    """A parameter's learning rate over the run's: by its role, and times LoRA+'s ratio for B matrices.
 
     Source: LoRA+ (arXiv 2402.12354).
     """
@@ -89,10 +89,10 @@ FIRST_SCALE = 2.0**16
 
 
 class Scaler(torch.amp.GradScaler):
-    """Loss scaling for float16, whose smallest gradients would vanish; for other types it does nothing.
+    """Loss scaling for float16, in which small gradients would underflow; for other dtypes it does nothing.
 
-    A step whose scaled gradients overflow is left out, and the scale halved; so it is on every rank, since
-    they look at the same sums. overflows: how many such steps there were.
+    A step whose scaled gradients overflow is skipped, and the scale halved, on every rank alike, since all
+    look at the same sums. overflows: how many such steps there were.
     Source: mixed precision training (arXiv 1710.03740, section 3.2).
     """
 
@@ -104,18 +104,18 @@ class Scaler(torch.amp.GradScaler):
         self.scale(torch.zeros((), device=device))       # a rank may have no row in its first step
 
     def state_dict(self) -> dict:
-        """What a checkpoint holds of it, in plain numbers; {} for other types."""
+        """What a checkpoint holds of the scaler, in plain numbers; {} for other dtypes than float16."""
         return super().state_dict() | {"overflows": self.overflows} if self.is_enabled() else {}
 
     def overflowed(self, scale: float, found: list, norm: float) -> bool:
-        """Whether only scaling made a gradient infinite: losses are finite, and the scale can be smaller."""
+        """Whether only the scale made the gradient infinite: losses are finite, and the scale can shrink."""
         finite = all(math.isfinite(loss) for share in found for loss, _ in share)
         over = self.is_enabled() and finite and not math.isfinite(norm) and scale > 1
         self.overflows += over
         return over
 
     def figures(self, scale: float) -> dict[str, float]:
-        """The figures of a step with this scale for metrics.jsonl; {} for other types."""
+        """A step's figures of loss scaling for metrics.jsonl; {} for other dtypes than float16."""
         return {"loss_scale": scale, "overflows": self.overflows} if self.is_enabled() else {}
 
 
@@ -146,7 +146,10 @@ def learning_rate(knobs, step: int, total_steps: int) -> float:
 
 def clip_gradients(parameters: dict[str, torch.nn.Parameter], roles: dict[str, str],
                    max_norm: float) -> dict[str, torch.Tensor]:
-    """{"grad_norm": of all, "grad_norm_ROLE": of each role's, where several train}, before clipping to it."""
+    """{"grad_norm": of all gradients, and where several roles train "grad_norm_ROLE": of each role's}.
+
+    The norms are those before clipping; the gradients are clipped in place to max_norm.
+    """
     gradients: dict[str, list] = {}
     for name, p in parameters.items():
         gradients.setdefault(roles[name], []).append(p.grad)
@@ -158,9 +161,9 @@ def clip_gradients(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
 
 
 def update(optimizer: torch.optim.Optimizer, finite: torch.Tensor) -> None:
-    """Nothing; the optimizer's step, unless its gradients aren't finite (a bool, on the device).
+    """Take the optimizer's step, unless its gradients aren't finite (a bool, on the device).
 
-    torch's fused optimizers look for themselves, on the device; for any other the host has to wait.
+    torch's fused optimizers check that on the device themselves; for any other the host waits for the answer.
     """
     if getattr(optimizer, "_step_supports_amp_scaling", False):    # as torch's GradScaler asks
         optimizer.found_inf = (~finite).float()
@@ -175,10 +178,10 @@ LEARNS_FROM = {"vision": {"image", "video"}, "audio": {"audio"},    # without su
 
 
 class GradientWatch:
-    """Stops a run in which something trains that never gets a gradient: it would be saved as it was.
+    """Stops a run in which something that trains gets no gradient: it would be saved as it was.
 
-    A tensor has until its second step, because LoRA's A gets a gradient only once B has moved. For what lies
-    on the way of a medium, only steps with such media count, unless the data have none at all.
+    A tensor has until its second step, because LoRA's A gets a gradient only once B has moved. For a tensor
+    through which only media pass, only steps with such media count, unless the data have none at all.
     """
 
     def __init__(self, roles: dict[str, str], kinds_in_data: set[str]):
@@ -188,10 +191,10 @@ class GradientWatch:
         self.steps, self.steps_for = 0, dict.fromkeys(LEARNS_FROM, 0)
 
     def look(self, parameters: dict[str, torch.nn.Parameter], world: World, kinds: set[str]) -> None:
-        """Nothing; called before a step's update, it stops all ranks and names what got no gradient.
+        """Look at the gradients before a step's update; stop all ranks and name what got none in time.
 
-        kinds: those of the step's media. Experts may have had no token yet, and a model with a projector for
-        sounds may train on pictures: of these roles, what got none is only reported.
+        kinds: of the step's media. Experts may have had no token yet, and a model with a projector for sounds
+        may train on pictures: tensors of these roles that got no gradient are only reported.
         """
         self.steps += 1
         for role, wanted in LEARNS_FROM.items():

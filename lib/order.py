@@ -1,8 +1,8 @@
 """order: which samples each optimizer step trains, and which of them each rank has in which micro-batch.
 
-A row is a tuple of samples: of one, or of those that are packed together. The order depends on (seed, epoch)
-only, and a step's rows are fixed before they are dealt out to ranks and micro-batches: 4x1, 2x2 and 1x4 train
-the same, on one rank or several, and resuming at step N needs N alone.
+A row is a tuple of samples: a single one, or those that are packed together. The order depends on (seed,
+epoch) only, and a step's rows are fixed before they are dealt to ranks and micro-batches: so 4x1, 2x2 and 1x4
+train the same, on one rank or several, and resuming at step N needs no more than N.
 """
 import functools
 import math
@@ -14,22 +14,22 @@ import torch
 
 from lib import packing
 
-Row = tuple[int, ...]                     # of samples; ~index is sample `index` with nothing of it trained
-WINDOW = 64                               # steps among which group_by_length sorts
+Row = tuple[int, ...]                     # indices of samples; ~index: sample `index`, with no trained token
+WINDOW = 64                               # steps within which group_by_length sorts
 
 
 def sample_of(index: int) -> int:
-    """The sample that stands at a place of a row, be it trained or not."""
+    """The index of the sample that an entry of a row means: ~index, which doesn't train, is `index`."""
     return max(index, ~index)
 
 
 @dataclass(frozen=True, eq=False)
 class Order:
-    """The rows of every optimizer step; an epoch's last step may be smaller, nothing is dropped.
+    """The rows of every optimizer step; an epoch's last step may be smaller, no sample is dropped.
 
     lengths: tokens of each sample. global_batch_size: rows of a step, over all ranks and micro-batches.
-    room: tokens that a row of packed samples may hold; None is a sample a row. by_length: neighbours in a
-    step are of similar length. kinds: of each sample, where only those of one kind may share a row.
+    room: tokens that a packed row may hold; None: each sample is a row. by_length: samples of a step are of
+    similar length. kinds: a number for each sample, where only samples with the same one may share a row.
     """
     lengths: list[int]
     global_batch_size: int
@@ -40,7 +40,7 @@ class Order:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps that see every sample once; as many in each epoch."""
+        """The optimizer steps of an epoch, which see every sample once; each epoch has as many."""
         return math.ceil(len(epoch(self, 0)) / self.global_batch_size)
 
     def total_steps(self, num_epochs: float, max_steps: int | None) -> int:
@@ -69,7 +69,7 @@ def epoch(order: Order, number: int) -> list[Row]:
 
 
 def in_turn(samples, room: int | None, chosen: Iterable[int] | None = None) -> list[Row]:
-    """Rows of all samples, or the chosen ones, in their own order, packed where rows have room."""
+    """Rows of all samples, or of the chosen ones, in their order; packed, if room is given."""
     chosen = range(len(samples)) if chosen is None else chosen
     if room is None:
         return [(index,) for index in chosen]
@@ -78,7 +78,7 @@ def in_turn(samples, room: int | None, chosen: Iterable[int] | None = None) -> l
 
 def packed(samples: Iterable[int], lengths: list[int], room: int, kinds: list[int] | None,
            generator: torch.Generator | None = None) -> list[Row]:
-    """The samples in rows of at most `room` tokens, each of one kind; a generator deals them by chance."""
+    """The samples packed in rows of at most `room` tokens, each of one kind; a generator mixes them."""
     groups: dict[int, list[int]] = {}
     for index in samples:
         groups.setdefault(kinds[index] if kinds else 0, []).append(index)
@@ -89,7 +89,7 @@ def packed(samples: Iterable[int], lengths: list[int], room: int, kinds: list[in
 
 
 def grouped(samples: list[int], order: Order, generator: torch.Generator) -> list[int]:
-    """The samples, sorted by length within WINDOW steps, whose own order is a random one again."""
+    """The samples, sorted by length within every WINDOW steps; the order of these steps is random again."""
     size, found = order.global_batch_size, []
     for start in range(0, len(samples), WINDOW * size):
         window = sorted(samples[start:start + WINDOW * size], key=lambda i: -order.lengths[i])
@@ -101,10 +101,10 @@ def grouped(samples: list[int], order: Order, generator: torch.Generator) -> lis
 
 def dealt(rows: list[Row], micro_batch_size: int, world_size: int, kinds: list[int] | None = None,
           cost: Callable[[Row], float] = lambda row: 0) -> list[list[list[Row]]]:
-    """Each rank's share of a step, cut into micro-batches: none at all where a last step has few rows.
+    """Each rank's share of a step, cut into micro-batches; empty for some ranks if a last step has few rows.
 
-    The costliest rows come first, so that a micro-batch has rows of like length. Where samples have kinds,
-    only those of one kind share one.
+    The costliest rows come first, so that a micro-batch has rows of similar length. Where samples have kinds,
+    only rows of one kind share a micro-batch.
     """
     def cut(share: list[Row]) -> list[list[Row]]:
         groups: dict[int, list[Row]] = {}
@@ -116,10 +116,10 @@ def dealt(rows: list[Row], micro_batch_size: int, world_size: int, kinds: list[i
 
 
 def balanced(rows: list[Row], world_size: int, cost: Callable[[Row], float]) -> list[list[Row]]:
-    """The rows of each rank, costliest first: as many on each, but for one, and of like cost in sum.
+    """The rows of each rank, costliest first: equally many (or one fewer), of about the same total cost.
 
-    Ranks wait for the slowest. Each has one of the `world_size` costliest, then one of the next, and so on;
-    the costlier one goes to the rank that has less so far.
+    Ranks wait for the slowest. Each gets one of the `world_size` costliest rows, then one of the next, and so
+    on; the costlier row goes to the rank with the lower cost so far.
     """
     shares, sums = [[] for _ in range(world_size)], [0.0] * world_size
     ranked = sorted(rows, key=cost, reverse=True)                  # of equal cost: in their order

@@ -1,4 +1,4 @@
-"""origin: a base model of the hub: which commit is meant, who may have it, what fetching it takes.
+"""origin: a base model of the hub: which commit is meant, whether it may be had, what fetching it takes.
 
 Everything goes through huggingface_hub, so HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE mean what they
 mean elsewhere. A base model that is a folder has nothing to do with any of this.
@@ -17,9 +17,9 @@ CODE_MAPS = ("config.json", "processor_config.json", "preprocessor_config.json",
 
 
 def commit(base_model: str, revision: str | None) -> str | None:
-    """The commit that a branch or tag of the hub means, None where neither hub nor cache can say.
+    """The commit that a branch or tag of the hub means; None where neither hub nor cache can say.
 
-    What it asks for is config.json, which a gated model refuses: model_info would be told in any case.
+    It asks for config.json, which a gated model refuses; model_info would answer even for that.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -40,7 +40,7 @@ def silence() -> None:
 
 
 def refusal(base_model: str, revision: str | None, error: BaseException | None) -> StageError | None:
-    """What a refusal of the hub's means, and what mends it; None where an error, or its cause, is none."""
+    """The StageError that explains the hub's refusal behind an error; None where there is none behind it."""
     from huggingface_hub import constants, errors
     page, login = f"{constants.ENDPOINT}/{base_model}", "`hf auth login`, or set HF_TOKEN"
     if isinstance(error, errors.GatedRepoError):
@@ -66,7 +66,7 @@ def refusal(base_model: str, revision: str | None, error: BaseException | None) 
 
 
 def fetch(base_model: str, revision: str | None, names: list[str]) -> Path:
-    """The folder with these files of a base model; a hub's are downloaded after a word on what that takes."""
+    """The folder with these files of a base model; a hub's are downloaded, after saying how much that is."""
     if Path(base_model).is_dir():
         return Path(base_model)
     from huggingface_hub import constants, snapshot_download
@@ -87,7 +87,7 @@ def fetch(base_model: str, revision: str | None, names: list[str]) -> Path:
 
 
 def say_download(base_model: str, cache: Path, sizes: list[int]) -> None:
-    """Nothing; tells what a download takes. A StageError where the cache's disk has no room for it."""
+    """Say what a download takes; raise StageError where the cache's disk has no room for it."""
     there = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     size, free = sum(sizes), shutil.disk_usage(there).free
     room = f"{free / GIB:,.2f} GiB free in {cache}"
@@ -99,7 +99,7 @@ def say_download(base_model: str, cache: Path, sizes: list[int]) -> None:
 
 
 def say_code(base_model: str, revision: str | None) -> None:
-    """Nothing; names the checkpoint's files that `trust_remote_code` lets run, with those they import."""
+    """Name the checkpoint's files that `trust_remote_code` lets run, with those that they import."""
     from transformers.dynamic_module_utils import get_relative_import_files
     from transformers.utils import cached_file
     options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}

@@ -1,9 +1,10 @@
 """packing: several samples in one row, none of which sees another: each is computed as if alone.
 
-Batches of short samples are mostly padding, and single ones leave a GPU idle. Packed samples stand behind one
-another. Position ids start again at each, and without an attention mask transformers takes every start for a
-border (masking_utils.find_packed_sequence_indices); where a family's pictures attend to themselves in both
-directions, that mask is made here. `leak` shows on the loaded model that it holds.
+Batches of short samples are mostly padding, and single ones leave a GPU idle. A packed row is samples one
+after the other. Position ids start again at each of them, and without an attention mask transformers takes
+every such start for a border (masking_utils.find_packed_sequence_indices). Where the tokens of a family's
+pictures see one another in both directions, the mask is made here. `leak` measures on the loaded model that
+no sample sees another.
 
 Fork me to: pack another way (`fill`).
 """
@@ -22,10 +23,10 @@ from lib.stage import StageError
 
 
 def fill(order: list[int], lengths: list[int], room: int) -> list[tuple[int, ...]]:
-    """The samples of `order` in rows of at most `room` tokens, by best-fit-decreasing.
+    """The samples of `order` in rows of at most `room` tokens, by best-fit decreasing.
 
-    Each goes, longest first, to the fullest row that still takes it. A longer one than `room` is alone. How
-    many rows come out depends on the lengths only, not on the order.
+    Longest first, each sample goes to the fullest row that still has room for it; one longer than `room` is
+    alone in its row. The number of rows depends on the lengths only, not on the order.
     """
     rows: list[list[int]] = []
     by_space: dict[int, list[int]] = defaultdict(list)  # free tokens -> rows that have as many
@@ -50,10 +51,10 @@ def fill(order: list[int], lengths: list[int], room: int) -> list[tuple[int, ...
 
 def mixed(rows: list[tuple[int, ...]], lengths: list[int], room: int, generator: torch.Generator
           ) -> list[tuple[int, ...]]:
-    """The rows, after each sample changed places with one of another length, wherever both rows have room.
+    """The rows, after samples have swapped places at random with ones of another length, where both rows fit.
 
-    By itself `fill` puts samples of one length together. Those are often alike in more than that, such as in
-    their question, and a step that trains them alone is no fair share of the data.
+    `fill` alone puts samples of one length together. They are often alike in other ways, too, such as in
+    their question, so a step of them alone would be no fair share of the data.
     """
     rows = [list(row) for row in rows]
     free = [room - sum(lengths[index] for index in row) for row in rows]
@@ -70,9 +71,9 @@ def mixed(rows: list[tuple[int, ...]], lengths: list[int], room: int, generator:
 
 @dataclass(frozen=True)
 class Positions:
-    """The position ids of a sample, as its model counts them; only plain data, so that workers can have it.
+    """The position ids of a sample, as its model counts them; plain data, so that workers can be sent it.
 
-    cls, config: the inner model's class and configuration where it has positions of its own for pictures
+    cls, config: the inner model's class and configuration if it gives pictures positions of their own
     (`get_rope_index`: time, height and width), else None.
     """
     cls: type | None
@@ -80,12 +81,12 @@ class Positions:
 
     @classmethod
     def of(cls, model) -> "Positions":
-        """The positions that a loaded model wants."""
+        """The Positions that a loaded model needs."""
         found = next((m for m in model.modules() if hasattr(type(m), "get_rope_index")), None)
         return cls(type(found), found.config) if found is not None else cls(None, None)
 
     def __call__(self, row: dict[str, torch.Tensor]) -> torch.Tensor:
-        """[1, T], or [4, 1, T]: the token's number, then its time, height and width."""
+        """The position ids of an encoded sample: [1, T], or [4, 1, T] with number, time, height and width."""
         tokens = row["input_ids"].shape[1]
         plain = torch.arange(tokens)[None]                                       # [1, T]
         if self.cls is None:
@@ -101,10 +102,10 @@ class Positions:
 
 
 def join(rows: list[dict[str, torch.Tensor]], positions: Positions, style: str) -> dict[str, torch.Tensor]:
-    """One encoded row of several: tokens and media behind one another, and `position_ids` that start again.
+    """One packed row of several encoded samples: tokens and media concatenated, position ids for each sample.
 
-    It has no attention_mask: transformers looks for borders only where there is none. `packed` is the tokens
-    of each sample.
+    It has no attention_mask, since transformers looks for borders only without one. Its "packed" is a list,
+    the number of tokens of each sample.
     """
     lengths = [row["input_ids"].shape[1] for row in rows]
     joined = {"packed": lengths, "position_ids": torch.cat([positions(row) for row in rows], dim=-1)}
@@ -126,16 +127,19 @@ def join(rows: list[dict[str, torch.Tensor]], positions: Positions, style: str) 
 
 @dataclass(frozen=True)
 class BlockMasks:
-    """The attention masks of packed rows, for families whose pictures attend to themselves both ways.
+    """The attention masks of packed rows, for families where a picture's tokens see one another both ways.
 
-    blocks: kind of layer -> whether pictures do so there. window: tokens that a sliding layer sees.
+    blocks: {kind of layer: whether they do so there}. window: tokens that a sliding layer sees.
     """
     blocks: dict[str, bool]
     window: int
 
     @classmethod
     def of(cls, model, kinds: tuple[str, ...]) -> "BlockMasks | None":
-        """The masks that a loaded model wants, from its record's kinds of layer; None where positions do."""
+        """The BlockMasks that a loaded model needs; None where position ids suffice.
+
+        kinds: the family's block_masks, those kinds of layer in which pictures see all of themselves.
+        """
         text = model.config.get_text_config()
         # Gemma-4's small models have None here, and plain causal masks.
         if not kinds or getattr(text, "use_bidirectional_attention", False) is None:
@@ -143,7 +147,7 @@ class BlockMasks:
         return cls({kind: kind in kinds for kind in sorted({*text.layer_types})}, text.sliding_window)
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """{kind of layer: bool [B, 1, T, T]}, true where a query (third axis) sees a key (fourth)."""
+        """{kind of layer: mask, bool [B, 1, T, T]}, true where a query (third axis) sees a key (fourth)."""
         position = batch["position_ids"]                                         # [B, T]
         kinds = next(batch[key] for key in ("token_type_ids", "mm_token_type_ids") if key in batch)
         sample = (position == 0).cumsum(-1)
@@ -163,7 +167,10 @@ class BlockMasks:
 
 
 def needs(model, family: Family) -> dict:
-    """What Samples (lib/sampler.py) need to pack for a model; a StageError where the record refuses."""
+    """{positions, masks}, which Samples (lib/sampler.py) need to pack for a model.
+
+    Raises StageError where the family's record, or flex_attention, refuses packing.
+    """
     if family.packing:
         raise StageError(f"sample_packing: {family.name} can't be packed: {family.packing}",
                          "sample_packing: false, and group_by_length: true against padding")
@@ -176,10 +183,10 @@ def needs(model, family: Family) -> dict:
 
 def leak(model, alone: list[dict[str, torch.Tensor]], together: dict[str, torch.Tensor],
          typical: bool = False) -> tuple[float, float]:
-    """(largest relative change of a supervised hidden state from single samples to a common batch, limit).
+    """(largest relative change of a supervised hidden state when samples share a batch, limit for rounding).
 
-    typical: the largest of the samples' medians, since where a router chooses, rounding may choose otherwise.
-    Up to the limit it may be rounding: bfloat16's is around a hundredth, float32's a hundred-thousandth.
+    typical: take each sample's median change, not its largest, since rounding may change a router's choices.
+    The limit is well above rounding: bfloat16's is around a hundredth, float32's a hundred-thousandth.
     """
     apart = [supervised_states(model, batch) for batch in alone]                 # [N, D] each
     one_by_one = torch.cat(apart)

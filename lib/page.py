@@ -1,9 +1,9 @@
-"""page: documents as strings, of headings, tables, figures and pictures: 02's preview.html, 06's report.html.
+"""page: HTML pages as strings, of headings, tables, figures and pictures: preview.html and report.html.
 
-Every function takes plain data and escapes it. What comes out holds everything it shows: pictures are data
-URIs, charts are SVG (lib/charts.py), there is no script, and a page's own security policy forbids it to fetch
+Every function takes plain data and escapes it. A page holds everything that it shows: pictures are data URIs,
+charts are SVG (lib/charts.py), there is no script, and the page's own security policy forbids it to fetch
 anything.
-Fork me to: change the look (page.css; colours in charts.py), or another thing (one function, a string).
+Fork me to: change the look (page.css; colours in charts.py), or add an element (a function that gives HTML).
 """
 import base64
 import io
@@ -19,7 +19,7 @@ from lib.scale import number
 
 
 def document(title, sections, subtitle="", about=""):
-    """One HTML document that needs nothing beside it. sections: [(heading, html)]; about: what it holds."""
+    """One HTML document that needs no other file. sections: [(heading, html)]; about: what it holds."""
     anchors = [anchor(f"{n} {heading}") for n, (heading, _) in enumerate(sections, 1)]
     links = "".join(f'<li><a href="#{place}">{escape(heading)}</a></li>'
                     for place, (heading, _) in zip(anchors, sections))
@@ -52,17 +52,17 @@ def _variables(colours):
 
 
 def anchor(text):
-    """The name by which a link finds a place of the page."""
+    """The id by which a link finds a place on the page, made of its title."""
     return re.sub(r"\W+", "-", text.lower()).strip("-")
 
 
 def link(to, text):
-    """A link to a place of the page."""
+    """A link to the place on the page with this title."""
     return f'<p class="note"><a href="#{anchor(to)}">{escape(text)}</a></p>'
 
 
 def paragraph(text):
-    """A paragraph of plain text; what stands between backticks is code."""
+    """A paragraph of plain text; text between backticks is shown as code."""
     return "<p>" + re.sub("`([^`]+)`", r"<code>\1</code>", escape(text)) + "</p>"
 
 
@@ -77,12 +77,12 @@ def heading(text):
 
 
 def small(html):
-    """Charts side by side."""
+    """HTML of charts, shown side by side."""
     return f'<div class="small">{html}</div>'
 
 
 def folded(summary, html):
-    """What is only seen, and printed, when it is asked for."""
+    """HTML that is folded away under its summary until somebody opens it."""
     return f"<details><summary>{escape(summary)}</summary>{html}</details>"
 
 
@@ -99,7 +99,7 @@ def tiles(figures):
 
 
 def table(columns, rows, align=None):
-    """A table. align: one letter a column, as in "lrr"; left out, columns of numbers go right."""
+    """A table. align: one letter a column, as in "lrr"; left out, columns of numbers are right-aligned."""
     rows = [[cell(value) for value in row] for row in rows]
     if align is None:
         number = re.compile(r"—|[-+−]?[\d,.]+(e[-+]?\d+)?( ?(%|[kMGT]i?B|[a-z]{1,3}))?")
@@ -114,7 +114,7 @@ def table(columns, rows, align=None):
 
 
 def arrows(text):
-    """Escaped text, its -> as an arrow."""
+    """Escaped text, with each -> as an arrow."""
     return escape(text.replace("->", "→"))
 
 
@@ -140,12 +140,12 @@ MEDIA_SHOWN = {"none": "No picture, sound or clip of the data is in this page (r
 
 
 def may_show(report_media, held_out):
-    """Whether a page may embed the media of a row."""
+    """Whether a page may embed the media of a row, by the knob report_media and whether it is held out."""
     return report_media == "all" or held_out and report_media == "eval"
 
 
 def withheld(caption):
-    """What stands in place of a medium that the page may not hold."""
+    """The caption of a medium that the page may not hold, and a word that it isn't there."""
     return f'<p class="withheld">{escape(caption)}<br>not in this page</p>'
 
 
@@ -167,7 +167,7 @@ def picture(image, alt, max_side=224, enlarged_to=128):
 
 
 def data_uri(image):
-    """A data URI without metadata: PNG for few pixels or colours, where JPEG would smear, else JPEG."""
+    """A picture as a data URI without metadata: JPEG, or PNG for few pixels or colours, which JPEG blurs."""
     image = Image.frombytes(image.mode, image.size, image.tobytes())
     png = max(image.size) <= 64 or image.getcolors(64) is not None
     data = io.BytesIO()

@@ -1,7 +1,7 @@
 """parallel: one process or many (torchrun); the only file that knows which.
 
-No wrapper module is needed: every rank holds the model, and after a step's last micro-batch the gradients are
-summed over ranks, some tensors at a time. A rank whose rows had no picture, or that had no row, adds zeros.
+The model needs no wrapper: every rank holds it, and after a step's last micro-batch the gradients are summed
+over ranks, some tensors at a time. A rank whose rows had no picture, or that had no row, adds zeros.
 """
 import json
 import os
@@ -29,13 +29,13 @@ class World:
 
     @property
     def is_leader(self) -> bool:
-        """Rank 0 decides, prints and writes; the others follow."""
+        """Whether this is rank 0, which decides, prints and writes; the others follow."""
         return self.rank == 0
 
     def agree(self, decide: Callable[[], Any]) -> Any:
-        """What `decide()` returned on rank 0, on every rank: as JSON has it, where a path is a text.
+        """The result of `decide()` on rank 0, on every rank: as JSON has it, in which a path is a text.
 
-        Where it raises on rank 0, the others stop too, instead of waiting for a rank that is gone.
+        Where it raises on rank 0, the others stop, too, instead of waiting for a rank that is gone.
         """
         if self.world_size == 1:
             return decide()
@@ -53,13 +53,13 @@ class World:
         return found
 
     def everyones(self, found: Any) -> list:
-        """What all ranks have found, by rank, on every rank."""
+        """The list of what each rank passes in, in order of ranks, on every rank."""
         if self.world_size == 1:
             return [found]
         return [self._broadcast(found, rank) for rank in range(self.world_size)]
 
     def _broadcast(self, found: Any, source: int = 0) -> Any:
-        """What one rank has found, on every rank."""
+        """What the source rank passes in, on every rank, as JSON has it."""
         text = json.dumps(found, default=os.fspath)
         sent = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
         size = torch.tensor([len(sent)], device=self.device)
@@ -70,7 +70,7 @@ class World:
         return json.loads(bytes(body.tolist()))
 
     def stop(self, what: str, fix: str) -> None:
-        """Never returns: all ranks have found the same mistake, and the first one says it."""
+        """Stop all ranks, which have found the same mistake: rank 0 raises StageError, the others exit."""
         if self.is_leader:
             raise StageError(what, fix)
         sys.exit(1)
@@ -82,7 +82,7 @@ class World:
         return tensor
 
     def most(self, number: int) -> torch.Tensor:
-        """The greatest of the ranks' numbers, a scalar: where it is worked out, nobody waits for it yet."""
+        """The greatest of the ranks' numbers, a scalar tensor on the device; nobody waits for it yet."""
         if self.world_size == 1:
             return torch.tensor(number)
         found = torch.full((), number, device=self.device)
@@ -92,8 +92,8 @@ class World:
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Sum .grad over ranks, in the same order on every rank.
 
-        A parameter without one has zeros from here on, alone as among many: an optimizer would pass over it,
-        but move it on by its momentum where some other rank had a gradient.
+        A parameter without a gradient gets zeros, on one rank as on many: an optimizer would pass over it,
+        but momentum moves a parameter whose gradient is zero.
         """
         parameters = list(parameters)
         for p in parameters:
@@ -111,7 +111,7 @@ class World:
 
 
 def buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.Parameter]]:
-    """The parameters in lists of at most BUCKET elements, or of one tensor."""
+    """The parameters in lists of at most BUCKET elements; a larger one has a list of its own."""
     bucket, size = [], 0
     for p in parameters:
         if bucket and size + p.numel() > BUCKET:
@@ -127,7 +127,7 @@ def buckets(parameters: Iterable[torch.nn.Parameter]) -> Iterator[list[torch.nn.
 def world() -> Iterator[World]:
     """This process's World, after joining the others that torchrun started.
 
-    After an error it doesn't take leave: the others may be waiting in a collective, and torchrun ends them.
+    After an error it doesn't leave the group: others may be waiting in a collective, and torchrun ends them.
     """
     rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
                                     (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))

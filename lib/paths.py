@@ -1,4 +1,4 @@
-"""paths: what a recipe names that has to be there: a model, an adapter, data, a template, a user's function.
+"""paths: checks that what a recipe names exists: a model, an adapter, data, a template, a user's function.
 
 Each check returns the value to keep or raises Wrong. Paths stay as written; relative ones start from the
 current folder, as in every later stage.
@@ -19,7 +19,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def hook(given: str | list[str]) -> str | list[str]:
-    """A choice, a hook whose file is there and holds the function's name, or a list of such."""
+    """The value: a choice, a hook whose file exists and holds the function's name, or a list of these."""
     for text in given if isinstance(given, list) else [given]:
         if not (found := HOOK.fullmatch(text)):
             continue
@@ -35,7 +35,7 @@ def hook(given: str | list[str]) -> str | list[str]:
 
 
 def metrics(given: list[str]) -> list[str]:
-    """Metrics of answers that can be told apart by their names."""
+    """The metrics of answers, which must differ in their names; hooks are checked."""
     names = [text.rpartition(":")[2] for text in given]
     if again := {name for name in names if names.count(name) > 1}:
         raise Wrong(f"has two metrics named {again.pop()}", "rename the function")
@@ -43,7 +43,7 @@ def metrics(given: list[str]) -> list[str]:
 
 
 def model_path(text: str) -> str:
-    """A hub id, or a folder that holds a model."""
+    """The base model: a hub id, or a folder that holds a config.json."""
     path = Path(text)
     if os.path.isfile(path / "config.json"):
         return text
@@ -65,7 +65,7 @@ def model_path(text: str) -> str:
 
 
 def adapter_path(text: str) -> str:
-    """A folder that holds an adapter, as peft saves it."""
+    """The path of a folder that must hold an adapter, as peft saves it."""
     path = Path(text)
     if missing := [name for name in ("adapter_config.json", "adapter_model.safetensors")
                    if not os.path.isfile(path / name)]:
@@ -77,7 +77,7 @@ def adapter_path(text: str) -> str:
 
 
 def data_path(text: str) -> str:
-    """A file or folder that is there, a hub id, or a kind of file whose data_files say where it is."""
+    """A data set's path: an existing file or folder, a hub id, or a kind of file whose data_files name it."""
     path = Path(text)
     if text and os.path.exists(path) or text in BUILDERS or is_data_id(text):
         return text
@@ -85,16 +85,16 @@ def data_path(text: str) -> str:
 
 
 def is_data_id(text: str) -> bool:
-    """Whether a path that isn't there is a hub's id for a data set, and no missing file."""
+    """Whether a path that doesn't exist is a data set's id on the hub, not a missing file."""
     path = Path(text)
     is_id = HUB_ID.fullmatch(text) is not None
     return is_id and path.suffix not in DATA_SUFFIXES and not os.path.isdir(path.parent)
 
 
 def chat_template(text: str) -> str:
-    """The path of a .jinja file, Jinja text, a family's name, or OWN_TEMPLATE: the checkpoint's.
+    """The chat template: the path of a .jinja file, Jinja text, a family's name, or OWN_TEMPLATE.
 
-    Whether the checkpoint is of that family, 02 sees, which has its config.
+    OWN_TEMPLATE means the checkpoint's own. Whether a family's name fits the checkpoint, 02 checks.
     """
     if text == "tokenizer_default" or text.startswith("tokenizer_default_fallback_"):
         return OWN_TEMPLATE
@@ -111,7 +111,7 @@ def chat_template(text: str) -> str:
 
 
 def similar(path: Path, otherwise: str = "") -> str:
-    """The mending edit for a path that isn't there: the name beside it that looks most like it, or else."""
+    """The fix for a path that doesn't exist: the name beside it that looks most like it, or `otherwise`."""
     folder = path.parent
     if not os.path.isdir(folder):
         return f"there is no folder {folder}"

@@ -1,9 +1,9 @@
-"""pictures: a decoded picture of any mode as the RGB that a person sees."""
+"""pictures: a decoded picture of any mode as RGB, as a person sees it."""
 from PIL import Image, ImageOps
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode: deep greys are scaled (a plain convert clips them), transparency lies on white."""
+    """A picture of any mode as RGB: greys of over 8 bits are scaled, not clipped; transparency is white."""
     if image.mode.startswith(("I", "F")):
         grey = image.convert("F")
         scale = 255 / white_of(image.mode, grey.getextrema()[1])
@@ -15,7 +15,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def white_of(mode: str, brightest: float) -> float:
-    """The value that means white in a grey picture of over 8 bits: its type's, or the usual one that fits."""
+    """The value that means white in a grey picture of over 8 bits: its mode's, or the usual one that fits."""
     if mode.startswith("I;16"):
         return 65535
     usual = (1, 255, 65535) if mode == "F" else (255, 65535)
@@ -23,5 +23,5 @@ def white_of(mode: str, brightest: float) -> float:
 
 
 def fitted(image: Image.Image, size: tuple[int, int], algorithm: str) -> Image.Image:
-    """The whole picture, undistorted and as large as fits into (width, height), in the middle of black."""
+    """The whole picture, undistorted and as large as fits into (width, height), centred on black."""
     return ImageOps.pad(image, size, method=Image.Resampling[algorithm.upper()], color="black")

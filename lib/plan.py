@@ -1,6 +1,6 @@
-"""plan: what a recipe's model is, made of its config and empty tensors, so the same on every machine.
+"""plan: what a recipe's model is, found from its config and empty tensors, so the same on every machine.
 
-It is 03's model.json. Scripts 03 to 06 load by it and by nothing else (lib/model.py), and compare with it.
+A plan is 03's model.json. Scripts 03 to 06 load models by it alone (lib/model.py), and compare with it.
 """
 import contextlib
 import json
@@ -19,7 +19,7 @@ from lib.roles import roles_of
 from lib.stage import StageError
 from lib.trainable import refuse_other_losses, refuse_other_objectives
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # regrets, at import, kernels that nobody needs
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns, at import, of kernels not needed here
 
 
 def make_plan(knobs) -> dict:
@@ -51,7 +51,7 @@ def make_plan(knobs) -> dict:
 
 
 def load_config(base_model: str, revision: str | None, trust_remote_code: bool):
-    """The checkpoint's config, or a StageError that says what is missing where."""
+    """The checkpoint's config; StageError where there is none that can be used."""
     from transformers import AutoConfig
     registry.refuse_unloadable(base_model)
     origin.silence()
@@ -77,7 +77,7 @@ def planned_config(plan: dict):
 
 
 def check_weight_files(folder: Path) -> None:
-    """Nothing; a StageError names the weight file of a folder that is missing or cut short."""
+    """Raise StageError where a folder's weight file is missing or cut short."""
     index = folder / "model.safetensors.index.json"
     named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()
     for path in sorted({*folder.glob("*.safetensors"), *(folder / name for name in named)}):
@@ -90,7 +90,7 @@ def check_weight_files(folder: Path) -> None:
 
 
 def on_meta(plan: dict):
-    """The plan's model without memory: every tensor on the meta device, shapes and names as loaded."""
+    """The plan's model on the meta device, without memory: shapes and names are those of the loaded one."""
     config = planned_config(plan)
     cls = registry.model_class(config, plan["class"])
     with torch.device("meta"), quiet():
@@ -101,7 +101,7 @@ def on_meta(plan: dict):
 
 
 def with_an_attention_it_has(plan: dict):
-    """`on_meta`; a model without the wanted attention kernel gets eager, which computes the same."""
+    """The plan's model on the meta device; eager attention, put into the plan, where it lacks the kernel."""
     try:
         return on_meta(plan)
     except ValueError as error:  # so transformers refuses a kernel
@@ -113,14 +113,14 @@ def with_an_attention_it_has(plan: dict):
 
 
 def public_name(plan: dict) -> str:
-    """The base model's name for an export: a hub id, or a folder's own name without where it lies."""
+    """The base model's name in exports: a hub id, or a folder's name without its path."""
     folder = Path(plan["base_model"])
     return folder.resolve().name if folder.exists() else plan["base_model"]
 
 
 @contextlib.contextmanager
 def quiet():
-    """Keep the libraries' progress bars, notices and warnings off the terminal; errors come through."""
+    """Inside, the libraries' progress bars, notices and warnings stay off the terminal; errors are shown."""
     from transformers.utils import logging as hf
     bars, level = hf.is_progress_bar_enabled(), hf.get_verbosity()
     hf.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""predict: what the trained model answers to the rows of a file, beside their references, and its scores."""
+"""predict: the trained model's answers to the rows of a file, beside their references, and their scores."""
 from pathlib import Path
 
 from lib import devices, ledger, model, sources, stage, terminal
@@ -13,9 +13,9 @@ OWN_TO_A_FILE = ("data_files", "name", "revision", "ds_type", "split", "media_ro
 
 
 def evaluate_file(run: Path, path: str, out: Path) -> None:
-    """Write a line for each sample of a data file, read as the first one of the recipe; say the scores.
+    """Write a line for each sample of a data file, read like the recipe's first data set; say the scores.
 
-    It is the view `06_save.py RUN --evaluate FILE --out FILE`: the run folder stays as it is.
+    This is the view `06_save.py RUN --evaluate FILE --out FILE`: the run folder stays as it is.
     """
     if out.exists():
         raise StageError(f"--out: {out} is there already", "name another file, or remove that one")
@@ -42,7 +42,7 @@ def evaluate_file(run: Path, path: str, out: Path) -> None:
 
 
 def read(path: str, data, encoder: Encoder) -> list[dict]:
-    """The samples of a data file; a StageError names the first row that can't be used."""
+    """The samples of a data file; StageError for the first row that can't be used."""
     spec = data.config.datasets[0] | {"path": path} | dict.fromkeys(OWN_TO_A_FILE)
     template = Template(encoder.processor, day=data.config.template_date)
     rows = list(sources.rows(spec))
@@ -55,7 +55,7 @@ def read(path: str, data, encoder: Encoder) -> list[dict]:
 
 
 def trained_model(work, plan: dict):
-    """The model with what was trained, for answering."""
+    """The trained model in eval mode: the base with the adapter, or the fully fine-tuned one."""
     trained, device = work.input("05_train"), devices.pick_device()
     spread = devices.spread(work.config, device)
     if work.config.adapter is None:

@@ -1,4 +1,4 @@
-"""preview: what training will see, for a person: on a page, in the terminal, and as JSON."""
+"""preview: the samples as training will see them, for a person: on a page, in the terminal, and as JSON."""
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +15,19 @@ from lib.samples import inner
 from lib.seen import in_words, seen
 
 FIRST, EXTREMES, HELD_OUT = 16, 3, 3      # samples shown of each kind
-MOST_MEDIA = 8                            # of one sample
+MOST_MEDIA = 8                            # media shown of one sample, frames of one clip
 
 
 def share(sample: dict) -> float:
-    """Which part of a sample's tokens is trained."""
+    """The share of a sample's tokens that is trained."""
     return sample["supervised_tokens"] / sample["input_tokens"]
 
 
 def extremes(samples) -> dict[str, list[dict]]:
-    """The samples of a data set in which mistakes show first; each once, whatever its data set's weight."""
+    """{name: samples} in which mistakes show first: the longest, the shortest and the least trained.
+
+    A sample that a weight repeats counts once.
+    """
     table = samples.with_format("arrow")[:]
     again = pc.match_substring_regex(table["sample_id"], r"~\d+$").to_numpy()
     length, _, trained = (table[name].to_numpy() for name in summary.SUMS)
@@ -38,7 +41,7 @@ def extremes(samples) -> dict[str, list[dict]]:
 
 
 def write_previews(folder: Path, encoder: Encoder, train, held_out, report: dict, knobs) -> None:
-    """preview.jsonl (the first samples, token by token), preview.html (what to look at before training)."""
+    """Write preview.jsonl (the first samples, token by token) and preview.html (to read before training)."""
     cards = Cards(encoder, knobs.report_media)
     firsts = "".join(map(cards.of, train.take(min(FIRST, len(train)))))        # which fills cards.rows
     (folder / "preview.jsonl").write_text(in_lines(cards.rows.values()), encoding="utf-8")
@@ -60,7 +63,7 @@ def write_previews(folder: Path, encoder: Encoder, train, held_out, report: dict
 
 
 def datasets(report: dict) -> str:
-    """The tables of data sets, of what was rejected, and of what the template says by itself."""
+    """Tables, as HTML, of data sets, of rejected rows, and of what the template writes by itself."""
     html = page.table(summary.DATASET_COLUMNS, summary.dataset_rows(report["datasets"].items()))
     if report["rejects"]:
         html += page.paragraph("What can't be used, by the way in which it is mended:") + page.table(
@@ -72,7 +75,7 @@ def datasets(report: dict) -> str:
 
 
 def histograms(samples, sequence_len: int) -> str:
-    """How long samples are, how much of them is media and how much trained, and how large pictures are."""
+    """Histograms of samples' lengths, their media tokens and trained shares, and of pictures' sizes."""
     table = samples.with_format("arrow")[:]
     length, of_media, trained = (table[name].to_numpy() for name in summary.SUMS)
     media, shown_by = inner(table["media"])
@@ -88,7 +91,7 @@ def histograms(samples, sequence_len: int) -> str:
 
 
 class Cards:
-    """Samples as HTML, each in full once and then by a link; `rows` has them as plain data."""
+    """Makes HTML cards of samples: in full the first time, later as a link. rows: the same as plain data."""
 
     def __init__(self, encoder: Encoder, report_media: str):
         self.encoder, self.report_media, self.rows = encoder, report_media, {}
@@ -115,7 +118,10 @@ class Cards:
 
 
 def medium_shown(encoder: Encoder, record: dict, name: str, shown: bool) -> str:
-    """A medium with a caption: a picture as the model sees it, frames of a clip, a sound's loudness."""
+    """A medium with a caption: a picture as the model sees it, a clip's frames, a sound's loudness.
+
+    shown: whether the page may hold the medium; else the caption stands alone.
+    """
     (medium,) = encoder.open([record])
     if record["kind"] == "image":
         pictures = seen(encoder.processor, medium)

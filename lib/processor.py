@@ -1,6 +1,6 @@
-"""processor: a checkpoint's tokenizer, chat template and preparation of media, and what the kit asks of them.
+"""processor: a checkpoint's processor (tokenizer, chat template, preparation of media), and facts about it.
 
-A text-only checkpoint has no processor of its own: there, the tokenizer is meant.
+A text-only checkpoint has no processor: there, the tokenizer is meant.
 """
 import contextlib
 import re
@@ -12,13 +12,13 @@ from lib.tekken import TekkenProcessor
 
 KINDS = {"image": ("image_processor",), "video": ("video_processor",),       # kind: the part that prepares it
          "audio": ("feature_extractor", "audio_processor")}
-LOADING = (OSError, ValueError, KeyError, TypeError, ImportError)   # what a broken or lacking file raises
+LOADING = (OSError, ValueError, KeyError, TypeError, ImportError)   # what a broken or missing file raises
 
 
 def load_processor(path, kind: str | None = None, **options):
-    """The processor of a checkpoint, or its tokenizer if it is text-only, padding on the right.
+    """The processor of a checkpoint, or its tokenizer if it is text-only, set to pad on the right.
 
-    `kind` names another class than the checkpoint does.
+    kind: a processor class, in place of the one that the checkpoint names.
     """
     import transformers
     cls = getattr(transformers, kind or "AutoProcessor", None)
@@ -48,7 +48,7 @@ def load_processor(path, kind: str | None = None, **options):
 
 
 def complete(processor, family: registry.Family):
-    """The processor, with the family's chat template and special tokens where the checkpoint brings none."""
+    """The processor, with the family's chat template and special tokens where the checkpoint has none."""
     tokenizer = tokenizer_of(processor)
     for name, token in family.special_tokens.items():
         if getattr(tokenizer, name) is None:
@@ -61,7 +61,7 @@ def complete(processor, family: registry.Family):
 
 
 def first_line(error: Exception) -> str:
-    """The start of what a library says went wrong."""
+    """The first line of a library's error message, or the error's type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
@@ -71,14 +71,14 @@ def tokenizer_of(processor):
 
 
 def placeholders(processor) -> dict[str, str]:
-    """{kind: the token that stands for a medium in a rendered text}, of the kinds that a processor takes."""
+    """{kind: the token that stands for a medium in a rendered text}, for the kinds that a processor takes."""
     tokens = {kind: getattr(processor, f"{kind}_token", None) for kind, parts in KINDS.items()
               if any(getattr(processor, part, None) for part in parts)}
     return {kind: token for kind, token in tokens.items() if token}
 
 
 def media_arguments(given: dict[str, list]) -> dict:
-    """The arguments by which a processor takes decoded media {kind: [medium]}; clips are sampled already."""
+    """The processor's arguments for decoded media {kind: [medium]}; clips are sampled already."""
     arguments = {"images": given["image"], "audio": given["audio"],
                  "videos": [clip.frames for clip in given["video"]]}
     arguments = {name: media for name, media in arguments.items() if media}
@@ -89,16 +89,17 @@ def media_arguments(given: dict[str, list]) -> dict:
 
 
 def adds_first_token(processor, text: str) -> bool:
-    """Whether the tokenizer puts its first token before a render, as a processor's apply_chat_template does.
+    """Whether the tokenizer has to add its first token (bos) to a rendered text.
 
-    LLaVA's template writes no <s>: its tokenizer does. A tokenizer's own apply_chat_template never adds one.
+    It does so in a processor's apply_chat_template if the template, as LLaVA's, writes none. A tokenizer's
+    own apply_chat_template never adds one.
     """
     tokenizer = tokenizer_of(processor)
     return processor is not tokenizer and not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
 
 
 def opening_of(processor) -> str:
-    """The token that a processor itself writes before a text that doesn't start with it, as Molmo2's does."""
+    """The token that a processor, as Molmo2's, puts before a text that lacks it; "" where it puts none."""
     tokenizer = tokenizer_of(processor)
     first = tokenizer.bos_token or tokenizer.eos_token
     if processor is tokenizer or not first:
@@ -111,7 +112,7 @@ def opening_of(processor) -> str:
 
 
 def special_tokens(processor) -> re.Pattern:
-    """Matches every string that the tokenizer turns into a special token, media placeholders included."""
+    """A pattern for every string that the tokenizer makes a special token, media placeholders included."""
     added = tokenizer_of(processor).added_tokens_decoder.values()
     special = {token.content for token in added if token.special} | {*placeholders(processor).values()}
     longest_first = sorted(special, key=lambda token: (-len(token), token))

@@ -48,7 +48,7 @@ def resolve_run(given: str | None) -> Path:
 
 
 def remember_latest(run: Path) -> None:
-    """runs/latest names this run folder from now on."""
+    """Write the run folder's name into runs/latest, which scripts take when they are given none."""
     LATEST.parent.mkdir(exist_ok=True)
     ledger.write_whole(LATEST, f"{run}\n")
 
@@ -67,16 +67,17 @@ def command(stem: str, run: Path) -> str:
 
 @dataclass
 class Asked:
-    """The signal that asked for a stop; 0 where none did."""
+    """The number of the signal that asked for a stop; 0: none did."""
 
     signal: int = 0
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Asked]:
-    """An Asked. Within, SIGINT (Ctrl-C) and SIGTERM are only noted, for a loop to stop where nothing is lost.
+    """An Asked. Inside, SIGINT (Ctrl-C) and SIGTERM are only noted: a loop then stops where nothing is lost.
 
-    A second Ctrl-C stops at once, but not under torchrun, which repeats to its workers what they have heard.
+    A second Ctrl-C stops at once, but not under torchrun, which sends its workers a signal that the terminal
+    has sent them already.
     """
     asked = Asked()
 
@@ -96,9 +97,9 @@ def asked_to_stop() -> Iterator[Asked]:
 
 
 def run_script(main) -> None:
-    """main() as a program: a mistake that its user can mend ends in two lines and no traceback.
+    """Run main() as a program: a mistake that its user can mend ends in two lines, without a traceback.
 
-    Exit codes: 1 for those, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads on.
+    Exit codes: 1 for such mistakes, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output.
     """
     try:
         versions.check()
@@ -121,14 +122,14 @@ def run_script(main) -> None:
 
 
 def _stop(error: StageError, code: int, quiet: bool = False) -> None:
-    """Never returns: the two lines on stderr, and the exit code."""
+    """Print an error's two lines on stderr and exit with the code."""
     if not quiet:
         terminal.error(error.what, error.fix)
     sys.exit(code)
 
 
 def _interrupted() -> StageError:
-    """What a Ctrl-C has left, and how to go on."""
+    """The error that says what a Ctrl-C has left, and how to go on."""
     for path in folder.being_written():
         stem = path.name.removesuffix(".partial")
         again = command(stem, path.parent)
@@ -139,13 +140,13 @@ def _interrupted() -> StageError:
 
 
 def _no_room(error: BaseException) -> int | None:
-    """The error number of a write that failed for want of room, else None; some libraries only have words."""
+    """The errno of a write that failed for lack of room, by the error's number or its words; else None."""
     given = getattr(error, "errno", None)
     return next((number for number in NO_ROOM if number == given or os.strerror(number) in str(error)), None)
 
 
 def _full_disk(error: BaseException, number: int) -> StageError:
-    """Which file system is full, and what to do."""
+    """The error that says which file system is full, and what to do."""
     written = [getattr(error, "filename", None), *folder.being_written(), Path.cwd()]
     path = Path(next(name for name in written if name))
     there = next(parent for parent in (path, *path.absolute().parents) if parent.is_dir())

@@ -2,9 +2,9 @@
 
     python lib/proof.py task.json result.json
 
-Runs as a process of its own on plain transformers and peft: nothing of the kit is imported, so nothing of it
-can help, and all of it is in this one file. 06_save.py writes task.json: where exports and golden.safetensors
-lie, and held-out rows as texts with media files.
+It runs as a process of its own, on plain transformers and peft. All of it is in this one file, which imports
+nothing of the kit, so that nothing of the kit can help. 06_save.py writes task.json: where the exports and
+golden.safetensors are, and held-out rows as texts with media files.
 """
 import base64
 import hashlib
@@ -36,7 +36,7 @@ def main(task_path: str, result_path: str) -> None:
 
 
 def prove(task: dict, processor, golden: list[dict]) -> dict:
-    """{exports, answers} of the exported adapter or model, and the base's own answers."""
+    """{"exports": {name: differences from training}, "answers": the base's and the trained model's}."""
     model = load(task, task["base_model"], task["revision"])
     before = [answer(model, processor, row, task) for row in task["rows"]]
     if task["adapter"]:
@@ -53,10 +53,10 @@ def prove(task: dict, processor, golden: list[dict]) -> dict:
 
 
 def prove_merged(task: dict, golden: list[dict]) -> dict:
-    """What the merged model has otherwise than base plus adapter, and what rounding did to the logits.
+    """The merged model's differences from base plus adapter: in tensors, and by rounding in logits.
 
-    The sums are checked one by one, since logits can't tell: in bfloat16 a router's near tie falls otherwise
-    after any rounding. Then the same weights have to give the same logits, or its configuration differs.
+    The sums are checked tensor by tensor, since logits can't tell: in bfloat16 any rounding may change how a
+    router decides a near tie. Then the same weights must give the same logits, or the configuration differs.
     """
     base = load(task | {"quantisation": task["without_quantisation"]}, task["base_model"], task["revision"])
     weights = dict(base.named_parameters())            # still these objects when peft has wrapped the layers
@@ -74,7 +74,7 @@ def prove_merged(task: dict, golden: list[dict]) -> dict:
 # ---- loading ----
 
 def load(task: dict, path: str, revision: str | None = None):
-    """The model in `path` by its own class, in eval mode; a tensor that the file lacks is an error."""
+    """The model in `path`, by its own class, in eval mode; the process ends where a tensor is missing."""
     source = {"trust_remote_code": task["trust_remote_code"], "revision": revision}
     options = {"dtype": getattr(torch, task["dtype"]), "attn_implementation": task["attn_implementation"]}
     if task["quantisation"]:
@@ -111,7 +111,7 @@ def with_adapter(base, task: dict):
 # ---- comparing ----
 
 def golden_rows(path: str) -> list[dict]:
-    """The golden rows as {name: tensor}."""
+    """The golden rows of a file, each as {name: tensor}."""
     rows: dict[int, dict] = {}
     for key, tensor in load_file(path).items():
         row, _, name = key.partition(".")
@@ -134,8 +134,8 @@ def not_the_sum(tuned, weights: dict[str, torch.Tensor], merged: dict[str, torch
                 stored: float) -> list[str]:
     """Names of merged tensors that are not base plus adapter, added up by peft in float32 and rounded once.
 
-    weights: the base's own, which are in `tuned`; afterwards they hold what was merged. stored: what the type
-    of the files rounds, as a share.
+    weights: the base's own, which are in `tuned`; afterwards they hold the merged ones. stored: the relative
+    rounding of the files' dtype.
     """
     from peft.tuners.lora import LoraLayer
     from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -161,7 +161,7 @@ def not_the_sum(tuned, weights: dict[str, torch.Tensor], merged: dict[str, torch
 
 
 def rounding_of(folder: str) -> float:
-    """What the coarsest type of a folder's files rounds, as a share of a number."""
+    """The relative rounding of the coarsest dtype in a folder's files."""
     found = {0.0}
     for path in Path(folder).glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -187,9 +187,9 @@ def changed(weights: dict[str, torch.Tensor], task: dict) -> list[str]:
 
 
 def processor_difference(processor, task: dict, golden: list[dict]) -> str:
-    """The first tensor that the exported processor makes otherwise than training had it; "" where none.
+    """The first tensor that the exported processor makes differently from training's; "" where none differs.
 
-    Compared is the prompt, with which serving starts: its last characters may merge with the reply's first.
+    Only prompts are compared, with which serving starts: the end of one may merge with the reply's start.
     """
     for row, had in zip(task["golden_rows"], golden, strict=True):
         made = inputs(processor, row)
@@ -240,14 +240,14 @@ def media_arguments(media: list[dict], image_bounds: dict) -> dict:
 
 
 def with_files(row: dict) -> list[dict]:
-    """The row's messages, each medium's part with its file, as base64: of a path, 16 bits would be left."""
+    """The row's messages with each medium's file as base64; by its path, a sound would be cut to 16 bits."""
     files = (base64.b64encode(Path(medium["path"]).read_bytes()).decode() for medium in row["media"])
     return [{**message, "content": [part if part["type"] == "text" else {**part, "base64": next(files)}
                                     for part in message["content"]]} for message in row["messages"]]
 
 
 def to_model(given: dict, model, task: dict) -> dict:
-    """The inputs where the model is; pictures in its type, where it doesn't cast them itself."""
+    """The inputs on the model's device; pictures in its dtype, if the model doesn't cast them itself."""
     types = {"pixel_values": model.dtype} if task["cast_pictures"] else {}
     return {key: value.to(model.device, types.get(key, value.dtype)) for key, value in given.items()}
 

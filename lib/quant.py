@@ -1,7 +1,7 @@
-"""quant: bitsandbytes for the linear layers of the wanted roles, and a count that proves it was only those.
+"""quant: the linear layers of the wanted roles in bitsandbytes' 4 or 8 bits, and a check that only those are.
 
-Checkpoints that are quantised already: those of bitsandbytes are trained on as they are, 8-bit floats and
-GPTQ's integers (lib/gptq.py) are read as the plan's dtype, and the rest is refused by name.
+Of checkpoints that are quantised already, those of bitsandbytes are trained on as they are, 8-bit floats and
+GPTQ's integers (lib/gptq.py) are read as the plan's dtype, and others are refused by name.
 Source: Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3: nf4, double quantisation, bf16 compute.
 """
 from collections import Counter
@@ -16,7 +16,7 @@ from lib.stage import StageError
 # ---- the plan ----
 
 def stored_as(config) -> str | None:
-    """How the checkpoint is quantised: "bitsandbytes", "fp8", "gptq" or None; a StageError for other ways."""
+    """How a checkpoint is quantised: "bitsandbytes", "fp8", "gptq" or None; StageError for other ways."""
     own = getattr(config, "quantization_config", None)
     if own is None:
         return None
@@ -30,9 +30,9 @@ def stored_as(config) -> str | None:
 
 
 def make_plan(plan: dict, config, knobs, model, roles: Roles) -> dict | None:
-    """The plan's `quantisation`, or None: bits, which linear layers, and how in words of bitsandbytes.
+    """The plan's `quantisation`, or None: {bits, names of linear layers, options of bitsandbytes}.
 
-    `model` is on meta, and has the quantised layers in it afterwards where the checkpoint has them.
+    model: on meta; where the checkpoint itself is quantised, its layers are replaced by quantised ones.
     """
     bits = 4 if knobs.load_in_4bit else 8 if knobs.load_in_8bit else None
     if plan["stored_as"] and plan["dtype"] != "bfloat16":
@@ -63,7 +63,7 @@ def make_plan(plan: dict, config, knobs, model, roles: Roles) -> dict | None:
 
 
 def stored_plan(config, knobs, bits: int | None, model) -> dict:
-    """The plan's `quantisation` for a checkpoint of bitsandbytes, whose own settings hold."""
+    """The plan's `quantisation` for a checkpoint of bitsandbytes, by its own settings."""
     from transformers.quantizers import AutoHfQuantizer
     own = {key: value for key, value in config.quantization_config.items()
            if key != "quant_method" and not key.startswith("_")}
@@ -77,7 +77,7 @@ def stored_plan(config, knobs, bits: int | None, model) -> dict:
 
 
 def linear_names(model) -> list[str]:
-    """Full names of what transformers would quantise: linear layers proper, no subclass."""
+    """Full names of the layers that transformers would quantise: torch's Linear, no subclass."""
     return [name for name, module in model.named_modules() if type(module) is torch.nn.Linear]
 
 
@@ -90,7 +90,7 @@ def quantised_linears(model, roles: Roles, wanted=("language",)) -> list[str]:
 
 
 def in_words(plan: dict) -> list[str]:
-    """What 03 says of a plan's weights: layers per role, experts that stay, a format that is undone."""
+    """Lines on a plan's quantisation: a format that is undone, layers per role, experts left unquantised."""
     lines = []
     if words := {"fp8": "in 8-bit floats", "gptq": "by GPTQ"}.get(plan["stored_as"]):
         lines.append(f"stored {words}, read as {plan['dtype']}")
@@ -122,9 +122,9 @@ def configuration(plan: dict):
 
 
 def refuse_unread_scales(path: str, extra: list[str]) -> None:
-    """A StageError where a checkpoint's scales of 8-bit floats have no reader: its weights would be unscaled.
+    """Raise StageError where transformers reads no scales of 8-bit floats: the weights would stay unscaled.
 
-    So it is for experts that are stored as one tensor; those stored one by one are rescaled.
+    That happens with experts that are stored as one tensor; those stored one by one are rescaled.
     """
     if scales := [name for name in extra if name.endswith("_scale_inv")]:
         raise StageError(f"base_model: {path}: transformers passes over {len(scales)} scales of 8-bit "
@@ -132,7 +132,7 @@ def refuse_unread_scales(path: str, extra: list[str]) -> None:
 
 
 def whole(plan: dict) -> dict:
-    """The plan without quantisation, for a merge; a StageError where the base has no whole weights."""
+    """The plan without quantisation, for a merge; StageError where the base has no unquantised weights."""
     if plan["stored_as"] == "bitsandbytes":
         raise StageError(f"merge: the weights of {plan['base_model']} are stored quantised, so sums can't be",
                          "merge: false; the adapter works on the quantised base")
@@ -147,7 +147,7 @@ def found_linears(model) -> set[str]:
 
 
 def check(model, plan: dict) -> None:
-    """Nothing; a StageError when the quantised layers aren't exactly those of the plan."""
+    """Raise StageError unless the quantised layers are exactly those of the plan."""
     if wrong := found_linears(model) ^ set(plan["quantisation"]["linears"]):
         raise StageError(f"quantisation: {len(wrong)} layers are not as planned, such as {sorted(wrong)[0]}",
                          "run 03_load_model.py again; else the roles in lib/families.py are wrong")

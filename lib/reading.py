@@ -1,6 +1,6 @@
-"""Reading: a recipe's entries against a schema, so that every knob has a value and every problem is known.
+"""Reading: a recipe's entries read by a schema, so that every knob has a value and every problem is known.
 
-One problem doesn't hide the next: an entry that can't be read is set aside, and the others are read as ever.
+One problem doesn't hide the next: an entry that can't be read is noted, and the others are still read.
 """
 
 import copy
@@ -15,8 +15,11 @@ from lib.recipe import Entry, is_null, source, written
 
 @dataclass
 class Reading:
-    """What a recipe says: each knob's value, the entries that gave values, the keys that could not be read,
-    problems as (what, fix), and notes as (key, words) on what is not followed to the letter."""
+    """What a recipe says.
+
+    values: {knob: value}. given: {knob: the entry that gave its value}. failed: knobs that couldn't be read.
+    problems: [(what, fix)]. notes: [(key, words)] on what isn't followed to the letter.
+    """
 
     values: dict
     given: dict[str, Entry] = field(default_factory=dict)
@@ -25,7 +28,7 @@ class Reading:
     notes: list[tuple[str, str]] = field(default_factory=list)
 
     def take(self, entry: Entry, kind: type, meta: Mapping) -> None:
-        """Nothing; the knob has the entry's value. Raises Wrong."""
+        """Give the knob the entry's value, or raise Wrong. A null entry leaves the default."""
         if is_null(entry.node):                                  # null means the default
             return
         if replaced := axolotl.replacement(entry):
@@ -40,7 +43,7 @@ class Reading:
         self.values[entry.key] = value
 
     def together(self, names: list[str]) -> str:
-        """`r.yaml:4: load_in_4bit: true with adapter: null (the default)`: knobs that concern each other."""
+        """Knobs in a message, as `r.yaml:4: load_in_4bit: true with adapter: null (the default)`."""
         first, *others = [name for name in names if name in self.given]
         others = [f"{name}: {source(self.given[name].node)} ({self.given[name].place()})" for name in others]
         defaults = [name for name in names if name not in self.given]
@@ -49,7 +52,7 @@ class Reading:
 
 
 def read_knobs(entries: list[Entry], overrides: list[Entry], schema: type) -> Reading:
-    """The Reading of a recipe's entries, with the overrides in the place of those that they override."""
+    """The Reading of a recipe's entries, with overrides in place of the entries that they override."""
     known = knobs_of(schema)
     reading = Reading({name: copy.deepcopy(meta["default"]) for name, (_, meta) in known.items()})
     overrides = [axolotl.respelled(entry) for entry in overrides]
@@ -79,7 +82,7 @@ def read_knobs(entries: list[Entry], overrides: list[Entry], schema: type) -> Re
 
 
 def example_of(entry: Entry, kind: type, meta: Mapping) -> str:
-    """A mending edit for a knob: its default where it has one, else what it asks for."""
+    """The fix for a knob's wrong value: an edit to its default if it has one, else what it takes."""
     if meta["default"] is REQUIRED or meta["default"] is None:
         return f"give {in_words(kind, meta)} ({meta['why']})"
     return f"for example {entry.edit(meta['default'])} ({meta['why']})"

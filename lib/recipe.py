@@ -1,7 +1,8 @@
 """A recipe's text as entries that know their line: flat YAML, read into nodes and no further.
 
 PyYAML only composes the text; what a scalar means is decided by the knob that reads it (lib/knobs.py). So
-`1e-4` is a number for a number, a revision `12345e7` stays text, and `no` is a boolean only for a boolean.
+`1e-4` is a number where the knob takes one, a revision `12345e7` stays text, and `no` is false only where the
+knob takes a boolean.
 """
 
 import hashlib
@@ -34,18 +35,18 @@ class Entry:
     path: str | None
 
     def told(self, node: yaml.Node | None = None) -> str:
-        """`recipes/demo.yaml:4: lora_r: 0`: how a message on the entry, or on a node inside it, begins."""
+        """How a message on the entry, or on a node inside it, begins, as `recipes/demo.yaml:4: lora_r: 0`."""
         if self.path is None:
             return f"on the command line: {self.name}={source(self.node)}"
         node = node or self.node
         return f"{self.path}:{line_of(node)}: {self.name}: {source(node)}"
 
     def place(self) -> str:
-        """`line 4`, or `the command line`."""
+        """Where the entry stands: `line 4`, or `the command line`."""
         return "the command line" if self.path is None else f"line {line_of(self.node)}"
 
     def edit(self, value) -> str:
-        """The entry written anew with another value."""
+        """The entry as one would write it with another value."""
         return f"{self.name}{'=' if self.path is None else ': '}{written(value)}"
 
 
@@ -53,7 +54,7 @@ class Entry:
 
 
 def read_text(path: Path) -> tuple[str, str]:
-    """(text, sha256) of a recipe: the bytes that are read are the ones that are hashed."""
+    """(text, sha256) of a recipe, by one reading of the file."""
     try:
         content = path.read_bytes()
         return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
@@ -69,7 +70,7 @@ def read_text(path: Path) -> tuple[str, str]:
 
 
 def read_recipe(path: Path, text: str) -> tuple[list[Entry], list[tuple[str, str]]]:
-    """The entries of a recipe's text, and problems as (what, fix). StageError where nothing can be read."""
+    """(entries of a recipe's text, problems as (what, fix)); StageError where nothing can be read."""
     root = compose(path, text)
     if root is None:
         raise StageError(f"{path}: the recipe is empty", "write `key: value` lines, as in recipes/demo.yaml")
@@ -83,10 +84,10 @@ def read_recipe(path: Path, text: str) -> tuple[list[Entry], list[tuple[str, str
 
 
 def read_overrides(overrides: list[str]) -> tuple[list[Entry], list[tuple[str, str]]]:
-    """The entries of `key=value` arguments, and problems as (what, fix).
+    """(entries of `key=value` arguments, problems as (what, fix)).
 
-    A value is taken as it stands unless it opens a list, a mapping (`{{` opens Jinja) or a quotation: so a
-    regex needs no quotes but the shell's.
+    A value is taken as it stands unless it begins like a list, a mapping (`{{` begins Jinja) or a quotation:
+    so a regex needs no quotes but the shell's.
     """
     entries, problems = {}, []
     for override in overrides:
@@ -108,7 +109,7 @@ def read_overrides(overrides: list[str]) -> tuple[list[Entry], list[tuple[str, s
 
 
 def compose(path: Path | str, text: str) -> yaml.Node | None:
-    """The root node of a YAML text, None if nothing is in it. StageError where it is no YAML."""
+    """The root node of a YAML text; None if the text is empty. StageError where it isn't YAML."""
     try:
         return yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
@@ -132,7 +133,7 @@ def compose(path: Path | str, text: str) -> yaml.Node | None:
 
 
 def pairs_of(mapping: yaml.MappingNode) -> tuple[dict[str, yaml.Node], list[tuple[str, yaml.Node]]]:
-    """{key: value node} of a mapping, and (key, key node) for each key that repeats an earlier one."""
+    """({key: value node} of a mapping, [(key, key node)] of the keys that repeat an earlier one)."""
     first, repeated = {}, []
     for key_node, node in mapping.value:
         key = key_node.value if isinstance(key_node, yaml.ScalarNode) else source(key_node)
@@ -148,7 +149,7 @@ def line_of(node: yaml.Node) -> int:
 
 
 def source(node: yaml.Node) -> str:
-    """The text a node was written as: on one line, cut to a readable length."""
+    """The text of a node as it was written, on one line and cut to a readable length."""
     text = node.value                                            # an override's plain text stands in no file
     if node.start_mark is not None:
         text = node.start_mark.buffer[node.start_mark.pointer:node.end_mark.pointer]
@@ -157,13 +158,13 @@ def source(node: yaml.Node) -> str:
 
 
 def is_null(node: yaml.Node) -> bool:
-    """True for `key:`, `key: ~` and `key: null`, not for a quoted 'null'."""
+    """Whether a node is null: it is for `key:`, `key: ~` and `key: null`, but not for a quoted 'null'."""
     nulls = ("", "~", "null", "Null", "NULL")
     return isinstance(node, yaml.ScalarNode) and not node.style and node.value in nulls
 
 
 def number(text: str, kind: type) -> int | float | None:
-    """The text as an int or a float; None where it is none, or not a finite one."""
+    """A text as an int or a float; None where it isn't one, or isn't finite."""
     try:
         return kind(text) if math.isfinite(float(text)) else None
     except ValueError:
@@ -171,7 +172,7 @@ def number(text: str, kind: type) -> int | float | None:
 
 
 def plain(node: yaml.Node, above: tuple = ()):
-    """The value of a node that no schema describes, by the core rules of YAML 1.2. Raises Wrong."""
+    """The value of a node that no schema describes, by YAML 1.2's core rules; Wrong where it has none."""
     if any(node is ancestor for ancestor in above):
         raise Wrong("refers to itself", "write the value out", node)
     if isinstance(node, yaml.SequenceNode):
@@ -190,7 +191,7 @@ def plain(node: yaml.Node, above: tuple = ()):
 
 
 def written(value) -> str:
-    """A value as one writes it in a recipe."""
+    """A value as text, as one writes it in a recipe."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, (dict, list)):

@@ -17,12 +17,12 @@ def family_of(model_type: str) -> Family:
 
 
 def template_names() -> list[str]:
-    """What Axolotl's recipes call the chat templates of all families."""
+    """The names that Axolotl's recipes give to chat templates, those of all families."""
     return sorted({name for family in FAMILIES for name in family.template_names})
 
 
 def check_template_name(name: str, family: Family) -> None:
-    """A StageError where a chat template's name is another family's."""
+    """Raise StageError where a chat template's name belongs to another family."""
     if name not in family.template_names:
         owners = " and ".join(each.name for each in FAMILIES if name in each.template_names)
         raise StageError(f"chat_template: {name} is the template of {owners}; base_model is {family.name}",
@@ -30,7 +30,7 @@ def check_template_name(name: str, family: Family) -> None:
 
 
 def refuse_unloadable(base_model: str) -> None:
-    """A StageError before any download, where a published id is known to hold what can't be trained."""
+    """Raise StageError, before any download, for a published id in a format that can't be trained here."""
     for family in FAMILIES:
         for published, converted in family.use_instead.items():
             if base_model.lower() == published.lower():              # the hub takes either spelling
@@ -39,7 +39,7 @@ def refuse_unloadable(base_model: str) -> None:
 
 
 def require_packages(family: Family) -> None:
-    """A StageError with the pip line, where a family needs a package that is not installed."""
+    """Raise StageError, with the pip command, where a family needs a package that is not installed."""
     missing = [pip for module, pip in family.packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise StageError(f"{family.name} needs {', '.join(missing)}, not installed here",
@@ -47,7 +47,7 @@ def require_packages(family: Family) -> None:
 
 
 def refuse_packages(family: Family, device_type: str) -> None:
-    """A StageError with the pip line, where a package is installed whose kernels can't run on this device."""
+    """Raise StageError, with the pip command, for an installed package whose kernels need another device."""
     found = [pip for module, pip in family.absent.items() if importlib.util.find_spec(module) is not None]
     if found and device_type != "cuda":
         raise StageError(f"{family.name} would take the kernels of {', '.join(found)}, which need CUDA; "
@@ -55,7 +55,7 @@ def refuse_packages(family: Family, device_type: str) -> None:
 
 
 def kinds_without_tower(config) -> tuple[str, ...]:
-    """The kinds of media whose part of the configuration is empty, as in a Gemma-4 that can't hear."""
+    """The kinds of media for which a configuration has no tower, as audio in some sizes of Gemma-4."""
     parts = {"image": "vision_config", "video": "vision_config", "audio": "audio_config"}
     return tuple(kind for kind, part in parts.items() if getattr(config, part, config) is None)
 

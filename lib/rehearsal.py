@@ -1,8 +1,9 @@
 """rehearsal: 05's view --check, which takes the loop's own steps but writes nothing.
 
-First the model's own answer: what `generate` says step by step, training has to predict from the same text at
-once. Then the longest step that the run can meet: does it fit, and how long would all of them take? Then up
-to 100 steps on one batch, which is learnt by heart if labels, gradients and optimizer work together.
+First the model's own answer: what `generate` writes token by token, the training forward has to predict from
+the same text at once. Then the longest step that the run can meet: does it fit, and how long would all steps
+take? Then up to 100 steps on one batch, which is learnt by heart if labels, gradients and optimizer work
+together.
 """
 import heapq
 from collections.abc import Callable, Iterator
@@ -17,13 +18,13 @@ from lib.order import Row, in_turn
 from lib.sampler import loader, to_device
 from lib.steps import Step, figures_of
 
-RATE = {"adapter": 2e-3, "model": 1e-4}   # at least, so that these steps suffice where the recipe is cautious
-STEPS, ENOUGH = 100, 0.1                  # loss per token
-ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; the lead that rounding can't undo; share to predict
+RATE = {"adapter": 2e-3, "model": 1e-4}   # learning rates at least, so that STEPS suffice for any recipe
+STEPS, ENOUGH = 100, 0.1                  # steps on one batch, at most, until the loss per token is below this
+ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; lead that rounding can't undo; share to be predicted
 
 
 def check(run, optimizer_step: Callable[..., Step]) -> None:
-    """Nothing; says what a step costs and that one batch is learnt, or stops and says what is wrong."""
+    """Say what a step costs and that one batch is learnt, or stop and say what is wrong."""
     config, samples, world = run.work.config, run.samples, run.world
     own_answer(run)
     tokens_of = {row: sum(samples.input_tokens[index] for index in row)
@@ -58,9 +59,9 @@ def check(run, optimizer_step: Callable[..., Step]) -> None:
 
 @torch.no_grad()
 def own_answer(run) -> None:
-    """Nothing; stops where the model, reading its own answer in a padded batch, would say other tokens.
+    """Stop the run where the model, reading its own answer in a padded batch, would predict other tokens.
 
-    It needs no labels to compare with, and sees wrong positions, token types, placeholders and padding.
+    This needs no labels, and shows wrong positions, token types, placeholders and padding.
     """
     samples, first, device = run.samples, run.samples.records[0], run.world.device
     encoder = samples.encoder.bounded(first["image_bounds"])
@@ -98,9 +99,9 @@ def own_answer(run) -> None:
 
 
 def prove_rows_apart(run) -> None:
-    """Nothing; a StageError where samples that share a row or a batch change one another on the loaded model.
+    """Stop the run where samples that share a row or a batch change one another on the loaded model.
 
-    Of batches only in a family without a record: tests have seen those with one.
+    Batches are only looked at in a family without a record: those with one are covered by tests.
     """
     config, samples = run.work.config, run.samples
     if config.sample_packing:
@@ -121,7 +122,7 @@ def prove_rows_apart(run) -> None:
 
 
 def prove_apart(run, indices: Row, rows: list[Row], who: str, fix: str) -> None:
-    """Nothing; a StageError where samples have other hidden states in these rows of a batch than alone."""
+    """Stop the run where samples have other hidden states in these rows of a batch than alone."""
     samples, device = run.samples, run.world.device
     single = replace(samples, positions=None, masks=None)
     *alone, together = (to_device(next(iter(loader(dealt, [some], 0, device))), device)
@@ -136,13 +137,13 @@ def prove_apart(run, indices: Row, rows: list[Row], who: str, fix: str) -> None:
 
 
 def batches(run, rows: list[Row]) -> Iterator[dict]:
-    """This rank's micro-batches of these rows."""
+    """This rank's micro-batches of these rows, encoded in this process."""
     mine = run.samples.dealt(rows, run.work.config.micro_batch_size, run.world.world_size)[run.world.rank]
     return iter(loader(run.samples, mine, 0, run.world.device))
 
 
 def reason(samples, rows: list[Row], losses: list[float]) -> str:
-    """Why a batch wasn't learnt, as far as it shows."""
+    """The likeliest reason why a batch wasn't learnt, in words."""
     answers: dict[tuple, int] = {}
     for index in (index for row in rows for index in row):
         record = samples.records[index]

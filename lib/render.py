@@ -1,10 +1,10 @@
-"""render: conversations as text, by the checkpoint's own chat template, on a day that doesn't move.
+"""render: conversations as text, by the checkpoint's own chat template, with its clock stopped.
 
 Jinja runs in transformers' sandbox, as at inference. Templates differ in what they take (typed parts or
-strings), and some print the day on which they run: transformers hands them the clock as `strftime_now`.
-Samples have to be the same on any day, so a macro of that name, put before the template, tells the day that
-config.json holds. 02 saves the template as it was; what 06 exports begins with that macro where rows told the
-day, so that plain transformers renders as training did.
+strings), and some print today's date: transformers gives them a clock, the function `strftime_now`. Samples
+have to be the same on any day, so a macro of that name is put before the template and gives the day that
+config.json holds. 02 saves the template unchanged; if any row's text has the date, the template that 06
+exports begins with the macro, so that plain transformers renders as training did.
 """
 import copy
 import functools
@@ -20,16 +20,16 @@ from lib.messages import RowError, has_media, text_parts, texts_of
 from lib.processor import opening_of, tokenizer_of
 from lib.stage import StageError
 
-MARK = "⟦mark⟧"                                         # stands in for a text whose place is looked for
-QUOTED_TYPE = re.compile(r"""(['"])type\1: """)         # typed parts that were printed as Python or JSON
-MOST_SHAPES = 256                                       # of rows, whose renders are kept
+MARK = "⟦mark⟧"                                         # stands in a render for a text, to find its place
+QUOTED_TYPE = re.compile(r"""(['"])type\1: """)         # in a render: typed parts were printed as they are
+MOST_SHAPES = 256                                       # shapes of rows whose renders are remembered
 CLOCK = "strftime_now"
-PLAIN = {"role", "content"}                             # all that most messages have
-ANOTHER_DAY = timedelta(days=400)                       # another year, month, day of month and day of week
+PLAIN = {"role", "content"}                             # the only keys of most messages
+ANOTHER_DAY = timedelta(days=400)                       # changes the year, the month and both kinds of day
 
 
 class Renderer:
-    """A processor's chat template, with its clock at `day` (an ISO date; None: it tells the real time)."""
+    """A processor's chat template, with its clock stopped at `day` (an ISO date; None: it runs)."""
 
     def __init__(self, processor, day: str | None = None):
         if not processor.chat_template:
@@ -48,20 +48,20 @@ class Renderer:
             self.typed[role] = self._takes_parts(role)
 
     def with_options(self, tools: list[dict], **options) -> "Renderer":
-        """The same template, given these tools and arguments with each render."""
+        """This template, given these tools and arguments in each render."""
         options |= {"tools": tools} if tools else {}
         other = self if options == self.options else copy.copy(self)
         other.options = options
         return other
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
-        """The conversation's text; `prompt` adds the header that asks for a reply. RowError if refused."""
+        """A conversation's text; prompt: add the header that asks for a reply. RowError if it is refused."""
         return self._opened([self._shaped(message) for message in messages], prompt, self.day)
 
     def skeleton(self, messages: list[dict]) -> tuple[str, list[str]]:
-        """(the render with a numbered mark in place of each text that is no blank, these texts).
+        """(the render with a numbered mark in place of each text that isn't blank, these texts).
 
-        Rows of one shape share it: it is rendered once for them.
+        It is rendered once for all rows of the same shape.
         """
         texts, marked = [], []
         for message in messages:
@@ -79,7 +79,7 @@ class Renderer:
         return self.skeletons[shape], texts
 
     def tells_day(self, messages: list[dict], text: str) -> bool:
-        """Whether the day stands in a conversation's text: on another day it would be another."""
+        """Whether a conversation's text has the date: rendered on another day it would differ."""
         if self.day is None:
             return False
         shaped = [self._shaped(message) for message in messages]
@@ -111,7 +111,7 @@ class Renderer:
                            "change the order of roles, or name a chat_template that takes it") from None
 
     def _shaped(self, message: dict) -> dict:
-        """The message as this template takes it: typed parts, or their text alone; `train` is for 02."""
+        """The message as this template takes it: typed parts or plain text, and without `train`, 02's own."""
         if "train" in message:
             message = {key: value for key, value in message.items() if key != "train"}
         if message["content"] and (self.typed.get(message["role"], True) or has_media(message)):
@@ -119,7 +119,7 @@ class Renderer:
         return {**message, "content": "".join(texts_of(message))}
 
     def _takes_parts(self, role: str) -> bool:
-        """Whether a role's typed parts come out as their text, not as an error, as nothing or as a list."""
+        """Whether a role's typed parts are rendered as their text, not as an error, nothing or a list."""
         marked = {"role": role, "content": text_parts(MARK)}
         asked = self._shaped({"role": "user", "content": text_parts("x")})
         try:
@@ -131,7 +131,7 @@ class Renderer:
 
 @functools.cache
 def stopped_clock(day: date) -> str:
-    """A line of Jinja after which `strftime_now(format)` tells this day, at midnight."""
+    """A line of Jinja that makes `strftime_now(format)` give this day at midnight."""
     told = {"%-d": str(day.day), "%-m": str(day.month)}      # without a zero: strftime can't everywhere
     told |= {f"%{code}": day.strftime(f"%{code}") for code in "aAbBcdDeFHIjmMpSuUVwWxXyY"} | {"%%": "%"}
     said = "".join(f" | replace({code!r}, {words!r})" for code, words in told.items())
@@ -139,23 +139,23 @@ def stopped_clock(day: date) -> str:
 
 
 def stop_clock(processor, day: str) -> None:
-    """Whoever loads what the processor saves has a template that tells this day (ISO), on any day."""
+    """Stop the clock of a processor's template at this day (ISO), in the processor and in what it saves."""
     text = stopped_clock(date.fromisoformat(day)) + processor.chat_template
     processor.chat_template = tokenizer_of(processor).chat_template = text
 
 
 def stands_in(text: str, render: str) -> bool:
-    """Whether a text stands in a render: as it is, or as JSON writes it."""
+    """Whether a text stands in a render, as it is or as JSON writes it."""
     return text.strip() in render or any(
         json.dumps(text, ensure_ascii=plain)[1:-1] in render for plain in (True, False))
 
 
 def lost(text: str) -> RowError:
-    """The reject of a row with a text that its render lacks where the model would read it."""
+    """The RowError for a row with a text that the template drops or changes."""
     return RowError(f"the chat template drops or changes this text: {text[:60]!r}",
                     "name a chat_template that renders every message as it stands")
 
 
 def unclear(reason: str) -> RowError:
-    """The reject of a row whose replies can't be told from the rest of its render."""
+    """The RowError for a row whose replies can't be told from the rest of its render."""
     return RowError(reason, "name a chat_template whose replies stand as they are given")

@@ -18,7 +18,7 @@ PARTS = ("trained", "gradients", "optimizer")
 
 
 def write_report(work, told: Facts, encoder, rows: list[dict]) -> None:
-    """report.html, and figure.svg for a README. rows: held-out ones, as lib/answers.py takes them."""
+    """Write report.html, and figure.svg for a README. rows: held-out ones, as lib/answers.py takes them."""
     timings = read_lines(work.input("05_train") / "timings.jsonl")
     html = page.document(f"{public_name(told.plan)}, fine-tuned", [
         ("Result", result(told, timings)),
@@ -41,13 +41,13 @@ def write_report(work, told: Facts, encoder, rows: list[dict]) -> None:
 
 
 def score(check: dict) -> str:
-    """Exact match before and after."""
+    """Exact match before and after training, in words."""
     scores = check["exact_match"]
     return f"{scores['base']:.0%} -> {scores['tuned']:.0%}" if check["rows"] else "no held-out rows"
 
 
 def result(told: Facts, timings: list[dict]) -> str:
-    """Key figures, and which weights these are."""
+    """HTML: key figures, and which step's weights these are."""
     seconds, trained = sum(line["seconds"] for line in timings), told.method["trained_parameters"].values()
     total = sum(told.plan["parameters"].values())
     kind = next(iter(told.check["exports"]))
@@ -60,7 +60,7 @@ def result(told: Facts, timings: list[dict]) -> str:
 
 
 def curves(metrics: Path, timings: list[dict]) -> str:
-    """Losses, and small below them the accuracy, gradients' norms by role, learning rate and throughput."""
+    """HTML: losses and, smaller, accuracy, gradient norms by role, learning rate and throughput."""
     every = read_lines(metrics)
     roles = sorted({key for line in every for key in line if key.startswith("grad_norm_")})
     norms = {key: key.removeprefix("grad_norm_").replace("_", " ") for key in roles}
@@ -74,7 +74,7 @@ def curves(metrics: Path, timings: list[dict]) -> str:
 
 
 def data(told: Facts) -> str:
-    """The data sets, by names that tell no folder, and what was rejected."""
+    """HTML: the data sets, by names without folders, and what was rejected or changed."""
     counts = told.data["counts"]
     more = [f"{name.replace('_', ' ')}: {counts[name]:,}" for name in
             ("tokens_per_picture", "rows_over_sequence_len", "samples_cut_to_sequence_len",
@@ -84,7 +84,7 @@ def data(told: Facts) -> str:
 
 
 def learnt(preview: Path, encoder) -> str:
-    """The first training sample, token by token."""
+    """HTML: the first training sample, token by token."""
     row, media = read_lines(preview)[0], list(encoder.never_trained)
     names = tokenizer_of(encoder.processor).convert_ids_to_tokens(media)
     view = tokens.view(row["tokens"], row["input_ids"], row["labels"], names)
@@ -93,7 +93,7 @@ def learnt(preview: Path, encoder) -> str:
 
 
 def recipe(told: Facts) -> str:
-    """What the recipe sets, and all other knobs on demand."""
+    """HTML: what the recipe sets, and folded away all other knobs."""
     rest = facts.recipe_of(told, given=False)
     return (page.table(["knob", "value"], facts.recipe_of(told), "ll")
             + page.folded(f"{len(rest)} more, as they are by default",
@@ -101,7 +101,7 @@ def recipe(told: Facts) -> str:
 
 
 def roles(told: Facts) -> str:
-    """Parameters by role, how many of them train, and where."""
+    """HTML: parameters by role, how many of them train, and where."""
     method, parameters = told.method, told.plan["parameters"]
     rows = [[role, parameters.get(role, 0), method["modules"].get(role, 0), trained,
              ".".join(next(iter(method["first_hits"].get(role, [])), "").split(".")[-4:])]
@@ -112,7 +112,7 @@ def roles(told: Facts) -> str:
 
 
 def memory(work, timings: list[dict]) -> str:
-    """What 03 forecast for its kind of device, beside what loading and training took here."""
+    """HTML: the memory that 03 forecast for its kind of device, beside what loading and training took."""
     folder = work.input("03_load_model")
     load = read_json(folder / "load.json")
     rows, peaks = [["loading", None, None, size(load["peak_memory_gib"])]], [None, None]
@@ -137,13 +137,13 @@ def size(gib: float) -> str:
 
 
 def proofs(check: dict) -> list[list]:
-    """A line for each export, as the page and the terminal show it."""
+    """Rows of PROOF_COLUMNS, one for each export, as the page and the terminal show them."""
     return [[name, f"{found['max_logit_difference']:.3g}", f"{found['max_logit']:.3g}",
              f"{found['argmax_agreement']:.1%}"] for name, found in check["exports"].items()]
 
 
 def proof(check: dict) -> str:
-    """What a fresh process found."""
+    """HTML: what the fresh process found."""
     words = ("A fresh process, in which nothing of the kit was imported, loaded each export with plain "
              "transformers and peft. Every tensor was what training had, the exported processor made the "
              "same inputs, and the answers on this page are its own. Its logits, beside those right after "
@@ -154,7 +154,7 @@ def proof(check: dict) -> str:
 
 
 def use(told: Facts) -> str:
-    """How each export is loaded and served."""
+    """HTML: how each export is loaded and served."""
     html = ""
     for kind in told.check["exports"]:
         html += page.heading(f"{kind}/") + page.code(serving.loading(kind, told))

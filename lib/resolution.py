@@ -1,7 +1,7 @@
 """resolution: a budget of pixels for each picture, set in the family's own image processor and saved with it.
 
-So training, evaluation and serving see a picture alike. Each strategy is a way in which processors bound what
-they make of one; a family's record names its own. A budget is never exceeded: what can't be had is refused.
+So training, evaluation and serving see a picture alike. Each strategy is one way in which processors bound
+their pictures; a family's record names its own. A budget is never exceeded: one that can't be is refused.
 
 Fork me to: bound another processor (a row in STRATEGIES, its name in the family's record).
 """
@@ -13,7 +13,7 @@ from lib.stage import StageError
 
 
 class TooFew(StageError):
-    """A budget that is below `fewest`, the smallest picture that a processor makes."""
+    """A budget below `fewest`, the pixels of the smallest picture that a processor makes."""
 
     def __init__(self, most: int, fewest: int):
         super().__init__(f"image_max_pixels: {most:,}: base_model's processor makes no picture of fewer than "
@@ -22,7 +22,7 @@ class TooFew(StageError):
 
 
 def require_bounds(processor, family: Family, knob: str) -> None:
-    """A StageError where no budget can be set."""
+    """Raise StageError where no budget can be set in this processor."""
     if not has_bounds(processor, family.pixels):
         raise StageError(f"{knob}: {family.name} {family.unbounded}", f"remove {knob}")
 
@@ -34,7 +34,7 @@ def has_bounds(processor, pixels: str) -> bool:
 
 
 def set_budget(processor, family: Family, least: int | None, most: int | None) -> None:
-    """Nothing; the processor makes pictures of `least` to `most` pixels (None: as the checkpoint has it)."""
+    """Make the processor size pictures to `least` to `most` pixels (None: as the checkpoint has it)."""
     if least is None and most is None:
         return
     require_bounds(processor, family, "image_min_pixels" if most is None else "image_max_pixels")
@@ -47,7 +47,7 @@ def set_budget(processor, family: Family, least: int | None, most: int | None) -
 
 
 def bounds_of(processor, pixels: str, most: int) -> dict:
-    """{attribute: value} of the image processor that a budget sets, by a strategy's name."""
+    """{attribute of the image processor: value} that a budget of `most` pixels sets; pixels: the strategy."""
     images = copy.deepcopy(processor.image_processor)
     STRATEGIES[pixels][0](images, None, most)
     before = vars(processor.image_processor)
@@ -55,7 +55,7 @@ def bounds_of(processor, pixels: str, most: int) -> dict:
 
 
 def with_bounds(processor, bounds: dict):
-    """A copy of a processor, with these attributes of its image processor."""
+    """A copy of a processor whose image processor has these attributes."""
     processor = copy.copy(processor)
     processor.image_processor = copy.deepcopy(processor.image_processor)
     for name, value in bounds.items():
@@ -67,7 +67,10 @@ def with_bounds(processor, bounds: dict):
 
 
 def area(images, least: int | None, most: int | None, frames: int = 1) -> None:
-    """The two edges of `size` are numbers of pixels, by their names to spite."""
+    """Bound pictures by `size`, whose "edges" are, despite their names, numbers of pixels.
+
+    frames: how often each picture counts.
+    """
     bounds = dict(images.size) if isinstance(images.size, dict) else vars(images.size)
     cell = (images.patch_size * images.merge_size) ** 2
     if most is not None and most < cell:
@@ -78,12 +81,12 @@ def area(images, least: int | None, most: int | None, frames: int = 1) -> None:
 
 
 def area_of_two(images, least: int | None, most: int | None) -> None:
-    """The same, of a picture that counts twice, as two frames of a clip."""
+    """Bound pictures by `size` in pixels, where a picture counts twice, as two frames of a clip."""
     area(images, least, most, frames=2)
 
 
 def edge(images, least: None, most: int) -> None:
-    """`longest_edge` bounds a side: the one of a square of that many pixels."""
+    """Bound pictures by `longest_edge`, the longer side: set to the side of a square of `most` pixels."""
     patch = images.patch_size["height"] if isinstance(images.patch_size, dict) else images.patch_size
     if most < (4 * patch) ** 2:
         raise TooFew(most, (4 * patch) ** 2)
@@ -91,7 +94,7 @@ def edge(images, least: None, most: int) -> None:
 
 
 def edge_of_tiles(images, least: None, most: int) -> None:
-    """`longest_edge` is a multiple of a tile's, to which every picture is enlarged."""
+    """Bound pictures by `longest_edge`, a multiple of a tile's side, to which every picture is enlarged."""
     tile = images.max_image_size["longest_edge"]
     if most < tile**2:
         raise TooFew(most, tile**2)
@@ -99,7 +102,7 @@ def edge_of_tiles(images, least: None, most: int) -> None:
 
 
 def tiles(images, least: None, most: int) -> None:
-    """`max_patches` tiles of the size that the tower takes."""
+    """Bound pictures by `max_patches`, the number of tiles of the size that the tower takes."""
     tile = images.size["height"] * images.size["width"]
     if most < tile:
         raise TooFew(most, tile)
@@ -107,7 +110,7 @@ def tiles(images, least: None, most: int) -> None:
 
 
 def tiles_or_tokens(images, least: None, most: int) -> None:
-    """`max_tiles`, and without them tokens that stand for a square of pixels each."""
+    """Bound pictures by `max_tiles`, and untiled ones by tokens, each of which is a square of pixels."""
     token = (images.encoder_patch_size * images.downsample_factor) ** 2
     if most < token * images.min_image_tokens:
         raise TooFew(most, token * images.min_image_tokens)
@@ -118,7 +121,7 @@ def tiles_or_tokens(images, least: None, most: int) -> None:
 
 
 def levels(images, least: None, most: int) -> None:
-    """`max_soft_tokens` has five levels; a token stands for a square of pixels."""
+    """Bound pictures by `max_soft_tokens`, which has five levels; each token is a square of pixels."""
     token = (images.patch_size * images.pooling_kernel_size) ** 2
     fitting = [level for level in (70, 140, 280, 560, 1120) if level * token <= most]
     if not fitting:
@@ -132,6 +135,6 @@ STRATEGIES = {"area": (area, True), "area_of_two": (area_of_two, True), "edge": 
 
 
 def edge_of(images) -> int | None:
-    """The longest edge of an image processor's size, None where it has no such bound."""
+    """The longest edge in an image processor's size; None where it has no such bound."""
     size = images.size
     return size.get("longest_edge") if isinstance(size, dict) else getattr(size, "longest_edge", None)

@@ -25,13 +25,17 @@ GUESSES = (("projector", r"projector|projection|connector|merger|aligner|adapter
                          r"|perceiver|embed_(vision|audio|image)|(modality|vision|image|visual)_proj"),
            ("audio", r"audio|speech|whisper"),
            ("vision", r"vision|visual|image|vit\b|video"))
-# Single learned tensors beside the parts, such as what is put between the rows of a picture's features.
+# Single learned tensors beside the parts, such as the one between the rows of a picture's features.
 LOOSE = r"newline|sepe?a?rator|vision|visual|image"
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Which role each module of a model plays: `paths` maps module paths to roles, the longest path wins."""
+    """Which role each module of a model plays.
+
+    paths: {module path: role}; the longest path wins. idle: paths that no forward reaches. guessed: whether
+    the family has no record.
+    """
     paths: dict[str, str]
     idle: list[str] = field(default_factory=list)
     guessed: bool = False
@@ -46,7 +50,7 @@ class Roles:
         return any(name == path or name.startswith(path + ".") for path in self.idle)
 
     def of(self, name: str) -> str | None:
-        """The role of a module or parameter name, or None where no path covers it."""
+        """The role of a module or parameter, by its name; None where no path covers it."""
         parts = name.split(".")
         for length in range(len(parts), -1, -1):
             role = self.paths.get(".".join(parts[:length]))
@@ -57,7 +61,7 @@ class Roles:
         return None
 
     def count(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Counter:
-        """{role: elements} of named parameters."""
+        """{role: number of elements} of (name, parameter) pairs."""
         counts = Counter()
         for name, parameter in parameters:
             counts[self.of(base_name(name))] += parameter.numel()
@@ -86,7 +90,7 @@ def roles_of(model, family: Family) -> Roles:
 
 
 def idle_modules(model, family: Family) -> list[str]:
-    """Paths of the modules that no forward of this family reaches: nothing may wait for their gradient."""
+    """Paths of the modules that no forward of this family reaches, which therefore get no gradient."""
     if family.idle != "after_feature_layer":
         return []
     # The projector reads an inner layer's hidden states (-2 in LLaVA-1.5): what comes after is dead weight.
@@ -101,7 +105,7 @@ def idle_modules(model, family: Family) -> list[str]:
 
 
 def guess_roles(model) -> dict[str, str]:
-    """Module path -> role for a family without a record: the decoder is language, words name the other parts.
+    """{module path: role} for a family without a record: the decoder is language, names tell the other parts.
 
     A text-only model is language as a whole. In a multimodal one only what is recognised gets a role, so that
     a tower is never silently taken for language: `roles_of` refuses what is left over.

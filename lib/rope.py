@@ -1,7 +1,7 @@
-"""rope: a text model's positions as the recipe wants them: another base or scaling, and room for longer rows.
+"""rope: a text model's rotary positions as the recipe wants them: another base or scaling, or longer rows.
 
-What comes out are plain values of its configuration, which the plan holds: training, the proof and what is
-exported set the same.
+The result is plain values of the text configuration, which the plan holds: training, the proof and exports
+all set the same.
 
 Source: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071).
 """
@@ -9,14 +9,14 @@ from lib import terminal
 from lib.stage import StageError
 
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
-LEARNT = ("yarn", "longrope", "llama3", "dynamic")     # these scale by how far the model was trained
-BY_LENGTH = ("longrope", "dynamic")                    # and these by how far it may go, which then stays
+LEARNT = ("yarn", "longrope", "llama3", "dynamic")     # types scaled by the positions that training had
+BY_LENGTH = ("longrope", "dynamic")                    # types scaled by max_position_embeddings, which stays
 
 
 def changes(config, given: dict, sequence_len: int) -> dict:
     """{name: value} of the text configuration that a recipe changes: its rope, its number of positions.
 
-    given: `overrides_of_model_config`. A StageError where the model has no rope to change.
+    given: `overrides_of_model_config`. Raises StageError where the model has no rope to change.
     """
     text, found = config.get_text_config(), {}
     own, longest = getattr(text, "rope_parameters", None), getattr(text, "max_position_embeddings", None)
@@ -41,7 +41,7 @@ def changes(config, given: dict, sequence_len: int) -> dict:
 
 
 def scaled(own: dict, given: dict, longest: int | None) -> dict:
-    """A rope's parameters with the recipe's base and scaling in the place of its own."""
+    """A rope's parameters with the recipe's base and scaling in place of its own."""
     rope = own | {name: given["rope_theta"] for name in ("rope_theta",) if name in given}
     if scaling := given.get("rope_scaling"):
         kept = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor", "mrope_section",
@@ -56,7 +56,7 @@ def scaled(own: dict, given: dict, longest: int | None) -> dict:
 
 
 def set_in(config, changed: dict):
-    """The configuration with these values in its text part; a StageError where transformers refuses them."""
+    """The configuration with these values set in its text part; StageError if transformers refuses them."""
     text = config.get_text_config()
     for name, value in changed.items():
         setattr(text, name, value)

@@ -1,4 +1,4 @@
-"""rows: a data set's rows as measured samples, or a RowError that says why one can't be used."""
+"""rows: a data set's rows turned into measured samples, or into rejects that say why they can't be used."""
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +18,9 @@ from lib.template import Conversation, Labels, Template
 
 @dataclass(frozen=True)
 class Rows:
-    """What turns the rows of one data set into samples.
+    """Turns the rows of one data set into samples.
 
-    uses(path, sha256): says to the stage that a file was read, be it good or bad.
+    uses(path, sha256): tells the stage that a file was read, be it good or bad.
     """
     spec: dict
     name: str
@@ -36,7 +36,7 @@ class Rows:
 
     @classmethod
     def of(cls, spec: dict, name: str, work, template: Template, encoder: Encoder) -> "Rows":
-        """The reader of an entry of `datasets`; what it leaves open is as for all data sets."""
+        """The Rows of an entry of `datasets`; label knobs that it doesn't set are those of the recipe."""
         knobs = {key: getattr(work.config, key) if spec[key] is None else spec[key]
                  for key in ("train_on_inputs", "roles_to_train", "train_on_eos")}
         labels = Labels(ROLES if knobs["train_on_inputs"] else tuple(knobs["roles_to_train"]),
@@ -52,7 +52,7 @@ class Rows:
         return *normalise(row, self.shape), tools_of(row, self.shape)
 
     def measured(self, given: list[files.Row]) -> tuple[list[dict], list[dict]]:
-        """(samples, rejects) of some rows. Texts without media are tokenized together, to save time."""
+        """(samples, rejects) of some rows; texts without media are tokenized together, to save time."""
         parsed = [tried(self.parsed, files.parsed(row)) for _, _, row in given]
         given_media = [source for row in parsed if not isinstance(row, RowError) for source in row[1]]
         self.fetcher.fetch_all([url for url in map(url_of, given_media) if url])
@@ -78,7 +78,10 @@ class Rows:
 
     def samples(self, row: tuple | RowError, number: int, talk: list[Conversation] | RowError,
                 known: dict[int, tuple]) -> list[dict]:
-        """The samples of a parsed row and its conversations, or a RowError; known: counts by `id`."""
+        """The samples of a parsed row and its conversations; RowError where it can't be used.
+
+        known: {id of a conversation: its counts}, of those without media.
+        """
         if isinstance(row, RowError):
             raise row
         messages, given, _ = row
@@ -106,7 +109,7 @@ class Rows:
         return found
 
     def read_media(self, messages: list[dict], given: list) -> tuple[list[dict], list]:
-        """(media records, decoded media), or a RowError. Their files are the stage's inputs, good or bad."""
+        """(media records, decoded media) of a row, or RowError; files, good or bad, become stage inputs."""
         kinds = [part["type"] for message in messages for part in message["content"]
                  if part["type"] != "text"]
         records, opened = [], []
@@ -141,7 +144,7 @@ class Rows:
 
 
 def tried(step: Callable, given):
-    """What a step makes of something, or what is wrong with it: a RowError given or raised."""
+    """The result of a step; the RowError where it raises one, or is given one in place of a value."""
     try:
         return given if isinstance(given, RowError) else step(given)
     except RowError as error:

@@ -1,4 +1,4 @@
-"""rules: what a recipe's knobs may not be together, and what seldom works though it may be.
+"""rules: which knobs of a recipe contradict each other, and which allowed settings seldom work.
 
 Fork me to: add a contradiction (a row in RULES) or a warning (a row in WARNINGS). `k` is 01_config's Recipe.
 """
@@ -8,7 +8,7 @@ MEDIA_ROLES = ("vision", "audio", "projector")
 
 
 def not_both(first: str, second: str, why: str) -> tuple:
-    """A row of RULES: one of two knobs may be given."""
+    """A row of RULES that allows only one of two knobs."""
     return f"{first} {second}", lambda k: getattr(k, first) and getattr(k, second), why, "remove one of them"
 
 

@@ -1,6 +1,6 @@
 """sampler: 02's samples as the batches that the loop gets, decoded and encoded in workers.
 
-Which samples, and in which order, is lib/order.py's.
+lib/order.py says which samples, and in which order.
 """
 import itertools
 from collections.abc import Iterable
@@ -18,18 +18,18 @@ from lib.order import Row, dealt, sample_of
 from lib.stage import StageError
 from lib.store import Store
 
-TOWER = 0.5                               # FLOPs of a frozen tower for a media token, by a token's: 0.2-0.8
-AHEAD_BYTES = 2**31                       # of batches that wait for the model, over all workers
+TOWER = 0.5                               # a frozen tower's FLOPs per media token, over a token's: 0.2 to 0.8
+AHEAD_BYTES = 2**31                       # of the batches that wait for the model at most, over all workers
 
 
 def media_kinds(column) -> list[tuple[str, ...]]:
-    """The kinds of each sample's media ("image", "audio", "video"), of the Arrow column that holds them."""
+    """The kinds of each sample's media ("image", "audio", "video"), from the Arrow column of records."""
     kinds = iter(pyarrow.compute.struct_field(pyarrow.compute.list_flatten(column), "kind").to_pylist())
     counts = pyarrow.compute.list_value_length(column).to_pylist()
     return [tuple(itertools.islice(kinds, count)) for count in counts]
 
 
-SHARING = {  # a family's rule: a number for each sample, of which equal ones may share a batch
+SHARING = {  # {a family's rule: a number for each sample; samples with equal ones may share a batch}
     "any": lambda media: None,
     "alike": lambda media: [len(kinds) for kinds in media],
     "clips_apart": lambda media: [int("video" in kinds) for kinds in media],
@@ -40,9 +40,9 @@ SHARING = {  # a family's rule: a number for each sample, of which equal ones ma
 class Samples(Dataset):
     """02's samples, encoded one by one in the DataLoader's workers and compared with what 02 measured.
 
-    `samples[row]` is one encoded row. positions, masks: what packed rows also need; None without packing.
-    store: where vision features are kept, once they are. even: whether all ranks get as many micro-batches,
-    blank ones if need be, as a sharded model wants it.
+    `samples[row]` is one encoded row. positions, masks: what packed rows need besides; None without packing.
+    store: holds vision features, once they are kept. even: give every rank as many micro-batches, blank ones
+    if need be, as a sharded model needs it.
     """
     records: object
     encoder: Encoder
@@ -60,18 +60,18 @@ class Samples(Dataset):
         self.kinds = SHARING[self.encoder.batch](self.media)
 
     def dealt(self, rows: list[Row], micro_batch_size: int, world_size: int) -> list[list[list[Row]]]:
-        """`dealt`, by what the family lets share a batch and by what rows cost."""
+        """Each rank's micro-batches of a step's rows, by lib/order.py's `dealt` and the rows' costs."""
         shares = dealt(rows, micro_batch_size, world_size, self.kinds, self.cost)
         most, blank = max(map(len, shares)), [(~rows[0][0],)]
         return [share + [blank] * (most - len(share)) for share in shares] if self.even else shares
 
     def cost(self, row: Row) -> float:
-        """About what a row costs, in tokens of the language model: a tower computes its media, too."""
+        """About how much a row costs to compute, in tokens of the language model, a tower's part included."""
         tower = TOWER if self.store is None else 0
         return sum(self.input_tokens[index] + tower * self.media_tokens[index] for index in row)
 
     def by_dataset(self) -> dict[str, list[int]]:
-        """{data set's name: its samples}; a sample is called by it and its row."""
+        """{data set's name: indices of its samples}, by the samples' ids, which begin with the name."""
         found: dict[str, list[int]] = {}
         for index, sample_id in enumerate(self.ids):
             found.setdefault(sample_id.rpartition("-")[0], []).append(index)
@@ -88,7 +88,7 @@ class Samples(Dataset):
         return packing.join(encoded, self.positions, self.encoder.collate)
 
     def encoded(self, index: int) -> dict[str, torch.Tensor]:
-        """A sample's tensors; a StageError where they are not what 02 measured. ~index: none is trained."""
+        """A sample's tensors; StageError where they are not what 02 measured. ~index: no token is trained."""
         if index < 0:
             row = self.encoded(sample_of(index))
             return row | {"labels": torch.full_like(row["labels"], IGNORE_INDEX)}
@@ -104,9 +104,9 @@ class Samples(Dataset):
 
 @dataclass
 class Batcher:
-    """Encoded rows to one batch, with the supervised positions found here, on the CPU.
+    """Makes one batch of encoded rows, and finds the supervised positions here, on the CPU.
 
-    masks: makes the attention masks of packed rows; None where position ids do.
+    masks: makes the attention masks of packed rows; None where position ids suffice.
     """
     pad_id: int
     style: str
@@ -127,9 +127,9 @@ class Batcher:
 
 def loader(samples: Samples, batches: Iterable[list[Row]], workers: int, device: torch.device,
            tokens: int = 1) -> DataLoader:
-    """A batch for each list of rows, in that order, decoded and encoded in `workers` processes.
+    """A loader of one batch for each list of rows, in that order, made in `workers` processes.
 
-    tokens: in the longest batch; workers run ahead by a few batches, and by fewer where these are large.
+    tokens: of the longest batch; workers prepare a few batches ahead, and fewer where these are large.
     """
     encoder, processes = samples.encoder, {}
     if workers and len(samples):
@@ -141,9 +141,9 @@ def loader(samples: Samples, batches: Iterable[list[Row]], workers: int, device:
 
 
 def batches_ahead(samples: Samples, workers: int, tokens: int) -> int:
-    """How many batches of so many tokens each worker may have ready: 4, or what AHEAD_BYTES hold, at least 1.
+    """How many batches of so many tokens each worker may have ready: 1 to 4, by what AHEAD_BYTES hold.
 
-    Their bytes are those of the sample with most media, for each of its tokens.
+    A token's bytes are taken from the sample with the most media.
     """
     heaviest = max(range(len(samples)), key=samples.media_tokens.__getitem__)
     tensors = [value for value in samples[(heaviest,)].values() if isinstance(value, torch.Tensor)]
@@ -152,6 +152,6 @@ def batches_ahead(samples: Samples, workers: int, tokens: int) -> int:
 
 
 def to_device(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """The batch on the device; pinned memory makes the copy overlap with computing."""
+    """A batch on the device; from pinned memory, the copy overlaps with computing."""
     from accelerate.utils import send_to_device
     return send_to_device(batch, device, non_blocking=True)

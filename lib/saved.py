@@ -1,6 +1,6 @@
-"""saved: adapters as folders, in peft's own format: put on a model, trained further, written.
+"""saved: adapters as folders, in peft's own format: attached to a model, trained further, written.
 
-Fork me to: go on from another kind of adapter (`continued`).
+Fork me to: train another kind of adapter further (`continued`).
 """
 from pathlib import Path
 
@@ -24,9 +24,9 @@ FROM_ZERO = (True, False, "gaussian", "orthogonal", "eva")         # the others 
 
 
 def attach(model, folder: Path, trainable: bool = True):
-    """The model with a saved PEFT adapter on it, whose tensors are float32 and train if asked.
+    """The model with a saved PEFT adapter on it, in float32, which trains if asked.
 
-    Where tensors are missing peft only warns, and goes on with random ones: here that is a StageError.
+    Raises StageError where tensors are missing; peft alone would warn and go on with random ones.
     """
     from peft import PeftModel
     with quiet():
@@ -40,9 +40,9 @@ def attach(model, folder: Path, trainable: bool = True):
 
 
 def tensors_of(peft_model) -> dict[str, torch.Tensor]:
-    """{name: tensor} of an adapter, as its file has them.
+    """{name: tensor} of an adapter, under the names of its file.
 
-    The adapter's own only: peft would add the embeddings when it can't look the base up on the hub.
+    Embeddings are left out, which peft would add where it can't look the base up on the hub.
     """
     from peft import get_peft_model_state_dict
     return get_peft_model_state_dict(peft_model, save_embedding_layers=False)
@@ -59,7 +59,7 @@ def save_adapter(peft_model, folder: Path) -> dict[str, torch.Tensor]:
 # ---- training further ----
 
 def continued(knobs):
-    """The knobs, those of LoRA as an adapter has them that is trained further, if the recipe names one."""
+    """The knobs; if the recipe names an adapter to train further, its own in place of the LoRA knobs."""
     from peft import PeftConfig
     if knobs.lora_model_dir is None:
         return knobs
@@ -85,7 +85,7 @@ def continued(knobs):
 
 
 def foreign_settings(config) -> list[str]:
-    """What an adapter's configuration says besides what is followed here, and isn't as it is by default."""
+    """The settings of an adapter's configuration that aren't supported here and aren't the default."""
     rest = vars(config).keys() - FOLLOWED - NO_MATTER - {"init_lora_weights"}
     odd = [key for key in vars(type(config)()) if key in rest and getattr(config, key) not in (
         None, False, "none", {}, [])]
@@ -94,7 +94,7 @@ def foreign_settings(config) -> list[str]:
 
 
 def refuse_foreign(model, folder: Path) -> None:
-    """A StageError for an adapter with a tensor on a layer that the model doesn't have."""
+    """Raise StageError for an adapter with a tensor for a layer that the model doesn't have."""
     there = {name for name, _ in model.named_modules()}
     with safe_open(folder / WEIGHTS, "pt") as file:
         for name in sorted(file.keys()):
@@ -103,7 +103,7 @@ def refuse_foreign(model, folder: Path) -> None:
 
 
 def fill(peft_model, folder: Path) -> None:
-    """Nothing; the model's adapter has a saved one's values, or a StageError names a tensor that differs."""
+    """Copy a saved adapter's values into the model's; raise StageError where a tensor's shape differs."""
     ours, theirs = tensors_of(peft_model), load_file(folder / WEIGHTS)
     for name in sorted(ours.keys() | theirs.keys()):
         found, wanted = (list(side[name].shape) if name in side else "none" for side in (theirs, ours))
@@ -113,6 +113,6 @@ def fill(peft_model, folder: Path) -> None:
 
 
 def foreign(folder: Path, words: str) -> StageError:
-    """The refusal of an adapter that doesn't fit."""
+    """The StageError for an adapter that doesn't fit the model."""
     return StageError(f"lora_model_dir: {folder} is an adapter of another model: {words}",
                       "name the base_model that it was trained on, and its tokens if it has any")

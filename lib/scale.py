@@ -1,9 +1,9 @@
-"""scale: where values lie along a line of pixels, and how they are written."""
+"""scale: where values lie along an axis of pixels, and how they are written."""
 import math
 
 
 class Scale:
-    """Places of values along a line of pixels; ticks are round values, and snap ends the scale on two."""
+    """Maps values to pixels along an axis; ticks are round values; snap: the axis ends at two of them."""
 
     def __init__(self, values, start, end, snap=True):
         low, high = min(values), max(values)
@@ -27,14 +27,14 @@ class Scale:
 
 
 def round_step(step):
-    """The next of 1, 2, 5, 10, 20, 50 … that is no smaller than step."""
+    """The smallest of …, 0.5, 1, 2, 5, 10, 20, … that is no smaller than step."""
     step = max(step, 1e-300)
     power = 10 ** math.floor(math.log10(step))
     return next(factor * power for factor in (1, 2, 5, 10, 20) if factor * power >= step * (1 - 1e-9))
 
 
 def number(value, digits=9):
-    """A number as short as it can be: 1,024 and 12.5k, 0.05 and 2e-4."""
+    """A number as short text: 1,024 and 12.5k, 0.05 and 2e-4."""
     if not math.isfinite(value):
         return str(value)
     if 0 < abs(value) < 1e-3 or abs(value) >= 1e15:

@@ -1,13 +1,13 @@
-"""seen: a picture at the resolution that the model gets: resized, cropped or cut by its processor."""
+"""seen: a picture at the resolution that the model gets: resized, cropped or cut into tiles."""
 import torch
 from PIL import Image
 
 
 def seen(processor, image: Image.Image) -> list[Image.Image]:
-    """The picture as the model sees it, or the tiles into which it is cut; [] where its tensors don't tell.
+    """[the picture as the model sees it], or the tiles that it is cut into; [] where the tensors don't tell.
 
-    Some processors hand on patches in an order of their own, but say how many there are along each side. The
-    others keep pixels [..., 3, height, width], which are shown as they are, crop and all.
+    Some processors return patches in an order of their own, but say how many there are along each side: for
+    them the picture is resized to that. Others return pixels [..., 3, height, width], which are shown.
     """
     images = processor.image_processor
     made = images(images=[image], return_tensors="pt")
@@ -23,7 +23,7 @@ def seen(processor, image: Image.Image) -> list[Image.Image]:
 
 
 def as_picture(pixels: torch.Tensor, images) -> Image.Image:
-    """A processor's pixels [3, height, width] with its normalisation undone."""
+    """A processor's pixels [3, height, width] as a picture, its normalisation undone."""
     pixels = pixels.float()
     if images.do_normalize:
         mean, std = (torch.tensor(each).reshape(-1, 1, 1) for each in (images.image_mean, images.image_std))
@@ -32,7 +32,7 @@ def as_picture(pixels: torch.Tensor, images) -> Image.Image:
 
 
 def in_words(record: dict, pictures: list[Image.Image]) -> str:
-    """How large a sample's picture is, and how large it is seen."""
+    """The size of a sample's picture, and the size at which the model sees it, in words."""
     given = f"{record['width']} × {record['height']}"
     if not pictures:
         return given

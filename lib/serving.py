@@ -37,7 +37,7 @@ print(processor.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_to
 CONTENT = {"vision": '[{"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "What is this?"}]',
            "audio": '[{"type": "audio", "path": "speech.wav"}, {"type": "text", "text": "What is said?"}]',
            "language": '"What follows one?"'}
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)                      # that vLLM's --max-lora-rank may be
+RANKS = (8, 16, 32, 64, 128, 256, 320, 512)                      # values that vLLM's --max-lora-rank takes
 OWN_PROCESSOR = ("image_max_pixels", "image_min_pixels", "max_image_tokens", "processor_kwargs")
 
 
@@ -58,7 +58,7 @@ def loading(kind: str, facts: Facts) -> str:
 
 
 def serving(kind: str, facts: Facts) -> list[tuple[str, str]]:
-    """[(a sentence, the command that it is about or "")]: how the export is served."""
+    """[(a sentence, its command or "")] on how an export is served."""
     size = facts.config["image_size"]
     size = " x ".join(map(str, size if isinstance(size, list) else [size, size]))
     hints = [(f"In training every picture was fitted into {size} pixels, on black: do so before you ask.",
@@ -79,7 +79,7 @@ def serving(kind: str, facts: Facts) -> list[tuple[str, str]]:
 
 
 def needs_merging(facts: Facts) -> list[str]:
-    """Why an engine would serve this adapter otherwise than it was trained; [] where it wouldn't."""
+    """Reasons why an engine would serve an adapter differently from how it was trained; [] if it wouldn't."""
     config, rank, trained = facts.config, facts.method["lora_r"], facts.method["trained_parameters"].keys()
     towers = [role for role in ("vision", "audio", "projector") if role in trained]
     own = [knob for knob in OWN_PROCESSOR if config[knob]]

@@ -1,4 +1,4 @@
-"""shapes: a row of any usual shape as a list of messages in OpenAI's: role, content, and what else they have.
+"""shapes: rows of all usual shapes as lists of messages in OpenAI's: role, content, and what else they have.
 
 Fork me to: take rows of another shape (`conversation_of`).
 """
@@ -30,7 +30,7 @@ class RowError(ValueError):
 
 @dataclass(frozen=True)
 class Shape:
-    """Where a data set keeps what, as its entry in the recipe says it; None and {} mean the usual places."""
+    """Where the rows of a data set keep what, by its entry in the recipe; None and {}: the usual places."""
 
     field_messages: str | None = None
     field_tools: str = "tools"
@@ -50,7 +50,7 @@ class Shape:
 
     @functools.cached_property
     def places(self) -> dict[str, list[str]]:
-        """The keys under which a message may have a property: the one that the recipe names, or the usual."""
+        """{property: the keys under which a message may have it}: the recipe's, or else the usual ones."""
         older = {"role": self.message_field_role, "content": self.message_field_content,
                  "reasoning_content": self.field_thinking}
         usual = {"role": ["role", "from"], "content": ["content", "value"]}
@@ -60,12 +60,12 @@ class Shape:
 
     @functools.cached_property
     def keys(self) -> tuple[set[str], set[str]]:
-        """(those of a message that can hold its role and content alone, those that hold more)."""
+        """(a message's keys that can only hold its role or content, those that can hold other properties)."""
         more = {key for name in EXTRAS for key in self.places[name]} | {self.message_field_training}
         return {*self.places["role"], *self.places["content"]} - more, more
 
     def role(self, word) -> str | None:
-        """The role that a row's word means, None for none. The recipe's words go before the usual ones."""
+        """The role that a row's word means, or None; the recipe's words go before the usual ones."""
         return self._called.get(word) if isinstance(word, str) else None
 
     @functools.cached_property
@@ -74,7 +74,7 @@ class Shape:
 
 
 def conversation_of(row: dict, shape: Shape) -> list:
-    """The messages of a row, whichever way it writes them, before they are looked at one by one."""
+    """The messages of a row, whichever way it writes them, before each of them is checked."""
     if shape.field_messages:
         found = row.get(shape.field_messages)
     else:
@@ -97,7 +97,7 @@ def conversation_of(row: dict, shape: Shape) -> list:
 
 
 def exchange(row: dict, asked: str, answered: str, train: str) -> list:
-    """The messages of a prompt and its completion, each a text or messages; the prompt's don't train."""
+    """The messages of a prompt and its completion, each a text or messages; the prompt isn't trained."""
     question, answer = row[asked], row[answered]
     if isinstance(question, str) and isinstance(answer, str):
         return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -113,7 +113,7 @@ def exchange(row: dict, asked: str, answered: str, train: str) -> list:
 
 
 def system_of(row: dict, shape: Shape, messages: list) -> list:
-    """[the system message] that the row's column or the recipe adds, [] where the messages have their own."""
+    """[the system message] that the row's column or the recipe adds; [] where there is none to add."""
     own = row["system"] if isinstance(row.get("system"), str) and not shape.drop_system_message else ""
     text = own or shape.system_prompt
     return [] if not text or is_system(messages[0], shape) and not shape.drop_system_message else \
@@ -121,12 +121,12 @@ def system_of(row: dict, shape: Shape, messages: list) -> list:
 
 
 def is_system(message, shape: Shape) -> bool:
-    """Whether a message is the system's."""
+    """Whether a message is a system message."""
     return isinstance(message, dict) and shape.role(first_of(message, shape.places["role"])) == "system"
 
 
 def tools_of(row: dict, shape: Shape = Shape()) -> list[dict]:
-    """The tools that a row offers, a list or the JSON text of one."""
+    """The tools that a row offers, which it gives as a list or as the JSON text of one."""
     tools = from_json(row.get(shape.field_tools) or [])
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and name_in(tool) for tool in tools):
         raise RowError(f"{shape.field_tools!r} is no list of tools, each with a name",
@@ -135,7 +135,10 @@ def tools_of(row: dict, shape: Shape = Shape()) -> list[dict]:
 
 
 def calls_of(given, number: int) -> list[dict]:
-    """A message's tool calls, their arguments as objects: templates would write a JSON text as a text."""
+    """A message's tool calls, with their arguments as objects: a template would quote a JSON text.
+
+    number: the message's, for errors.
+    """
     calls = from_json(given)
     if not isinstance(calls, list) or not all(isinstance(call, dict) and name_in(call) for call in calls):
         raise RowError(f"message {number} has tool_calls that are no list of calls, each with a name",
@@ -145,24 +148,24 @@ def calls_of(given, number: int) -> list[dict]:
 
 
 def plain_call(call: dict) -> dict:
-    """A call with its arguments as an object, where they are the JSON text of one."""
+    """A call with its arguments as an object, if they are given as the JSON text of one."""
     arguments = from_json(call.get("arguments"))
     return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def first_of(message: dict, keys: Iterable[str]):
-    """The value under the first of these keys that has one, None where none has."""
+    """The value under the first of these keys that has one; None where none has."""
     return next((message[key] for key in keys if message.get(key) is not None), None)
 
 
 def name_in(call: dict) -> str | None:
-    """The name of a tool or call, None where it has none."""
+    """The name of a tool or call; None where it has none."""
     name = inside(call).get("name")
     return name if isinstance(name, str) and name else None
 
 
 def inside(call: dict) -> dict:
-    """What a tool or call is, which many rows keep under "function"."""
+    """A tool or call itself, which many rows keep under "function"."""
     return call["function"] if isinstance(call.get("function"), dict) else call
 
 
@@ -173,7 +176,7 @@ def calls_in(messages: list[dict]) -> list[str]:
 
 
 def strings_in(value, keys: bool = False) -> list[str]:
-    """Every text in a JSON value; with `keys`, those of its objects, too."""
+    """Every text in a JSON value; with `keys`, the keys of its objects, too."""
     if isinstance(value, str):
         return [value]
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
@@ -182,7 +185,7 @@ def strings_in(value, keys: bool = False) -> list[str]:
 
 
 def from_json(value):
-    """The list or object whose JSON a text is, as in a cell of a CSV file; any other value as it is."""
+    """The value of a JSON text; None where the text isn't JSON."""
     try:
         read = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
@@ -191,12 +194,12 @@ def from_json(value):
 
 
 def listed(value) -> list:
-    """A list, or one value as a list."""
+    """The value as a list: itself, or a list of it alone."""
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def name_of(value) -> str:
-    """What a JSON value is, as in "a list"."""
+    """The type of a JSON value in words, such as "a list"."""
     names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 

@@ -1,8 +1,8 @@
-"""sharding: the frozen base spread over ranks by FSDP2, for models that don't fit one device.
+"""sharding: the frozen base sharded over ranks by FSDP2, for models that don't fit one device.
 
-Only the decoder layers of the language model, where the weight is, are sharded. The tower, embeddings and
-head are on every rank, and so is the adapter, whose gradients lib/parallel.py sums as without sharding: a
-rank without pictures runs the same collectives as the others, and checkpoints are the same with and without.
+Only the decoder layers of the language model, which hold most of the weights, are sharded. The tower,
+embeddings and head are on every rank, and so is the adapter, whose gradients lib/parallel.py sums as without
+sharding: so a rank without pictures runs the same collectives as the others, and checkpoints are the same.
 
 Source: PyTorch FSDP2, torch.distributed.fsdp.fully_shard; ZeRO-3 (arXiv 1910.02054).
 Fork me to: shard other roles, or keep layers gathered between forward and backward.
@@ -13,9 +13,9 @@ from lib.roles import Roles
 
 
 def shard(model, roles: Roles, world: World) -> None:
-    """Nothing; from now on the layers are sharded, and the model is on the rank's device, its adapter whole.
+    """Shard the language model's layers and move the model to the rank's device, its adapter whole.
 
-    Every rank must then run as many forwards and backwards as the others (`Samples.even`).
+    From then on every rank must run as many forwards and backwards as the others (`Samples.even`).
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -23,7 +23,7 @@ def shard(model, roles: Roles, world: World) -> None:
     mesh = init_device_mesh(world.device.type, (world.world_size,))
     whole = {p for p in model.parameters() if p.requires_grad}
     layers = [layer for role, layer in roles.layers(model) if role == "language"]
-    for layer in layers:                  # one at a time: no device ever holds two whole ones
+    for layer in layers:                  # one after the other: no device ever holds two whole layers
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     inside = {p for layer in layers for p in layer.parameters()}
     fully_shard(model, mesh=mesh, ignored_params={p for p in model.parameters() if p not in inside} | whole)

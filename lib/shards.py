@@ -19,13 +19,13 @@ TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16
          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 INDEX = "model.safetensors.index.json"
-SYNC_BYTES = 2**25                               # go to the disk while more are added up
-PIECE_BYTES = 2**20                              # stays in the processor's cache, in memory used again
+SYNC_BYTES = 2**25                               # written, before they are flushed while more are computed
+PIECE_BYTES = 2**20                              # of a piece: it stays in the processor's cache
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor's bytes lie, with type and shape as the header of its file says."""
+    """Where a tensor's bytes are in a file, with dtype and shape as the file's header says them."""
     path: Path
     start: int
     bytes: int
@@ -34,7 +34,7 @@ class Place:
 
 
 def base_file(plan: dict, name: str) -> Path | None:
-    """A file of the base model, on this machine, or None where the base has no such file."""
+    """The path of a file of the base model; None where the base has no such file."""
     from transformers.utils import cached_file
     found = cached_file(plan["base_model"], name, revision=plan["revision"],
                         _raise_exceptions_for_missing_entries=False)
@@ -42,14 +42,14 @@ def base_file(plan: dict, name: str) -> Path | None:
 
 
 def weight_names(plan: dict) -> list[str]:
-    """The names of the base's .safetensors files, its index among them where it has one."""
+    """The names of the base's .safetensors files, and of their index if it has one."""
     if index := base_file(plan, INDEX):
         return [INDEX, *sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
     return ["model.safetensors"]
 
 
 def weight_files(plan: dict) -> list[Path]:
-    """The base's .safetensors files, in the order of their names."""
+    """The paths of the base's .safetensors files, in the order of their names."""
     return [base_file(plan, name) for name in weight_names(plan) if name != INDEX]
 
 
@@ -67,7 +67,10 @@ def places(path: Path) -> dict[str, Place]:
 
 
 def cut(tensors: dict[str, Place], most: str | int) -> dict[str, dict[str, Place]]:
-    """The tensors dealt to files of at most that size, such as 5GB (a larger tensor has its own)."""
+    """{file: {name: Place}}: the tensors dealt to files of at most that size, such as 5GB.
+
+    A larger tensor has a file of its own.
+    """
     from huggingface_hub import split_state_dict_into_shards_factory
     files = split_state_dict_into_shards_factory(
         tensors, get_storage_size=lambda place: place.bytes, filename_pattern="model{suffix}.safetensors",
@@ -76,7 +79,7 @@ def cut(tensors: dict[str, Place], most: str | int) -> dict[str, dict[str, Place
 
 
 def write(path: Path, tensors: dict[str, Place], content: Callable[[str, Place], Iterator]) -> None:
-    """Write a .safetensors file of these tensors, one after the other; `content` yields each in pieces."""
+    """Write a .safetensors file of these tensors, in order; `content` yields the pieces of each."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, place in tensors.items():
         header[name] = {"dtype": place.dtype, "shape": place.shape, "data_offsets": [end, end + place.bytes]}
@@ -98,9 +101,9 @@ def write(path: Path, tensors: dict[str, Place], content: Callable[[str, Place],
 
 
 def rows(place: Place, most_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
-    """A tensor in pieces along its first axis, which take one another's place in memory.
+    """The pieces of a tensor along its first axis; each overwrites the one before in memory.
 
-    One without axes is one piece.
+    A tensor without axes is one piece.
     """
     number = place.shape[0] if place.shape else 1
     at_a_time = max(1, number * most_bytes // max(1, place.bytes))
@@ -114,17 +117,17 @@ def rows(place: Place, most_bytes: int = PIECE_BYTES) -> Iterator[torch.Tensor]:
 
 
 def whole(place: Place) -> torch.Tensor:
-    """A tensor of the files."""
+    """A whole tensor, read from its place in a file."""
     return next(rows(place, place.bytes)).view(place.shape)
 
 
 def as_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The memory of a contiguous tensor."""
+    """The memory of a contiguous tensor as an array of bytes; no copy."""
     return tensor.flatten().view(torch.uint8).numpy()
 
 
 def write_index(path: Path, files: dict[str, dict[str, Place]]) -> None:
-    """Write which tensor is in which file, or nothing where there is one file only."""
+    """Write the index of which tensor is in which file; with a single file, there is none."""
     path.unlink(missing_ok=True)
     if len(files) == 1:
         return

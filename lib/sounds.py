@@ -1,4 +1,4 @@
-"""sounds: a sound file or an array of samples as feature extractors take it: mono, float32, at their rate."""
+"""sounds: sound files and arrays as feature extractors take them: mono, float32, at their sampling rate."""
 import io
 
 import numpy as np
@@ -8,7 +8,10 @@ POSTER = (224, 64)                        # pixels
 
 
 def decode(raw: bytes, sampling_rate: int) -> np.ndarray:
-    """The samples [N] of a sound file of any usual kind, its channels averaged. Any error if it is none."""
+    """The samples [N] of a sound file of any usual kind, channels averaged, at this sampling rate.
+
+    Raises whatever the decoder raises where the bytes are no sound.
+    """
     import soundfile
     try:
         samples, rate = soundfile.read(io.BytesIO(raw), dtype="float32", always_2d=True)  # [N, channels]
@@ -20,7 +23,10 @@ def decode(raw: bytes, sampling_rate: int) -> np.ndarray:
 
 
 def by_ffmpeg(raw: bytes, error: Exception) -> tuple[np.ndarray, int]:
-    """(samples [N, channels], their rate) of what soundfile doesn't read, such as m4a; else its error."""
+    """(samples [N, channels], their rate) of a file that soundfile can't read, such as m4a.
+
+    error: soundfile's, raised where FFmpeg can't read it, either.
+    """
     import av
     try:
         with av.open(io.BytesIO(raw)) as container:
@@ -33,7 +39,7 @@ def by_ffmpeg(raw: bytes, error: Exception) -> tuple[np.ndarray, int]:
 
 
 def resampled(mono: np.ndarray, rate: int, wanted: int) -> np.ndarray:
-    """The same sound at another rate, by FFmpeg's swresample: what lies above half the new rate is gone."""
+    """A sound at another rate, by FFmpeg's swresample, which filters out what is above half the new rate."""
     if rate == wanted:
         return mono
     import av
@@ -45,7 +51,8 @@ def resampled(mono: np.ndarray, rate: int, wanted: int) -> np.ndarray:
 
 
 def as_wav(array, rate: int) -> bytes:
-    """A wav file of samples [N] or of several channels, along either axis; floats, or 16 or 32 bits."""
+    """A wav file of samples [N] or of channels along either axis, given as floats or 16- or 32-bit integers.
+    """
     import soundfile
     samples = np.asarray(array)
     loudest = 2 ** (8 * samples.dtype.itemsize - 1) if samples.dtype in (np.int16, np.int32) else 1
@@ -58,7 +65,7 @@ def as_wav(array, rate: int) -> bytes:
 
 
 def poster(samples: np.ndarray, caption: str) -> Image.Image:
-    """A picture of a sound for people: its loudness from left to right, and a caption."""
+    """A picture of a sound for people: its loudness over time, and a caption."""
     image = Image.new("RGB", POSTER, "white")
     draw, middle = ImageDraw.Draw(image), POSTER[1] // 2 + 6
     loudest = float(np.abs(samples).max()) or 1.0

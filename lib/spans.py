@@ -1,8 +1,8 @@
 """spans: from the characters of a rendered text to the tokens that a processor makes of it.
 
-A span is (start, end) in characters, the tokens' spans are an array [T, 2]. `replaced` is what a processor
-wrote for media placeholders: [{"span": in the render, "new_span": in the text that it tokenized,
-"replacement": that text}].
+A span is (start, end) in characters; the spans of tokens are an array [T, 2]. `replaced` says what a
+processor wrote in place of media placeholders: [{"span": of the placeholder in the render, "new_span": of
+what it wrote in the text that it tokenized, "replacement": what it wrote}].
 """
 import numpy as np
 from tokenizers import Tokenizer, decoders
@@ -13,7 +13,7 @@ BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
 
 
 def moved(spans: list, replaced: list[dict]) -> list[tuple[int, int]]:
-    """The spans after the processor wrote its replacements for the media placeholders before them."""
+    """Spans of a render, moved into the text in which the processor has replaced media placeholders."""
     def new(place: int) -> int:
         return place + sum((r["new_span"][1] - r["new_span"][0]) - (r["span"][1] - r["span"][0])
                            for r in replaced if r["span"][1] <= place)
@@ -30,9 +30,9 @@ def after_replacing(text: str, replaced: list[dict]) -> str:
 
 
 def spans_of_tokens(offsets: list) -> np.ndarray:
-    """Each token's characters, from the offsets that a tokenizer gives.
+    """The span of each token, [T, 2], from the offsets that a tokenizer gives.
 
-    Byte-level tokenizers leave a token's leading space out of its offsets; it is the token's all the same.
+    Byte-level tokenizers leave a token's leading space out of its offsets; here it belongs to the token.
     """
     starts, ends = np.array(offsets, int).reshape(-1, 2).T
     before = np.maximum.accumulate(np.append(0, ends[:-1]))
@@ -40,7 +40,7 @@ def spans_of_tokens(offsets: list) -> np.ndarray:
 
 
 def straddled(tokens: np.ndarray, spans: list) -> list[int]:
-    """Those borders of the spans that lie within a token, with characters of it on both sides."""
+    """The borders of spans that fall inside a token, with characters of it on both sides."""
     starts, ends = tokens.T
     return [place for place in sorted({place for span in spans for place in span})
             if ((starts < place) & (place < ends)).any()]
@@ -56,7 +56,7 @@ def covered(tokens: np.ndarray, spans: list, without: list) -> np.ndarray:
 
 
 def bytes_of(tokenizer: Tokenizer) -> dict[int, bytes]:
-    """What each token of a byte-level vocabulary spells; nothing where the vocabulary is another."""
+    """{id: the bytes that a token spells} of a byte-level vocabulary; {} for other vocabularies."""
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         return {}
     spelt = {number: bytes(map(BYTE_OF.get, token)) for token, number in tokenizer.get_vocab(False).items()

@@ -45,7 +45,7 @@ class Work:
         self.run, self.stem, self.leader = decision.run, decision.stem, leader
         self.path = folder.partial(self.run, self.stem)
         self.config = Knobs(**({} if self.stem == "01_config" else ledger.knobs(self.run, self.stem)[0]))
-        self.checkpoint = decision.checkpoint  # to go on from
+        self.checkpoint = decision.checkpoint  # the one to resume from, if any
         self._began_seconds = time.monotonic()
         self._outside = {}
         self._started = {"stage": self.stem, "reads": decision.reads, "forced": decision.forced}
@@ -58,15 +58,18 @@ class Work:
         return self.run / stem
 
     def uses(self, path: Path | str, sha256: str | None = None) -> None:
-        """From now on this file, or all of this folder, is an input: to be said before it is read.
+        """Record a file, or all of a folder, as an input of the stage; call it before reading.
 
-        Whoever has hashed the bytes that he reads hands the sha256 in, and saves the hashing.
+        sha256: given by a caller that has hashed the bytes already.
         """
         if self.leader:
             self._outside |= ledger.outside(Path(path), sha256)
 
     def finish(self, volatile: tuple[str, ...] = ()) -> None:
-        """The stage is finished. `volatile` names files, folders and globs that are no part of its result."""
+        """Finish the stage: write stage.json and put the folder in place; only the leader does.
+
+        volatile: files, folders and globs that are no part of the stage's result.
+        """
         if not self.leader:
             return
         seconds = round(time.monotonic() - self._began_seconds, 3)
@@ -82,7 +85,7 @@ class Work:
         _say_next(self.stem, self.run)
 
     def _open(self) -> None:
-        """The folder is locked, holds only what is gone on with, and says what this start read."""
+        """Lock the folder, clear it of all but what is resumed from, and write what this start read."""
         self.path.mkdir(parents=True, exist_ok=True)
         folder.lock(self.path)
         if self.checkpoint:
@@ -127,7 +130,7 @@ def begin(decision: Decision, leader: bool = True) -> Work | None:
 def view(stem: str, run: Path, own: bool = False) -> Work:
     """A Work that only looks: it writes and locks nothing, and its `path` is RUN/STEM.
 
-    A view of what a start would do needs up-to-date earlier stages; one of what it wrote (`own`) only that.
+    By default it needs the earlier stages to be up to date; with `own`, only the stage itself to be finished.
     """
     run = Path(run)
     if own and not ledger.finished(run / stem):
@@ -146,6 +149,6 @@ def every_knob(run: Path) -> Knobs:
 
 
 def _say_next(stem: str, run: Path) -> None:
-    """Names the command of the stage that follows."""
+    """Print the command of the next stage."""
     for later in STAGES[STAGES.index(stem) + 1 :][:1]:
         terminal.next_command(command(later, run))

@@ -1,7 +1,7 @@
 """steps: what an optimizer step found, read while the device computes the next one.
 
-A GPU works behind the host, and never stands still as long as the host waits for no result. So a step's
-results are sent on their way, and read once the step after it is under way.
+A GPU works through what the host has queued, and never idles as long as the host doesn't wait for a result.
+So a step's results are copied to the host without waiting, and read once the next step is queued.
 """
 import time
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ import torch
 from lib import faults
 from lib.order import Row
 
-LATE = {"cuda": 1}                        # steps; elsewhere results are there at once
+LATE = {"cuda": 1}                        # steps by which results are read late; elsewhere 0
 
 
 class Sent:
-    """A tensor on its way to the host. Reading it waits for it, not for what its device got to do since."""
+    """A tensor being copied to the host. Reading it waits for the copy, not for what was queued after it."""
 
     def __init__(self, tensor: torch.Tensor):
         self.host, self.arrived = tensor.to("cpu", non_blocking=tensor.is_cuda), None
@@ -23,7 +23,7 @@ class Sent:
             self.arrived = torch.cuda.current_stream(tensor.device).record_event()
 
     def read(self):
-        """Its number, or its numbers as lists."""
+        """The tensor's number, or its numbers as nested lists."""
         if self.arrived:
             self.arrived.synchronize()
         return self.host.tolist()
@@ -31,7 +31,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Step:
-    """An optimizer step that the device has been given."""
+    """An optimizer step that is queued on the device, with its results on their way."""
     number: int
     shares: list[list[list[Row]]]         # each rank's micro-batches
     sizes: dict[str, int]                 # lib/metrics.py's
@@ -44,9 +44,9 @@ class Step:
 
 
 def figures_of(run, step: Step) -> dict:
-    """What a step found, for the log. A StageError that names the samples where too many were no number.
+    """A step's figures, for the log; StageError that names the samples where too many steps weren't finite.
 
-    Its seconds go on from where the step before it was read, for the device has had both one after the other.
+    Its seconds count from when the step before was read, since the device runs one after the other.
     """
     losses, scale = step.losses.read(), step.scale.read()
     norms = {name: norm.read() for name, norm in step.norms.items()}

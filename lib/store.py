@@ -1,10 +1,10 @@
 """store: what a frozen tower makes of each picture, computed once and kept in the run folder.
 
 With `cache_vision_features`, training never decodes a picture and never runs the tower: a sample's tensors
-without its pixels lie in features/rows, the features of its pictures in features/pictures, named by a hash of
-the pictures, the processor and the base model. Samples with the same pictures share them.
+without its pixels are in features/rows, the features of its pictures in features/pictures, in files named by
+a hash of the pictures, the processor and the base model. Samples with the same pictures share a file.
 
-Fork me to: keep them elsewhere, or in another type (`Store`).
+Fork me to: keep them elsewhere, or in another dtype (`Store`).
 """
 import hashlib
 import json
@@ -21,21 +21,21 @@ from lib import features, ledger, terminal
 from lib.stage import StageError
 
 PIXELS = {"pixel_values", "pixel_attention_mask"}
-EXTRA_ROOM = 1.1                          # free space wanted, over the estimate
+EXTRA_ROOM = 1.1                          # free space required, as a multiple of the estimate
 
 
 @dataclass(frozen=True)
 class Store:
-    """The folder of kept features; only plain data, so that DataLoader workers can read it.
+    """The folder of kept features; plain data, so that it can be sent to DataLoader workers.
 
-    salt: what besides its pictures a sample's features depend on, as a hash.
+    salt: a hash of all that features depend on besides the pictures.
     """
     folder: Path
     salt: str
 
     @classmethod
     def of(cls, work) -> "Store":
-        """A run's store, for the processor that 02 saved and the base model of 03's plan."""
+        """The Store of a run, for the processor that 02 saved and the base model of 03's plan."""
         planned = work.input("03_load_model")
         plan, files = (ledger.read_json(planned / name) for name in ("model.json", "stage.json"))
         base = [plan[fact] for fact in ("base_model", "revision", "class", "dtype", "quantisation")]
@@ -66,9 +66,9 @@ class Store:
 
 
 def keep_features(run) -> None:
-    """Nothing; from here on, the run's samples come with what the frozen tower makes of their pictures.
+    """Make the run's samples bring kept vision features in place of pixels.
 
-    What the store lacks is computed and written first; ranks share the work.
+    Features that the store lacks are computed and written first; ranks share the work.
     """
     world, net, parts = run.world, run.model, (run.samples, run.held_out)
     if moving := {*run.role_of.values()} & {"vision", "projector"}:
@@ -96,8 +96,9 @@ def keep_features(run) -> None:
 
 
 def what_lacks(store: Store, parts: Iterable, world) -> list[list[tuple]]:
-    """[[(samples, index)]] of which the store lacks a file; those with the same pictures stand together, for
-    one rank to compute them. All ranks have found the same.
+    """[[(samples, index)]] of the samples for which the store lacks a file; the same on every rank.
+
+    Samples with the same pictures are one group, for one rank to compute.
     """
     lacking: dict[Path, dict[Path, tuple]] = {}
     for samples in parts:
@@ -115,7 +116,7 @@ def what_lacks(store: Store, parts: Iterable, world) -> list[list[tuple]]:
 
 
 def check_room(folder: Path, found: dict[str, torch.Tensor], tokens: int, parts: tuple) -> None:
-    """Nothing; says how much the features will take, and stops where the disk lacks it."""
+    """Say how much room the features will take at most; raise StageError where the disk lacks it."""
     per_token = sum(tensor.nbytes for tensor in found.values()) / max(1, tokens)
     wanted = per_token * sum(sum(samples.media_tokens) for samples in parts) / 2**30
     free = shutil.disk_usage(folder).free / 2**30
@@ -126,7 +127,7 @@ def check_room(folder: Path, found: dict[str, torch.Tensor], tokens: int, parts:
 
 
 def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file that is whole or not there, also after a power cut."""
+    """Write a safetensors file, which is whole or not there, even after a power cut."""
     aside = path.with_suffix(".partial")
     save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, aside)
     ledger.sync(aside)
@@ -134,7 +135,7 @@ def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 
 def flat(value, name: str = "") -> dict[str, torch.Tensor]:
-    """{"FIELD.NUMBER": tensor} of nested fields and lists, as a file holds them."""
+    """{"FIELD.NUMBER": tensor} of nested dicts and lists, as a file holds them."""
     if isinstance(value, torch.Tensor):
         return {name: value}
     inner = value.items() if isinstance(value, dict) else ((f"{i:04}", each) for i, each in enumerate(value))
@@ -143,7 +144,7 @@ def flat(value, name: str = "") -> dict[str, torch.Tensor]:
 
 
 def unflat(named: dict[str, torch.Tensor]) -> dict | list:
-    """The opposite of `flat`."""
+    """The nested dicts and lists of which `flat` made these named tensors."""
     inner: dict[str, dict] = {}
     for name, tensor in named.items():
         key, _, rest = name.partition(".")

@@ -1,8 +1,8 @@
-"""tekken: a processor that reads conversations only, made to take a rendered text and to place its tokens.
+"""tekken: Mistral's processor, which only reads conversations, made to take rendered texts with offsets.
 
 Mistral's own library turns messages straight into ids: there is no text whose characters labels could follow.
-Here its tekken.json becomes a tokenizer with offsets, and a sound's placeholder is spelled out by the same
-library's encoder, so that the ids are the ones that it would give itself.
+Here its tekken.json becomes a tokenizer with offsets, and the same library's encoder spells out a sound's
+placeholder, so that the ids are those that the library itself would give.
 """
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 
 
 class TekkenProcessor:
-    """What the kit asks of a processor: call, render, save. Saved is the one that was published."""
+    """A processor as the kit uses one (call, render, save) around the published one, which is saved."""
 
     def __init__(self, published, chat_template: str | None):
         from transformers.integrations.mistral import convert_tekken_tokenizer
@@ -24,13 +24,14 @@ class TekkenProcessor:
         self.audio_token_ids = sorted({encoder.audio_token, encoder.begin_audio_token})
 
     def apply_chat_template(self, messages: list[dict], **options) -> str:
-        """The text of a conversation, by our template: the published processor has none."""
+        """The text of a conversation, by the kit's template, since the published processor has none."""
         return self.tokenizer.apply_chat_template(messages, **{"chat_template": self.chat_template} | options)
 
     def save_pretrained(self, folder: Path) -> None:
-        """The published processor's files and the template, and which class reads tekken.json.
+        """Save the published processor's files, the template, and which class reads tekken.json.
 
-        The checkpoint's config.json says that, but no adapter brings one: then AutoProcessor takes another.
+        A checkpoint's config.json says that class, but an adapter's folder has none: AutoProcessor would then
+        take another.
         """
         self.published.chat_template = self.chat_template
         self.published.save_pretrained(folder)

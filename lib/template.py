@@ -1,7 +1,7 @@
-"""template: conversations as text, by the checkpoint's own chat template, and what the model writes of it.
+"""template: conversations as text, by the checkpoint's own chat template, and which characters are trained.
 
-Real templates drop, trim and rewrite; so the renders are checked against one another (lib/turns.py), and what
-doesn't fit is a RowError: labels are exact or there are none.
+Real templates drop, trim and rewrite texts. So renders are checked against one another (lib/turns.py), and
+what doesn't fit is a RowError: labels are exact, or there are none.
 
 Fork me to: train on other words (`conversations` says what a sample is).
 """
@@ -20,11 +20,10 @@ from lib.turns import Turn, Turns
 class Conversation:
     """A sample's text, the (start, end) characters in it that are trained, and how many media it shows.
 
-    `reply` are the characters of the answer that 06 asks for: the last reply that trains; the last one of all
-    where none does; what trains last where there is none. `ends_added` counts the replies that the template
-    left without an end of turn, which the kit put there.
-    `put_in` is what the template says by itself, such as a default system prompt; `tells_day`, whether it
-    says the day.
+    reply: the characters of the answer that 06 asks for: the last reply that trains, or else the last reply,
+    or else the last trained text. ends_added: the number of replies that the template left without an end of
+    turn, and to which the kit added one. put_in: what the template writes by itself, such as a default system
+    prompt. tells_day: whether it writes the date.
     """
     text: str
     spans: list[tuple[int, int]]
@@ -37,9 +36,10 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Labels:
-    """What is trained: the texts of these roles, and which ends of turns (turn: of those; all, last or none).
+    """What is trained: the texts of these roles, and ends of turns.
 
-    A message's own `train` goes before its role.
+    ends: "turn" (of the trained texts' turns), "all", "last" or "none". A message's own `train` wins over its
+    role.
     """
     roles: tuple[str, ...] = ("assistant",)
     ends: str = "turn"
@@ -49,12 +49,12 @@ class Labels:
         return message.get("train", message["role"] in self.roles)
 
     def end_of(self, message: dict, last: bool) -> bool:
-        """Whether the end of its turn is; `last` says that no other turn follows."""
+        """Whether the end of a message's turn is trained; last: no other turn follows."""
         return {"turn": self.text_of(message), "all": True, "last": last, "none": False}[self.ends]
 
 
 class Template(Turns):
-    """A processor's chat template, and what is trained in its renders; the arguments are those of Turns."""
+    """A processor's chat template, and what is trained in its renders; takes the arguments of Turns."""
 
     def __init__(self, processor, stops: tuple[str, ...] = (), day: str | None = None):
         super().__init__(processor, stops, day)
@@ -99,7 +99,7 @@ class Template(Turns):
     # ---- what can go wrong with a text ----
 
     def _check_parts(self, messages: list[dict]) -> None:
-        """RowError where a text spells a token that only the template may write, or a medium has no token."""
+        """Raise RowError where a text spells a special token, or base_model takes no such medium."""
         for number, message in enumerate(messages):
             who = f"message {number} ({message['role']})"
             extras = {key: value for key, value in message.items() if key not in ("role", "content")}
@@ -114,7 +114,7 @@ class Template(Turns):
     def _own_words(self, messages: list[dict], full: str, shape: tuple[str, list]) -> tuple[str, ...]:
         """What the template writes between the texts, without single words such as the names of roles.
 
-        RowError where a text other than a reply's doesn't stand in the render; `_reply` sees to those.
+        Raises RowError where a text isn't in the render, except a reply's, which `_reply` checks.
         """
         render, texts = shape
         roles = [message["role"] for message in messages for text in texts_of(message) if text.strip()]
@@ -132,7 +132,7 @@ class Template(Turns):
     # ---- turns to a sample ----
 
     def _sample(self, messages: list[dict], text: str, turns: list[Turn], said: tuple) -> Conversation:
-        """The conversation, with an end put behind each trained reply that the template left without one."""
+        """The Conversation of these turns, with an end added to each trained reply that has none."""
         spans, added, replies = [], 0, []
         for turn in sorted(turns, key=lambda turn: turn.end):
             shift = added * len(self.closing) if added else 0
@@ -151,7 +151,7 @@ class Template(Turns):
         return Conversation(text, spans, reply, self._count_media(messages, text), added, *said)
 
     def _untrained_reply(self, messages: list[dict], text: str) -> tuple[int, int] | None:
-        """The characters of the last reply in a text; None where there is none that can be told exactly."""
+        """The characters of the last reply in a text; None where none can be told exactly."""
         places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         with contextlib.suppress(RowError, IndexError):
             upto = self.render(messages[:places[-1] + 1])
@@ -172,6 +172,6 @@ class Template(Turns):
 
 @functools.lru_cache(maxsize=256)
 def pieces_of(render: str, not_words: re.Pattern) -> tuple[str, ...]:
-    """What a render of marks says between them, each once, without single words."""
+    """The pieces of text between a render's marks, each once, without single words."""
     pieces = [piece.strip() for piece in not_words.split(render) if len(piece.split()) > 1]
     return tuple(dict.fromkeys(pieces))

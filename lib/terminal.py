@@ -11,40 +11,40 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-WIDEST = 60               # a column of plain lines; a longer cell sticks out, and pushes no other line apart
+WIDEST = 60               # characters to which a column of plain lines is padded; longer cells stick out
 QUIET = os.environ.get("RANK", "0") != "0"
 console = Console(highlight=False, quiet=QUIET)
 _stderr = Console(highlight=False, stderr=True)
 
 
 def say(text: str, style: str = "") -> None:
-    """One line, printed as it is: no markup, no wrapping."""
+    """Print one line as it is: no markup, no wrapping."""
     console.print(text, style=style or None, markup=False, soft_wrap=True)
 
 
 def warn(text: str) -> None:
-    """A line that asks for attention and stops nothing."""
+    """Print a warning, which stops nothing."""
     say(f"warning: {text}", "yellow")
 
 
 def error(what: str, fix: str) -> None:
-    """The two lines with which a stage stops."""
+    """Print the two lines with which a stage stops."""
     _stderr.print(f"error: {what}", style="bold red", markup=False, soft_wrap=True)
     _stderr.print(f"  fix: {fix}", markup=False, soft_wrap=True)
 
 
 def header(stem: str, sentence: str) -> None:
-    """The first line of a stage: which one, and what it does."""
+    """Print the first line of a stage: which one it is, and what it does."""
     console.print(f"[bold cyan]{escape(stem)}[/]  {escape(sentence)}", soft_wrap=True)
 
 
 def next_command(text: str) -> None:
-    """The last line of a stage: how to go on."""
+    """Print the last line of a stage: the command to go on with."""
     console.print(f"next: [bold green]{escape(text)}[/]", soft_wrap=True)
 
 
 def table(title: str, columns: list[str], rows: list[list]) -> None:
-    """A table whose numbers stand to the right. Without a terminal its columns are only aligned."""
+    """Print a table, numbers right-aligned. Without a terminal its columns are only padded."""
     cells = [[_cell(value) for value in row] for row in rows]
     right = [any(map(_is_number, column)) and not any(isinstance(value, str) for value in column)
              for column in zip(*rows)] or [False] * len(columns)
@@ -69,14 +69,14 @@ def _is_number(value) -> bool:
 
 
 def _cell(value) -> str:
-    """A value as text: thousands apart, four digits of a float, "-" for None."""
+    """A value as text: with commas at thousands, four digits of a float, "-" for None."""
     if _is_number(value):
         return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     return "-" if value is None else str(value)
 
 
 def duration(seconds: float) -> str:
-    """Words for a time: "3.2 s", "4 min 10 s", "2 h 5 min"."""
+    """A time in words: "3.2 s", "4 min 10 s", "2 h 5 min"."""
     if seconds < 59.95:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -84,7 +84,7 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A bar with the time left and any named figures; without a terminal a line every `every_seconds`.
+    """A progress bar with the time left and named figures; without a terminal, a line every `every_seconds`.
 
         with Progress("training", total=500, done=40) as bar:      # 40 steps were done by an earlier start
             bar.update(41, loss="1.23", wait="2%")
@@ -107,7 +107,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._began_seconds = self._line_seconds = time.monotonic()
-        self._line_at = None  # the last line told of so many done
+        self._line_at = None  # how many were done when the last line was printed
         self._bar.start()
         return self
 
@@ -117,7 +117,7 @@ class Progress:
             self._line()
 
     def update(self, done: int, **figures: str) -> None:
-        """`done` of `total` are done, and these are the figures of now."""
+        """Show that `done` of `total` are done, with these figures."""
         self.done, seconds = done, time.monotonic() - self._began_seconds
         left = seconds / (done - self._first) * (self.total - done) if done > self._first else 0
         words = [f"{duration(left)} left"] if left else []
@@ -127,7 +127,7 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        """Where there is no bar, a line says how far it is."""
+        """Print a line of how far it is, where there is no bar."""
         if self._bar.disable:
             self._line_seconds, self._line_at = time.monotonic(), self.done
             say(f"{self.title} {self.done}/{self.total}  {self._figures}".rstrip())

@@ -1,4 +1,4 @@
-"""tokens: a sample's tokens for people: each with its id, trained ones marked, runs of media folded."""
+"""tokens: a sample's tokens as HTML: each with its id, trained ones marked, runs of media tokens folded."""
 import re
 from html import escape
 from itertools import groupby
@@ -16,7 +16,7 @@ SIGNS = {" ": "<i>·</i>", "\n": "<i>↵</i>\n", "\r": "<i>␍</i>", "\t": "<i>�
 
 
 def view(tokens, input_ids, labels, media_tokens=()):
-    """Every token with its id as title; trained ones in <mark>; a run of one media token as one, counted."""
+    """HTML of every token, its id as title; trained ones in <mark>; a run of one media token is counted."""
     byte_level = any(sign in token for token in tokens for sign in "ĠĊ") and all(t[:1] != "▁" for t in tokens)
     rows = [(label != IGNORE_INDEX, token if token in media_tokens else n, token, token_id)
             for n, (token, token_id, label) in enumerate(zip(tokens, input_ids, labels, strict=True))]
@@ -37,7 +37,7 @@ def _token_span(same, media_tokens, byte_level):
 
 
 def _readable(token, byte_level):
-    """Escaped text of one token, where nothing is invisible."""
+    """The escaped text of one token, with signs for what would be invisible."""
     if not byte_level:
         token = token.replace("▁", " ")
         token = "\n" if token == "<0x0A>" else token
@@ -53,7 +53,7 @@ def _readable(token, byte_level):
 
 
 def card(title, media_html, token_html, facts, anchor=""):
-    """One sample: its facts ([(label, value)]), its media, its tokens; an anchor is for links to it."""
+    """HTML of one sample: its facts ([(label, value)]), media and tokens; anchor: an id for links to it."""
     facts = "".join(f"<div><dt>{escape(label)}</dt><dd>{escape(cell(value))}</dd></div>"
                     for label, value in facts)
     media = f'<div class="pictures">{media_html}</div>' if media_html else ""

@@ -1,6 +1,6 @@
 """trackers: the figures of metrics.jsonl and timings.jsonl, sent on to TensorBoard or Weights & Biases.
 
-Figures only: no row of the data, no picture and no weight leaves the machine.
+Only figures, and the recipe's knobs, are sent: no row of the data, no picture and no weight.
 
 Fork me to: send them elsewhere (a function in `trackers_of` that takes a step and its figures).
 """
@@ -15,7 +15,7 @@ Tracker = Callable[[int, dict[str, float]], None]
 
 
 def trackers_of(knobs, run: Path) -> list[Tracker]:
-    """What the recipe's trackers want called with every step's figures; a StageError where one is missing."""
+    """The functions that send each step's figures to the recipe's trackers; StageError lacking a package."""
     found: list[Tracker] = []
     if knobs.use_tensorboard:
         require("tensorboard", "use_tensorboard")
@@ -38,7 +38,7 @@ def trackers_of(knobs, run: Path) -> list[Tracker]:
 
 
 def require(module: str, knob: str) -> None:
-    """Nothing; a StageError where a tracker's package is missing."""
+    """Raise StageError where a tracker's package is missing."""
     if importlib.util.find_spec(module) is None:
         raise StageError(f"{knob}: the Python package {module} is not installed", f"pip install {module}")
 

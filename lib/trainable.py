@@ -1,8 +1,8 @@
-"""trainable: why a model type can't be trained here, said before anything is loaded.
+"""trainable: refuses model types that can't be trained here, before anything is loaded.
 
-The kit trains decoders that continue a text: token t+1 from what stands up to t, by the logits of the output
-head. What transformers' tables also hold (encoder-decoders, denoisers, robots' policies, models that change
-their logits afterwards) would train on something else than its rows say, in silence.
+The kit trains decoders that continue a text: they predict token t+1 from all up to t, by the logits of the
+output head. Transformers' tables hold others, too (encoder-decoders, denoisers, robots' policies, models that
+change their logits afterwards), which would silently train on something else than their rows say.
 """
 import inspect
 
@@ -13,13 +13,13 @@ OTHER = "choose another base_model: this kit trains models that continue a text"
 
 
 def refuse_other_objectives(config) -> None:
-    """A StageError for an encoder-decoder, whose replies aren't the end of its input."""
+    """Raise StageError for an encoder-decoder, whose replies aren't the end of its input."""
     if getattr(config, "is_encoder_decoder", False):
         raise StageError(f"base_model: {config.model_type} is an encoder-decoder", OTHER)
 
 
 def refuse_other_losses(model) -> None:
-    """A StageError for a class without a next-token loss, or whose logits lib/loss.py would get wrong."""
+    """Raise StageError for a class without a next-token loss, or whose logits lib/loss.py would get wrong."""
     name, forward = type(model).__name__, type(model).forward
     if "labels" not in inspect.signature(forward).parameters or model.get_output_embeddings() is None:
         raise StageError(f"base_model: {name} predicts no next token", OTHER)

@@ -1,8 +1,8 @@
 """turns: where each turn's text and its end stand in a render, to the character.
 
-A reply is what a render gains by it: the render up to the reply, without the one before it that asks for it.
-Where its text ends is seen by rendering a mark in its place. Any other turn's text is found by such marks
-alone: with them, the render has to be the same but for that text.
+A reply is what it adds to the render: the render up to the reply, minus the prompt that asks for it. A mark
+rendered in place of the reply's text shows where that ends. The text of any other turn is found by such marks
+alone: with the mark, the rest of the render must stay the same.
 
 Fork me to: find turns in another way (`_reply`, `_asked`).
 """
@@ -21,10 +21,11 @@ NUMBERED = re.compile(rf"{MARK}(\d+)\.")
 
 @dataclass(frozen=True)
 class Turn:
-    """The (start, stop) characters of a turn's text, several if media stand among them; where its end ends.
+    """Where a turn stands in a render.
 
-    `end` is the last `stop` where the template writes no end. `text_trained` and `end_trained` say what of it
-    is learnt; `is_reply`, whether an assistant wrote it: there, the kit may put an end.
+    spans: the (start, stop) characters of its text, several if media stand among them. end: where its end of
+    turn ends; the last stop where the template writes none. is_reply: whether it is the assistant's, to which
+    the kit may add an end. text_trained, end_trained: what of it is learnt.
     """
     spans: list[tuple[int, int]]
     end: int
@@ -34,7 +35,7 @@ class Turn:
 
     @property
     def ended(self) -> bool:
-        """Whether the template wrote an end."""
+        """Whether the template wrote an end of turn."""
         return self.end > self.spans[-1][1]
 
 
@@ -42,7 +43,7 @@ class Turns(Renderer):
     """A processor's chat template, and the turns in its renders.
 
     stops: the tokens at which the checkpoint's generation stops, beside the tokenizer's eos. They tell which
-    of several tokens ends a turn, and whether a template that writes no end means the next header to be it.
+    of several tokens ends a turn, and whether in a template without ends the next header serves as one.
     """
 
     def __init__(self, processor, stops: tuple[str, ...] = (), day: str | None = None):
@@ -51,10 +52,10 @@ class Turns(Renderer):
         self.special, self.placeholders = special_tokens(processor), placeholders(processor)
 
     def _around(self, messages: list[dict], marks: list[dict], upto: str, shape: tuple) -> list[str]:
-        """What stands before, between and behind the texts of the last message in a render, `upto`.
+        """What stands before, between and behind the last message's texts in `upto`, the messages' render.
 
-        Where the render is its `shape`'s with plain texts in place of the marks, that says it. Else, it is
-        rendered once more with a mark in each place.
+        shape: their skeleton. Where filling in the texts makes it the render, it tells the places; else the
+        messages are rendered once more, with `marks` as the last one's content.
         """
         skeleton, texts = shape
         if len(marks) == 1 and texts and messages[-1]["content"][-1:] == text_parts(texts[-1]) \
@@ -66,7 +67,10 @@ class Turns(Renderer):
         return self.render([*messages[:-1], {**messages[-1], "content": marks}]).split(MARK)
 
     def _reply(self, messages: list[dict], upto: str, shape: tuple | None = None) -> Turn:
-        """Where the last message, an assistant's, stands in `upto`, their render; shape: their skeleton."""
+        """The Turn of the last message, an assistant's, in `upto`, the messages' render.
+
+        shape: the messages' skeleton, where it is at hand.
+        """
         before, reply = messages[:-1], messages[-1]
         if reply.get("tool_calls"):
             return self._calling(before, reply, upto)
@@ -93,7 +97,7 @@ class Turns(Renderer):
                     self._end_of_turn(upto, stop), True)
 
     def _calling(self, before: list[dict], reply: dict, upto: str) -> Turn:
-        """Where a reply with tool calls stands: it ends as a plain one would, and all before is its own."""
+        """The Turn of a reply with tool calls: all after the prompt, up to an end as a plain reply has it."""
         prompt = self.render(before, prompt=True)
         plain = self.render([*before, {"role": "assistant", "content": text_parts(MARK)}]).split(MARK)
         start, stop = len(prompt), len(upto) - len(plain[-1])
@@ -107,14 +111,14 @@ class Turns(Renderer):
         return Turn([(start, stop)], self._end_of_turn(upto, stop), True)
 
     def _refuse_unread(self, before: list[dict], read: str) -> None:
-        """RowError where a text isn't read before the reply: some templates keep it for the last question."""
+        """Raise RowError where an earlier text isn't read before the reply, as some templates move texts."""
         for message in before:
             for text in texts_of(message):
                 if message["role"] != "assistant" and text.strip() not in read:
                     raise lost(text)
 
     def _asked(self, messages: list[dict], place: int, full: str) -> Turn | None:
-        """Where the text of a message that is no reply stands in the render of all; None if it has none."""
+        """The Turn of a message that is no reply, in the render of all messages; None if it has no text."""
         texts = texts_of(messages[place])
         if not any(text.strip() for text in texts):
             return None
@@ -131,7 +135,7 @@ class Turns(Renderer):
         return Turn([(start - lead, spans[0][1]), *spans[1:]], ends.end() if ended else stop)
 
     def _end_of_turn(self, upto: str, stop: int) -> int:
-        """Where the turn ends whose text ends at `stop`: behind the next special token, in most templates."""
+        """Where a turn ends whose text ends at `stop`: behind the next special token, in most templates."""
         found = self.special.search(upto, stop)
         if not found:
             return max(stop, len(upto.rstrip()))
@@ -152,12 +156,12 @@ class Turns(Renderer):
 
     @functools.cached_property
     def ends(self) -> set[str]:
-        """The tokens that end a turn: those at which generation stops, and what the template puts there."""
+        """The tokens that end a turn: those at which generation stops, and the one the template writes."""
         return self.stops | {self._behind_reply}
 
     @functools.cached_property
     def closing(self) -> str:
-        """What ends a turn that the template doesn't: the next header if generation stops at it, else eos."""
+        """The token added to a turn without an end: the next header's if generation stops at it, else eos."""
         if self._behind_reply in self.stops and self._behind_reply:
             return self._behind_reply
         if tokenizer_of(self.processor).eos_token is None:
@@ -172,7 +176,7 @@ def marked(parts: list[dict]) -> list[dict]:
 
 
 def spans_of(texts: list[str], head: str, gaps: list[str], render: str) -> list[tuple[int, int]] | None:
-    """The characters of the texts in a render that is head, text, gap, text, gap …; None where it isn't."""
+    """The spans of texts in a render that is head, text, gap, text, gap …; None where it isn't."""
     if len(texts) != len(gaps) or not render.startswith(head):
         return None
     spans, place = [], len(head)
@@ -186,7 +190,7 @@ def spans_of(texts: list[str], head: str, gaps: list[str], render: str) -> list[
 
 
 def begin_of(texts: list[str], render: str) -> int | None:
-    """Where the texts begin that a render ends with, in their order; None where it doesn't."""
+    """Where the texts begin with which a render ends, in their order; None where it doesn't end so."""
     place = len(render.rstrip() if texts[-1].strip() else render)
     if not render[:place].endswith(texts[-1].strip()):
         return None

@@ -1,4 +1,4 @@
-"""versions: the oldest libraries that the kit runs with, checked in this one place."""
+"""versions: the oldest versions of libraries that the kit runs with, checked in this one place."""
 from importlib.metadata import PackageNotFoundError, version
 
 from lib.ledger import StageError
@@ -9,7 +9,7 @@ FIX = "pip install -r requirements.txt"
 
 
 def check() -> None:
-    """Nothing; a StageError names the first library that is missing or too old."""
+    """Raise StageError for the first library that is missing or too old."""
     for name, oldest in MINIMUM.items():
         try:
             found = version(name)
@@ -20,5 +20,5 @@ def check() -> None:
 
 
 def parts(text: str) -> tuple[int, ...]:
-    """(2, 14, 1) of "2.14.1+cu130"."""
+    """A version's numbers, such as (2, 14, 1) of "2.14.1+cu130"."""
     return tuple(int(part) for part in text.split("+")[0].split(".") if part.isdigit())

@@ -3,7 +3,7 @@
 A token that the tokenizer lacks gets the next id, and embedding and head grow where they have no row for it.
 With an adapter, these new rows train, no other, and are saved with it: peft's `trainable_token_indices`.
 
-Fork me to: let new rows begin otherwise (`grow`).
+Fork me to: initialise new rows in another way (`grow`).
 """
 import torch
 
@@ -14,7 +14,7 @@ from lib.tekken import TekkenProcessor
 
 
 def add_tokens(processor, knobs) -> list[int]:
-    """Ids of a recipe's tokens that were new to the processor's tokenizer, which has all of them then."""
+    """The ids of the recipe's tokens that were new to the processor's tokenizer, to which they are added."""
     special = dict(knobs.special_tokens)
     if not special and not knobs.tokens:
         return []
@@ -29,7 +29,7 @@ def add_tokens(processor, knobs) -> list[int]:
 
 
 def new_rows(model, knobs) -> list[int]:
-    """The rows of embedding and head that a recipe's new tokens need: theirs, and all by which they grow."""
+    """The rows of embedding and head that train for a recipe's new tokens: theirs, and all that are added."""
     if not knobs.special_tokens and not knobs.tokens:
         return []
     options = {"revision": knobs.revision, "trust_remote_code": knobs.trust_remote_code}
@@ -53,15 +53,15 @@ def obstacle(model, rows: int) -> str:
 
 
 def named(knobs) -> str:
-    """The knob that adds tokens, for messages."""
+    """The name of the knob that adds tokens, for messages."""
     return "tokens" if knobs.tokens else "special_tokens"
 
 
 @torch.no_grad()
 def grow(model, rows: list[int]) -> int | None:
-    """How many rows embedding and head have, so that they have all of these; None where they had them.
+    """The number of rows to which embedding and head were grown, to have all of these; None if they had them.
 
-    Rows that they lacked are the mean of the others.
+    New rows begin as the mean of the others.
     """
     before = len(model.get_input_embeddings().weight)
     if not rows or rows[-1] < before:
@@ -73,7 +73,7 @@ def grow(model, rows: list[int]) -> int | None:
 
 
 def trained(model, plan: dict) -> dict[str, list[int]] | None:
-    """{module: rows that train} for peft; a head that is the embedding follows by itself."""
+    """{module: rows that train} for peft, or None; a head that is tied to the embedding follows by itself."""
     if not plan["new_rows"]:
         return None
     parts = [model.get_input_embeddings(), *([] if plan["tied_head"] else [model.get_output_embeddings()])]

@@ -43,7 +43,7 @@ class Failed(Exception):
 
 
 def hold(condition, words: str) -> None:
-    """Nothing; Failed unless the condition holds."""
+    """Raise Failed unless the condition holds."""
     if not condition:
         raise Failed(words)
 
@@ -230,7 +230,7 @@ def classify(model_type: str, folder: Path) -> dict:
 
 
 def attempt(model_type: str, folder: Path, facts: dict, found: dict) -> None:
-    """Nothing; what held is noted in `found`, what didn't is raised."""
+    """Note in `found` which checks held; raise what the first other one raised."""
     with plan.quiet():
         config = tiny.configuration(model_type)
         trainable.refuse_other_objectives(config)

@@ -52,7 +52,7 @@ def bad_input(cases: Iterable[Bad]):
 
 
 def check(case: Bad, script: str, folder: Path, may_write: Iterable[str] = ()) -> None:
-    """Nothing; called in this process, the script stops with the row's two lines, and nothing is lost.
+    """Assert that the script, called in this process, stops with the row's two lines and loses nothing.
 
     Every file of the folder is as it was and none is new, but for the globs in `may_write`: relative to the
     folder, as "runs/*.partial/*", which lets a stage leave a half-written folder behind.
@@ -65,7 +65,7 @@ def check(case: Bad, script: str, folder: Path, may_write: Iterable[str] = ()) -
 
 
 def check_process(case: Bad, script: str, folder: Path) -> None:
-    """Nothing; the script's process says the row's two lines on stderr, nothing else, and exits with 1."""
+    """Assert that the script's process says the row's two lines on stderr, nothing else, and exits with 1."""
     write(folder, case.files)
     done = process(script, case.argv, folder)
     lines = done.stderr.splitlines()
@@ -89,7 +89,7 @@ def process(script: str, argv: list[str], folder: Path, **env: str) -> subproces
 
 
 def write(folder: Path, files: dict) -> None:
-    """Nothing; the files are in the folder."""
+    """Write the files into the folder: each a text, bytes, or a function that is given its path."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def contents(folder: Path, but: Iterable[str] = ()) -> dict[str, str]:
 
 
 def assert_two_lines(what: str, fix: str, case: Bad) -> None:
-    """Nothing; the two lines are the row's."""
+    """Assert that the two lines are the row's."""
     for said, expected in ((what, case.what), (fix, case.fix)):
         pattern = re.escape(expected).replace("…", "[^\n]*")
         assert re.fullmatch(pattern, said), f"\n  said:     {said}\n  expected: {expected}"

@@ -51,7 +51,7 @@ class Hub(BaseHTTPRequestHandler):
         self.send((folder / name).read_bytes(), moods.pop(0) if moods else "")
 
     def refuse(self, status: int, code: str) -> None:
-        """Nothing; a refusal as huggingface_hub tells them apart."""
+        """Send a refusal, with the header by which huggingface_hub tells them apart."""
         self.send_response(status)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Repo-Commit", Hub.head)                 # so that a file's absence is kept, too
@@ -59,7 +59,7 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
 
     def send(self, content: bytes, mood: str = "") -> None:
-        """Nothing; the content, half of it where it is "cut", a refusal where it is "broken"."""
+        """Send the content; half of it where the mood is "cut", a refusal where it is "broken"."""
         if mood == "broken":
             return self.refuse(503, "Broken")
         self.send_response(200)
@@ -72,7 +72,7 @@ class Hub(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, *words):
-        """Nothing: a test prints what matters."""
+        """Log nothing: a test prints what matters."""
 
 
 def serve() -> ThreadingHTTPServer:

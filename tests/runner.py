@@ -40,7 +40,7 @@ class Run:
         (folder / "recipe.yaml").write_text(text + "\n", encoding="utf-8")
 
     def __call__(self, stem: str, *words: str):
-        """Nothing; runs main of a numbered script on the run folder, 01 on the recipe, too."""
+        """Run main of a numbered script on the run folder, 01's on the recipe, too."""
         self.chdir(self.folder)
         given = ["recipe.yaml", "run", *words] if stem == "01_config" else ["run", *words]
         importlib.import_module(stem).main(given)
@@ -142,7 +142,7 @@ def fork(stem: str, *words: str, before=lambda: None, **environ: str) -> Child:
 
 
 def become(stem: str, words: tuple[str, ...], before) -> None:
-    """Nothing; this process has run `stem.py words`, or ends with its exit code."""
+    """Run `stem.py words` in this process, or end it with the script's exit code."""
     from lib import stage, terminal
     terminal.QUIET = terminal.console.quiet = os.environ.get("RANK", "0") != "0"
     before()
@@ -213,5 +213,5 @@ def ranks(number: int, stem: str, *words: str, before=lambda: None) -> list[Chil
 
 
 def assert_trained(children: list[Child]) -> None:
-    """Nothing; all of them have ended well."""
+    """Assert that all of the processes have ended well."""
     assert all(child.code == 0 for child in children), "".join(child.said for child in children)

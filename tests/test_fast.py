@@ -28,7 +28,8 @@ def assert_same(found, wanted):
 
 
 def test_losses_and_gradients_are_the_libraries_own(subject, tmp_path, monkeypatch):
-    for name, size in (("ROWS", 16), ("WHOLE", 12), ("FEWEST", 1), ("KEPT", 40)):      # so that tiny rows are several blocks
+    sizes = {"ROWS_MASKED": 16, "ROWS_UNMASKED": 12, "FEWEST_ROWS": 1, "KEEP_TOKENS": 40}   # tiny rows: several blocks
+    for name, size in sizes.items():
         monkeypatch.setattr(blocks, name, size)
     net, _ = subject.adapter(tmp_path)
     net.eval()
@@ -122,10 +123,10 @@ def masks_of(kind: str, tokens: int) -> torch.Tensor | None:
 @pytest.mark.parametrize("kind", ["none", "bool", "added", "causal", "window", "a picture both ways", "padded"])
 def test_attention_in_blocks_is_torchs(kind, groups, kept, monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr(blocks, "ROWS", 4)
-    monkeypatch.setattr(blocks, "WHOLE", 5)
-    monkeypatch.setattr(blocks, "KEPT", 9 if kept else 8)
-    monkeypatch.setattr(blocks, "FEWEST", 1)
+    monkeypatch.setattr(blocks, "ROWS_MASKED", 4)
+    monkeypatch.setattr(blocks, "ROWS_UNMASKED", 5)
+    monkeypatch.setattr(blocks, "KEEP_TOKENS", 9 if kept else 8)
+    monkeypatch.setattr(blocks, "FEWEST_ROWS", 1)
     query = torch.randn(2, 4, 9, 8, requires_grad=True)
     key = torch.randn(2, groups, 9, 8, requires_grad=True)
     value = torch.randn(2, groups, 9, 6, requires_grad=True)
@@ -138,8 +139,8 @@ def test_attention_in_blocks_is_torchs(kind, groups, kept, monkeypatch):
 
 
 def test_blocks_see_no_column_that_a_mask_hides_from_all_of_their_rows(monkeypatch):
-    monkeypatch.setattr(blocks, "ROWS", 4)
-    monkeypatch.setattr(blocks, "FEWEST", 1)
+    monkeypatch.setattr(blocks, "ROWS_MASKED", 4)
+    monkeypatch.setattr(blocks, "FEWEST_ROWS", 1)
     query = torch.empty(2, 1, 9, 8)
 
     def seen(kind):
@@ -149,13 +150,13 @@ def test_blocks_see_no_column_that_a_mask_hides_from_all_of_their_rows(monkeypat
     nothing = torch.zeros(2, 1, 9, 9, dtype=torch.bool)
     assert [columns for _, columns in blocks.blocks(query, nothing)] == [slice(0, 1)] * 3
     assert not attention.squares(*[torch.zeros(2, 1, 9, 8)] * 3, nothing, 1.0).any()      # and no NaN
-    monkeypatch.setattr(blocks, "SCORES", 2 * 9 * 3)
+    monkeypatch.setattr(blocks, "MOST_SCORES", 2 * 9 * 3)
     assert [rows.stop for rows, _ in blocks.blocks(query, None)] == [3, 6, 9]
 
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_of_weights_only_those_that_are_seen_are_kept(kept, monkeypatch):
-    monkeypatch.setattr(blocks, "KEPT", 512 if kept else 511)
+    monkeypatch.setattr(blocks, "KEEP_TOKENS", 512 if kept else 511)
     query, key, value = (torch.randn(1, 1, 512, 4, requires_grad=True) for _ in range(3))
     held = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: held.append(tensor.numel()) or tensor, lambda tensor: tensor):

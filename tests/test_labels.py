@@ -107,7 +107,7 @@ def expected(name: str, *texts: str, system: str = "") -> str:
 
 
 def assert_labels(name: str, template: Template, encoder: Encoder, messages: list[dict], marked: str) -> None:
-    """Nothing; the row is one sample, `marked` without «», and exactly the tokens in «» are trained."""
+    """Assert that the row is one sample, `marked` without «», and exactly the tokens in «» are trained."""
     (conversation,) = template.conversations(messages)
     assert conversation.text == marked.replace("«", "").replace("»", "")
     encoded = encoder.encode(conversation.text, conversation.spans, [picture()] * conversation.media)

@@ -67,7 +67,7 @@ def gradients(net, total):
 
 
 def assert_the_same(net, batch, tolerance=1e-5):
-    """Nothing; loss, right answers and every gradient are those of the full logits."""
+    """Assert that loss, right answers and every gradient are those of the full logits."""
     (ours, ours_right), (own, own_right) = loss.forward_loss(net, batch), own_loss(net, batch)
     assert float(ours.detach()) == pytest.approx(float(own.detach()), rel=tolerance)
     assert int(ours_right) == int(own_right)

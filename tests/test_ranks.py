@@ -46,7 +46,7 @@ def on_rank(number, prepare):
 
 
 def assert_same(one, two):
-    """Nothing; two trainings have the same figures and weights, but for the order of additions."""
+    """Assert that two trainings have the same figures and weights, but for the order of additions."""
     ours, theirs = one.metrics(), two.metrics()
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     for mine, other in zip(ours, theirs):

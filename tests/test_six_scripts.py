@@ -21,7 +21,7 @@ ANSWERS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 60, 220)}
 
 
 def write_medium(path, answer):
-    """Nothing; the file is a picture of that colour or, as a wav, a tone that goes by its name, 12,000 Hz."""
+    """Write a picture of that colour or, as a wav of 12,000 Hz, a tone that goes by the colour's name."""
     if path.suffix == ".png":
         Image.new("RGB", (40, 32), ANSWERS[answer]).save(path)
         return

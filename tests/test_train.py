@@ -47,7 +47,7 @@ def trained(run):
 
 
 def assert_same_training(one, two, tolerance=1e-5):
-    """Nothing; two runs had the same losses and ended with the same weights."""
+    """Assert that two runs had the same losses and ended with the same weights."""
     assert one.losses() == pytest.approx(two.losses(), rel=tolerance)
     ours, theirs = trained(one), trained(two)
     assert ours.keys() == theirs.keys()

@@ -87,7 +87,7 @@ def fetch(name: str) -> dict[str, bytes]:
 
 
 def download(name: str, command: tuple[str, ...], folder: Path, archive: Path) -> None:
-    """Nothing; the one file that a package client puts into an empty folder becomes the archive."""
+    """Make the one file that a package client puts into an empty folder the archive; else raise StageError."""
     fix = f"mend that, or save the package's file as {archive} yourself"
     terminal.say(f"fetching {name}")
     try:

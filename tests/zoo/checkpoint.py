@@ -43,7 +43,7 @@ def tower(**more) -> dict:
 
 
 def require(package: str, needed_by: str, pip: str) -> None:
-    """Nothing; an ImportError that says what to install, where the package is missing."""
+    """Raise an ImportError that says what to install, where the package is missing."""
     if importlib.util.find_spec(package) is None:
         raise ImportError(f"{needed_by} needs {package}: pip install {pip}")
 
@@ -78,7 +78,7 @@ def write(parts: Parts, folder: Path, seed: int, dtype: str) -> Path:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Nothing; gives every parameter a value that shows in the logits.
+    """Give every parameter a value that shows in the logits.
 
     The families' own initialisation (std 0.02, zeros for gates and for some projectors) makes a narrow model
     deaf: pictures would not reach the logits. Here an output has about the variance of its inputs.
