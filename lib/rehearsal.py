@@ -19,7 +19,7 @@ from lib.sampler import loader, to_device
 from lib.steps import Step, figures_of
 
 RATE = {"adapter": 2e-3, "model": 1e-4}   # learning rates at least, so that STEPS suffice for any recipe
-STEPS, ENOUGH = 100, 0.1                  # steps on one batch, at most, until the loss per token is below this
+STEPS, ENOUGH = 100, 0.1                  # steps on one batch at most; a loss per token at which it is learnt
 ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; lead that rounding can't undo; share to be predicted
 
 
