@@ -39,7 +39,7 @@ BadRow = Literal["error", "skip"]
 Count = int | None
 Ends = Literal["turn", "all", "last", "none"]
 Excess = Literal["drop", "error", "shrink_media", "truncate"]
-FileType = Literal["json", "jsonl", "parquet", "arrow"] | None
+FileType = Literal["json", "jsonl", "csv", "tsv", "parquet", "arrow"] | None
 ImageSize = int | list[int] | None
 Init = Literal[True, "gaussian"]
 Kernel = Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
@@ -287,6 +287,12 @@ def sort_arguments(words: list[str]) -> tuple[Path, str | None, list[str]]:
     return Path(paths[0]), paths[1] if len(paths) == 2 else None, overrides
 
 
+def as_override(flag: str, value: str = "VALUE", *_) -> str:
+    """`lora_r=8` for the words --lora_r 8, --lora-r=8 and the like."""
+    name, _, given = flag.lstrip("-").partition("=")
+    return f"{name.replace('-', '_')}={given or value}"
+
+
 def first_day(run: Path) -> str:
     """The day that a run's templates write: that of 01's first run, so that samples stay the same."""
     try:
@@ -315,17 +321,17 @@ def pinned(run: Path, k: Recipe) -> dict | None:
 
 
 def show(k: Recipe, given: dict[str, Entry], notes: list) -> None:
-    """Print the recipe by stage, with a star at what is no default, then what is odd about it."""
+    """Print what the recipe gives, by stage, then what is odd about it."""
     known, values = knobs_of(Recipe), asdict(k)
     for stem in (*STAGES[1:], STAGES[0]):
         rows = []
         for name, (_, meta) in known.items():
-            if meta["stages"][0] == stem:                        # listed once, where it is read first
-                star = "*" if name in given and values[name] != meta["default"] else ""
-                by = given[name].place() if name in given else ""
+            if name in given and meta["stages"][0] == stem:      # listed once, where it is read first
                 later = " ".join(other[:2] for other in meta["stages"][1:])
-                rows.append([star, name, written(values[name]), by, later])
-        terminal.table(stem, ["", "knob", "value", "given by", "also read by"], rows)
+                rows.append([name, written(without_defaults(values[name])), given[name].place(), later])
+        if rows:
+            terminal.table(stem, ["knob", "value", "given by", "also read by"], rows)
+    terminal.say(f"{len(known) - len(given)} more knobs are as by default: python 01_config.py --knobs")
     for name, why in notes:
         terminal.say(f"{name}: {why}")
     idle = [name for name in given if name.startswith(("lora_", "peft_")) and not k.adapter]
@@ -334,6 +340,14 @@ def show(k: Recipe, given: dict[str, Entry], notes: list) -> None:
     for seldom_works, why in WARNINGS:
         if seldom_works(k):
             terminal.warn(why.format(**values))
+
+
+def without_defaults(value):
+    """A knob's value as a recipe may write it: entries of `datasets` without what they leave open."""
+    default = {name: meta["default"] for name, (_, meta) in knobs_of(Dataset).items()}
+    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+        return value
+    return [{name: each for name, each in entry.items() if each != default.get(name, ...)} for entry in value]
 
 
 def show_knobs() -> None:
@@ -353,9 +367,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("words", nargs="*", metavar="RECIPE [RUN] [key=value ...]")
     parser.add_argument("--force", action="store_true", help="run in any case; what it replaces is STEM.old")
     parser.add_argument("--knobs", action="store_true", help="show every knob, and do nothing else")
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
     if args.knobs:
         return show_knobs()
+    if unknown:
+        raise StageError(f"{unknown[0]}: no such flag", f"knobs go without dashes: {as_override(*unknown)}")
 
     # Read the whole recipe; where something in it is wrong, this stops before anything is written.
     recipe_path, run, overrides = sort_arguments(args.words)

@@ -167,7 +167,7 @@ def jinja_of(given: str, own: str, family: registry.Family, work) -> str:
 
 def measure(reader: Rows, work, rejects: summary.Rejects) -> Iterator[pyarrow.RecordBatch]:
     """Yield the measured samples of a data set in batches; rows that can't be used are added to `rejects`."""
-    path, kept = reader.spec["path"], 0
+    path, kept, too_long = reader.spec["path"], 0, 0
     for file in sources.files_of(reader.spec):
         work.uses(file)
     rows = sources.shard(sources.rows(reader.spec), reader.spec, work.config.seed)
@@ -178,9 +178,11 @@ def measure(reader: Rows, work, rejects: summary.Rejects) -> Iterator[pyarrow.Re
             for file, sha256 in part.files:
                 work.uses(file, sha256)
             kept += len(part.samples)
+            too_long += sum(reject["too_long"] for reject in part.rejects)
             rejects.add(part.rejects)
             progress.update(progress.done + part.rows, kept=str(kept), rejected=str(rejects.number.total()))
             yield part.samples
+    summary.warn_of_length(path, too_long, len(rows))
 
 
 def stop_at_rejects(work, rejects: summary.Rejects, kept: int) -> None:

@@ -17,10 +17,11 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import devices, fit, model, origin, plan, quant, registry, stage, terminal
+from lib import devices, fit, model, origin, quant, registry, stage, terminal
 from lib.chat import Encoder
 from lib.ledger import write_json
 from lib.loss import forward_loss
+from lib.plan import make_plan
 from lib.sampler import Batcher, to_device
 
 
@@ -33,10 +34,12 @@ def main(argv=None):
     parser.add_argument("--gib", type=float, default=80, help="--forecast: memory of each, GiB (80)")
     args = parser.parse_args(argv)
     run = stage.resolve_run(args.run)
-    if args.plan_only or args.forecast:
-        planned = plan.make_plan(stage.view("03_load_model", run).config)
-        print_plan(planned)
-        return fit.print_fit(fit.Case.of(run, planned), args.gpus, args.gib) if args.forecast else None
+    if args.plan_only:
+        return print_plan(make_plan(stage.every_knob(run)))
+    if args.forecast:
+        plan = make_plan(stage.view("03_load_model", run).config)
+        print_plan(plan)
+        return fit.print_fit(fit.Case.of(run, plan), args.gpus, args.gib)
 
     # 1. Start the stage, unless its outputs are still true.
     work = stage.begin(stage.decide("03_load_model", run, force=args.force))
@@ -47,19 +50,19 @@ def main(argv=None):
     # 2. Plan: class, dtype, quantisation and the role of every module, from the config and empty tensors.
     if work.config.trust_remote_code:
         origin.say_code(work.config.base_model, work.config.revision)
-    planned = plan.make_plan(work.config)
-    write_json(work.path / "model.json", planned)
-    print_plan(planned)
+    plan = make_plan(work.config)
+    write_json(work.path / "model.json", plan)
+    print_plan(plan)
     # 3. Forecast what training will take on this kind of device.
     device = devices.pick_device()
-    if forecast := fit.of_run(run, planned, device.type):
+    if forecast := fit.of_run(run, plan, device.type):
         write_json(work.path / "forecast.json", forecast)
         fit.print_facts(forecast)
     # 4. Load it for real, by the plan.
-    if planned["dtype"] == "bfloat16":
+    if plan["dtype"] == "bfloat16":
         devices.ask_for_bf16(work.config.bf16, device)
     began = time.monotonic()
-    loaded = model.load(planned, device, "reference", spread=devices.spread(work.config, device))
+    loaded = model.load(plan, device, "inference", spread=devices.spread(work.config, device))
     seconds = time.monotonic() - began
     # 5. Run one sample through it: the first loss tells a broken model or template at once.
     loss, sample_id = first_forward(loaded, work, device)
@@ -70,24 +73,24 @@ def main(argv=None):
         "sample_id": sample_id, "first_loss": loss, "random_loss": random_loss})
     terminal.say(f"loaded on {device} in {terminal.duration(seconds)}, peak memory {peak_gib:.2f} GiB; "
                  f"loss of {sample_id}: {loss:.3f} (random answers: {random_loss:.2f})")
-    explain_high_loss(loss, random_loss, registry.family_of(planned["model_type"]))
+    explain_high_loss(loss, random_loss, registry.family_of(plan["model_type"]))
     work.finish(volatile=("load.json", "forecast.json"))
 
 
-def print_plan(planned: dict) -> None:
+def print_plan(plan: dict) -> None:
     """Print the plan as a table by role."""
-    terminal.say(f"{planned['family']}: {planned['class']} in {planned['dtype']}")
-    for line in quant.in_words(planned):
+    terminal.say(f"{plan['family']}: {plan['class']} in {plan['dtype']}")
+    for line in quant.in_words(plan):
         terminal.say(line)
-    if planned["grown_to"]:
-        terminal.say(f"new tokens: embedding and head grow to {planned['grown_to']:,} rows")
-    if planned["roles_guessed"]:
-        terminal.warn(f"no record for {planned['model_type']!r}: roles are guessed by name, check them")
-    total, rows = sum(planned["parameters"].values()), []
-    for role, count in sorted(planned["parameters"].items(), key=lambda item: -item[1]):
-        paths = ", ".join(path for path, its_role in planned["roles"].items() if its_role == role)
+    if plan["grown_to"]:
+        terminal.say(f"new tokens: embedding and head grow to {plan['grown_to']:,} rows")
+    if plan["roles_guessed"]:
+        terminal.warn(f"no record for {plan['model_type']!r}: roles are guessed by name, check them")
+    total, rows = sum(plan["parameters"].values()), []
+    for role, count in sorted(plan["parameters"].items(), key=lambda item: -item[1]):
+        paths = ", ".join(path for path, its_role in plan["roles"].items() if its_role == role)
         rows.append([role, count, f"{count / total:.1%}", paths or "inside the language model"])
-    rows.append(["all", total, "100.0%", "head and embedding are one tensor" if planned["tied_head"] else ""])
+    rows.append(["all", total, "100.0%", "head and embedding are one tensor" if plan["tied_head"] else ""])
     terminal.table("parameters by role", ["role", "parameters", "share", "modules"], rows)
 
 

@@ -11,9 +11,10 @@ Fork me to: adapt other layers (lib/roles.py:lora_linears) or use another PEFT m
 import json
 from collections import Counter
 
-from lib import model, plan, stage, terminal
+from lib import model, stage, terminal
 from lib.adapter import adapted_experts
 from lib.ledger import read_json, write_json
+from lib.plan import on_meta
 from lib.roles import Roles
 from lib.stage import StageError
 
@@ -29,52 +30,52 @@ def main(argv=None):
     work = stage.begin(stage.decide("04_lora", run, force=args.force))
     if work is None:
         return
-    planned = read_json(work.input("03_load_model") / "model.json")
+    plan = read_json(work.input("03_load_model") / "model.json")
     # 2. Choose what trains, by role: an adapter's tensors, or the base's own.
-    facts = adapter(planned, work) if work.config.adapter else full_fine_tuning(planned, work)
+    facts = adapter(plan, work) if work.config.adapter else full_fine_tuning(plan, work)
     # 3. Write it down; 05 trains this and compares.
     write_json(work.path / "adapter.json", facts)
-    print_facts(facts, planned["parameters"])
+    print_facts(facts, plan["parameters"])
     work.finish()
 
 
-def adapter(planned: dict, work) -> dict:
+def adapter(plan: dict, work) -> dict:
     """The content of adapter.json for an adapter, new or trained further, which is saved in the folder."""
     if work.config.lora_model_dir:
         work.uses(work.config.lora_model_dir)
-    peft_model, hits = model.new_adapter(planned, work.config)
+    peft_model, hits = model.new_adapter(plan, work.config)
     if not hits.keys() & LEARNS_WORDS:
         where = ", ".join(f"{role} ({len(names)})" for role, names in hits.items())
         terminal.warn(f"the adapter is on {where} alone: the language model stays as it is")
     model.save_adapter(peft_model, work.path / "adapter")
-    trained = Roles.of_plan(planned).count(model.trained_parameters(peft_model).items())
+    trained = Roles.of_plan(plan).count(model.trained_parameters(peft_model).items())
     config = peft_model.peft_config["default"]
     method = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"
     return {"method": f"{method} r={config.r} alpha={config.lora_alpha}", "lora_r": config.r,
             "targets": config.target_modules,
             "modules": {role: len(names) for role, names in sorted(hits.items())},
             "trained_parameters": dict(sorted(trained.items())),
-            "experts": adapted_experts(peft_model), "new_rows": len(planned["new_rows"]),
+            "experts": adapted_experts(peft_model), "new_rows": len(plan["new_rows"]),
             "first_hits": {role: names[:3] for role, names in sorted(hits.items())}}
 
 
-def full_fine_tuning(planned: dict, work) -> dict:
+def full_fine_tuning(plan: dict, work) -> dict:
     """The content of adapter.json for full fine-tuning: which roles of the base train."""
-    if quantised := planned["quantisation"]:
+    if quantised := plan["quantisation"]:
         raise StageError(f"base_model: full fine-tuning can't train the {quantised['bits']}-bit weights of "
-                         f"{planned['base_model']}", "adapter: lora")
+                         f"{plan['base_model']}", "adapter: lora")
     wanted = work.config.train_roles
-    meta, roles = plan.on_meta(planned), Roles.of_plan(planned)
+    meta, roles = on_meta(plan), Roles.of_plan(plan)
     there = roles.count((name, p) for name, p in meta.named_parameters() if not roles.is_idle(name))
-    if "head" in wanted and planned["tied_head"] and "embedding" not in wanted:
-        raise StageError(f"train_roles: the head of {planned['class']} is its embedding, one tensor",
+    if "head" in wanted and plan["tied_head"] and "embedding" not in wanted:
+        raise StageError(f"train_roles: the head of {plan['class']} is its embedding, one tensor",
                          "name embedding instead of head")
     lacking = [role for role in ("embedding", "head") if role in there and role not in wanted]
-    if planned["new_rows"] and wanted != ["all"] and lacking:
+    if plan["new_rows"] and wanted != ["all"] and lacking:
         raise StageError(f"train_roles: rows of new tokens would stay as they are in {' and '.join(lacking)}",
                           f"train_roles: {json.dumps(wanted + lacking)}")
     if not there.keys() & set(wanted) and wanted != ["all"]:
-        raise StageError(f"train_roles: {planned['class']} has no {', '.join(wanted)}",
+        raise StageError(f"train_roles: {plan['class']} has no {', '.join(wanted)}",
                          f"choose among {', '.join(there)}")
     model.train_roles(meta.requires_grad_(False), roles, wanted, work.config.unfrozen_parameters)
     trained = roles.count((name, p) for name, p in meta.named_parameters() if p.requires_grad)
@@ -82,7 +83,7 @@ def full_fine_tuning(planned: dict, work) -> dict:
     for name, module in meta.named_modules():
         modules[roles.of(name)] += any(p.requires_grad for p in module.parameters(recurse=False))
     if not trained:
-        raise StageError(f"unfrozen_parameters: none that trains is named so in {planned['class']}",
+        raise StageError(f"unfrozen_parameters: none that trains is named so in {plan['class']}",
                          f"names begin as in {next(name for name, _ in meta.named_parameters())}")
     return {"method": "full fine-tuning", "targets": None,
             "modules": {role: modules[role] for role in trained}, "trained_parameters": dict(trained),

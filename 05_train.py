@@ -33,6 +33,7 @@ from lib.evaluate import held_out_answers, held_out_loss, metrics_of
 from lib.golden import golden_answers, write_golden
 from lib.ledger import read_json, write_json
 from lib.loss import forward_loss
+from lib.messages import count
 from lib.metrics import Log
 from lib.order import Order, Row, in_turn
 from lib.registry import family_of
@@ -111,7 +112,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
                    "rank its own GPU", "python 05_train.py, without torchrun; or remove device_map")
     world.agree(lambda: hooks.look(config))
     plan = read_json(work.input("03_load_model") / "model.json")
-    planned = read_json(work.input("04_lora") / "adapter.json")
+    what_trains = read_json(work.input("04_lora") / "adapter.json")
     # The model, and what of it trains.
     if plan["dtype"] == "bfloat16":
         devices.ask_for_bf16(config.bf16, world.device)
@@ -126,7 +127,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     if config.adapter is None:
         model.train_roles(net, roles, config.train_roles, config.unfrozen_parameters)
     parameters = model.trained_parameters(net)
-    model.compare(parameters, roles, planned["trained_parameters"])
+    model.compare(parameters, roles, what_trains["trained_parameters"])
     role_of = {name: roles.of(model.base_name(name)) for name in parameters}
     if config.gradient_checkpointing:
         model.checkpoint_trained_layers(net, roles, set(role_of.values()), kept_share,
@@ -157,9 +158,11 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     room = config.sequence_len if config.sample_packing else None
     order = Order(samples.input_tokens, state["global_batch_size"], config.seed, room, config.group_by_length,
                   samples.kinds)
-    return Run(work, world, net, roles, parameters, role_of, watch, optimizer, autocast, samples, held_out,
-               order, state["step"], order.total_steps(config.num_epochs, config.max_steps),
-               hooks.loss_of(config), scaler, forecast_gib)
+    total_steps = order.total_steps(config.num_epochs, config.max_steps)
+    return Run(work=work, world=world, model=net, roles=roles, parameters=parameters, role_of=role_of,
+               watch=watch, optimizer=optimizer, autocast=autocast, samples=samples, held_out=held_out,
+               order=order, first_step=state["step"], total_steps=total_steps, loss=hooks.loss_of(config),
+               scaler=scaler, forecast_gib=forecast_gib)
 
 
 def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
@@ -211,7 +214,8 @@ def train(run: Run) -> Log:
         for step in range(run.first_step, total):
             if log.patience_is_over(config):
                 best = f"step {log.best(config)['step']} has the best {config.metric_for_best_model}"
-                terminal.say(f"early stopping: {best}, {config.early_stopping_patience} evaluations ago")
+                ago = count(config.early_stopping_patience, "evaluation")
+                terminal.say(f"early stopping: {best}, {ago} ago")
                 break
             rate = optim.learning_rate(config, step, total)
             unread.append(optimizer_step(run, step, run.order.of_step(step), batches, rate))
@@ -240,7 +244,7 @@ def write_down(run: Run, unread: deque[Step], left: int, log: Log, progress: ter
     while len(unread) > left:
         step = unread.popleft()
         log.step(step.number + 1, figures_of(run, step))
-        if log.steps % run.work.config.logging_steps == 0:
+        if log.steps % run.work.config.logging_steps == 0 or log.steps == run.total_steps:
             progress.update(log.steps, **log.line())
 
 

@@ -169,13 +169,13 @@ def ask(work, files: list[str], question: str) -> None:
     prompt = data.datasets[0]["system_prompt"]
     before = [{"role": "system", "content": text_parts(prompt)}] if prompt else []
     text, opened = prompt_about(files, question, encoder, template, before)
-    device, answers = devices.pick_device(), []
-    base = model.load(plan, device, "reference", spread=devices.spread(work.config, device))
+    device, most, answers = devices.pick_device(), work.config.max_new_tokens, []
+    base = model.load(plan, device, "inference", spread=devices.spread(work.config, device))
     with quiet():
-        answers.append(["before", generate(base, encoder, text, opened, work.config.max_new_tokens)])
+        answers.append(["before", generate(base, encoder, text, opened, most) or "(nothing)"])
         tuned = trained_model(work, plan) if work.config.adapter is None else \
             model.attach(base, work.input("05_train") / "adapter", trainable=False).eval()
-        answers.append(["after", generate(tuned, encoder, text, opened, work.config.max_new_tokens)])
+        answers.append(["after", generate(tuned, encoder, text, opened, most) or "(nothing)"])
     terminal.table(question, ["model", "answer"], answers)
 
 

@@ -75,31 +75,41 @@ def attend(library, language: set, guessed: bool, module, query, key, value, att
         options.get(name) is not None for name in ("position_bias", "cache", "softcap"))
     rows = packed_rows if module in language and attention_mask is not None else None
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = attention_mask is None and is_causal
     if not known or rows is None and not blocks.are_here(query):
         return library(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
                        is_causal=is_causal, **options)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if rows is not None and has_flash(query) and not guessed and is_plainly_causal(module, rows):
-        lengths = [length for row in rows for length in (*row, tokens - sum(row)) if length]
-        ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)
-        flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))            # [B*T, heads, D]
-        return flash(*flat, ends, max(lengths), scaling, True).view(-1, tokens, *query.shape[1::2]), None
-    if causal:
-        attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
     if rows is None:
+        if attention_mask is None and is_causal:
+            attention_mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool, device=query.device).tril()
         return squares(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None
-    filled = []
+    if has_flash(query) and not guessed and is_plainly_causal(module, rows):
+        return packed_flash(query, key, value, rows, scaling), None
+    return packed_squares(query, key, value, rows, attention_mask, scaling), None
+
+
+def packed_flash(query, key, value, rows: list[list[int]], scaling: float) -> torch.Tensor:
+    """Attention's output [B, T, H, D] of packed rows, all samples in one call of the kernel."""
+    tokens = query.shape[2]
+    lengths = [length for row in rows for length in (*row, tokens - sum(row)) if length]
+    ends = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32).to(query.device, non_blocking=True)
+    flat = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))                # [B*T, heads, D]
+    return flash(*flat, ends, max(lengths), scaling, True).view(-1, tokens, *query.shape[1::2])
+
+
+def packed_squares(query, key, value, rows: list[list[int]], mask, scaling: float) -> torch.Tensor:
+    """Attention's output [B, T, H, D] of packed rows, each sample's own square of the scores apart."""
+    tokens, filled = query.shape[2], []
     for row, lengths in enumerate(rows):
         parts = [*lengths, tokens - sum(lengths)]
         samples = [x[row:row + 1].split(parts, dim=2) for x in (query, key, value)]
         squared, start = [], 0
         for length, *sample in zip(lengths, *samples):
-            own = attention_mask[row:row + 1, :, start:start + length, start:start + length]
+            own = mask[row:row + 1, :, start:start + length, start:start + length]
             squared.append(squares(*sample, own, scaling))
             start += length
         filled.append(F.pad(torch.cat(squared, dim=2), (0, 0, 0, tokens - start)))
-    return torch.cat(filled).transpose(1, 2).contiguous(), None                  # [B, T, H, D]
+    return torch.cat(filled).transpose(1, 2).contiguous()
 
 
 def is_plainly_causal(module, rows: list[list[int]]) -> bool:

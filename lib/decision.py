@@ -88,7 +88,8 @@ def _choose(run: Path, stem: str, reads: dict, resume: bool, checkpoint: Path | 
             as_is = command("06_save", run) if then["upstream"] == reads["upstream"] else "undo that"
             raise StageError(
                 f"{final} is a finished training, and since then {_count(since)}",
-                f"to keep it: {as_is}; to train again and keep it as {stem}.old: {again} --force",
+                f"to keep it: {as_is}; to train again and keep it as {stem}.old: {again} --force; "
+                f"to train its adapter further: another run with lora_model_dir: {final / 'adapter'}",
             )
         return ("run", since) if since else ("skip", [])
     if checkpoint:

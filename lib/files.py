@@ -1,7 +1,8 @@
-"""files: the rows of a file, one by one: of JSONL and JSON, of Parquet and Arrow.
+"""files: the rows of a file, one by one: of JSONL and JSON, of CSV and TSV, of Parquet and Arrow.
 
 Fork me to: read another kind of file (`rows_of_file`).
 """
+import csv
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +13,13 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from lib.messages import RowError, name_of
+from lib.shapes import RowError, name_of, shortened
 from lib.stage import StageError
 
-SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".arrow": "arrow"}
+SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv",
+            ".parquet": "parquet", ".arrow": "arrow"}
+SEPARATORS = {"csv": ",", "tsv": "\t"}
+csv.field_size_limit(2**31 - 1)           # a cell may hold a whole conversation, or a picture in base64
 Row = tuple[int, str, object]
 READ_BYTES = 2**24                        # of a Parquet file at a time: repeated media are many times more
 
@@ -42,9 +46,12 @@ def rows_of_file(path: Path, kind: str | None) -> Source:
     kind = kind or SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise StageError(f"datasets: {path}: unknown kind of file {path.suffix!r}",
-                         "use .json, .jsonl, .parquet, .arrow or a folder written by datasets' save_to_disk")
+                         "use .json, .jsonl, .csv, .tsv, .parquet, .arrow or a folder written by datasets' "
+                         "save_to_disk")
     if kind == "jsonl":
         return lines(path)
+    if kind in SEPARATORS:
+        return separated(path, SEPARATORS[kind])
     return listed(path) if kind == "json" else columnar(path, kind)
 
 
@@ -74,6 +81,32 @@ def listed(path: Path) -> Source:
         raise StageError(f"{path}: holds {name_of(content)}, not a list of rows",
                          "wrap the rows in [ ], or use one object per line in a .jsonl file")
     return numbered(path, [content])
+
+
+def separated(path: Path, separator: str) -> Source:
+    """The rows of a CSV or TSV file, whose first line names its columns. An empty cell is null."""
+    def read() -> Iterator[Row]:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            cells = csv.reader(file, delimiter=separator, strict=True)
+            try:
+                columns = next(cells, [])
+                if len(set(columns)) < len(columns):
+                    raise csv.Error(f"its first line names a column twice: {shortened(', '.join(columns))}")
+                for number, row in enumerate(filter(None, cells)):
+                    yield number, f"{path}: row {number}", in_columns(row, columns)
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise StageError(f"{path}:{cells.line_num}: not rows of cells: {broken(error)}",
+                                 'save it as UTF-8, cells that hold a separator, newline or " within quotes'
+                                 ) from None
+    return Source(sum(1 for _ in read()), read)
+
+
+def in_columns(row: list[str], columns: list[str]):
+    """A row of cells as an object, a RowError where it has another number of them than there are columns."""
+    if len(row) != len(columns):
+        return RowError(f"{len(row)} cells, and the first line names {len(columns)} columns",
+                        "put a cell that holds a separator within quotes, or write each empty cell")
+    return {name: cell or None for name, cell in zip(columns, row)}
 
 
 def columnar(path: Path, kind: str) -> Source:

@@ -10,15 +10,16 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import packing, plan, terminal
+from lib import packing, terminal
 from lib.chat import Encoder
 from lib.forecast import Peak, Step
 from lib.ledger import read_json
 from lib.order import in_turn
+from lib.plan import make_plan
 from lib.processor import first_line
 from lib.registry import family_of
 from lib.sampler import Batcher, Samples
-from lib.stage import Knobs, StageError
+from lib.stage import Knobs, StageError, every_knob
 
 GIB = 2**30
 RESERVE = 0.05                            # of a GPU, for what isn't counted: CUDA's context, gaps in memory
@@ -34,26 +35,26 @@ CHANGED_BY = ("micro_batch_size", "gradient_accumulation_steps", "sample_packing
 @dataclass(frozen=True)
 class Case:
     """A run as it would be trained: its plan, all its knobs, and where 02's samples are."""
-    planned: dict
+    plan: dict
     knobs: object
     data: Path
 
     @classmethod
-    def of(cls, run: Path, planned: dict) -> "Case":
+    def of(cls, run: Path, plan: dict) -> "Case":
         """The Case of a run folder.
 
         It may read all knobs, those of 04 and 05, too, since a forecast is no part of any stage's result.
         """
-        return cls(planned, Knobs(**read_json(run / "01_config" / "config.json")), run / "02_data")
+        return cls(plan, every_knob(run), run / "02_data")
 
     def changed(self, **knobs) -> "Case":
         """This case with other knobs, planned anew."""
         knobs = Knobs(**vars(self.knobs) | knobs)
-        return Case(plan.make_plan(knobs), knobs, self.data)
+        return Case(make_plan(knobs), knobs, self.data)
 
     def peaks(self, cuda: bool = True) -> Callable[[int, bool], Peak]:
         """A function of (rows of a micro-batch, whether layers are checkpointed) that returns the Peak."""
-        step = Step(self.planned, self.knobs, cuda)
+        step = Step(self.plan, self.knobs, cuda)
         row, batcher = longest_row(self, step.net)
         return functools.cache(lambda rows, checkpointing: step.peak(
             batcher([dict(row) for _ in range(rows)]), checkpointing))
@@ -61,7 +62,7 @@ class Case:
 
 def longest_row(case: Case, net) -> tuple[dict[str, torch.Tensor], Batcher]:
     """(02's longest training row, packed if the recipe packs, with its floats on meta; its Batcher)."""
-    knobs, family = case.knobs, family_of(case.planned["model_type"])
+    knobs, family = case.knobs, family_of(case.plan["model_type"])
     encoder = Encoder.load(case.data / "processor", knobs.trust_remote_code)
     packs = knobs.sample_packing and not family.packing              # where it can't, 05 says so
     samples = Samples(datasets.load_from_disk(case.data / "train"), encoder,
@@ -94,13 +95,13 @@ def asked(knobs, device: str) -> dict:
     return {"device": device, "knobs": {name: getattr(knobs, name) for name in CHANGED_BY}}
 
 
-def of_run(run: Path, planned: dict, device: str) -> dict | None:
+def of_run(run: Path, plan: dict, device: str) -> dict | None:
     """A run's `facts` for a kind of device; None, after a warning that says why, where there is no forecast.
 
     The one that 03 wrote is taken if its knobs and its kind of device are these.
     """
     try:
-        case, path = Case.of(run, planned), run / "03_load_model" / "forecast.json"
+        case, path = Case.of(run, plan), run / "03_load_model" / "forecast.json"
         written = read_json(path) if path.exists() else {}
         if asked(case.knobs, device).items() <= written.items():
             return written
@@ -193,7 +194,7 @@ def changes(case: Case, peaks: Callable[[int, bool], Peak], gpus: int, room: int
         lines.append(line("micro_batch_size: 1", peaks(1, knobs.gradient_checkpointing)))
     if not knobs.gradient_checkpointing:
         lines.append(line("gradient_checkpointing: true", peaks(1, True)))
-    if not case.planned["quantisation"] and not case.planned["stored_as"]:
+    if not case.plan["quantisation"] and not case.plan["stored_as"]:
         few_bits = case.changed(adapter="qlora", load_in_4bit=True)
         lines.append(line("adapter: qlora, with checkpointing", few_bits.peaks()(1, True)))
     least = peaks(1, True)

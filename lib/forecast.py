@@ -15,8 +15,9 @@ from unittest.mock import patch
 
 import torch
 
-from lib import adapted, adapter, attention, blocks, fast, hollow, loss, model, on_cuda, parallel, plan, quant
+from lib import adapted, adapter, attention, blocks, fast, hollow, loss, model, on_cuda, parallel, quant
 from lib import saved
+from lib.plan import on_meta, quiet
 from lib.roles import Roles
 
 FLOAT32 = 4                               # bytes
@@ -53,16 +54,16 @@ class Peak:
 class Step:
     """A plan's training step on hollow tensors, with the knobs of 04 and 05, as a GPU or a CPU runs it."""
 
-    def __init__(self, planned: dict, knobs, cuda: bool = True):
-        self.knobs, self.cuda, self.roles = knobs, cuda, Roles.of_plan(planned)
-        self.half = None if planned["dtype"] == "float32" else getattr(torch, planned["dtype"])
-        net = plan.on_meta(planned).requires_grad_(False)
+    def __init__(self, plan: dict, knobs, cuda: bool = True):
+        self.knobs, self.cuda, self.roles = knobs, cuda, Roles.of_plan(plan)
+        self.half = None if plan["dtype"] == "float32" else getattr(torch, plan["dtype"])
+        net = on_meta(plan).requires_grad_(False)
         keep_in_float32(net)
-        few_bits = in_few_bits(net, planned)
+        few_bits = in_few_bits(net, plan)
         if knobs.adapter is None:
             model.train_roles(net, self.roles, knobs.train_roles, knobs.unfrozen_parameters)
         else:
-            net, _ = adapter.put_on(net, planned, saved.continued(knobs), real=False)
+            net, _ = adapter.put_on(net, plan, saved.continued(knobs), real=False)
             for parameter in model.trained_parameters(net).values():
                 parameter.data = parameter.data.float()
         pack(few_bits)
@@ -174,13 +175,13 @@ def keep_in_float32(net) -> None:
                 parameter.data = parameter.data.float()
 
 
-def in_few_bits(net, planned: dict) -> list[torch.nn.Module]:
+def in_few_bits(net, plan: dict) -> list[torch.nn.Module]:
     """The layers of a model on meta that the plan quantises, now replaced by bitsandbytes' classes."""
-    if not planned["quantisation"]:
+    if not plan["quantisation"]:
         return []
     from transformers.quantizers import AutoHfQuantizer
-    quantiser = AutoHfQuantizer.from_config(quant.configuration(planned), pre_quantized=False)
-    with plan.quiet():
+    quantiser = AutoHfQuantizer.from_config(quant.configuration(plan), pre_quantized=False)
+    with quiet():
         quantiser.preprocess_model(model=net, device_map={"": "cpu"}, dtype=net.dtype)
         quantiser.postprocess_model(net)
     net.requires_grad_(False)

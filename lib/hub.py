@@ -17,7 +17,8 @@ def saved(path: Path, spec: dict) -> list:
         {name: found for name in names_in(spec["split"]) or ["train"]}
     split = spec["split"] or (next(iter(splits)) if len(splits) == 1 else None)
     if split is None or set(names_in(split)) - set(splits):
-        raise StageError(f"datasets: {path} has the splits {', '.join(splits)}, not {split!r}",
+        other = f"not {split!r}" if split else "and the recipe names none"
+        raise StageError(f"datasets: {path} has the splits {', '.join(splits)}, {other}",
                          f"write split: {next(iter(splits))}")
     splits = {name: undecoded(rows) for name, rows in splits.items() if name in names_in(split)}
     chosen = places(spec | {"split": split}, {name: len(rows) for name, rows in splits.items()})

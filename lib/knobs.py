@@ -135,7 +135,13 @@ def convert_record(node: yaml.MappingNode, schema: type) -> dict:
     record = {}
     for name, (kind, meta) in known.items():
         if name in given and not is_null(given[name]):
-            record[name] = convert_within(given[name], kind, meta)
+            try:
+                record[name] = convert_within(given[name], kind, meta)
+            except Wrong as wrong:
+                if wrong.fix:
+                    raise
+                fix = f"give {name} {in_words(kind, meta)} ({meta['why']})"
+                raise Wrong(f"is for {name}, and {wrong.words}", fix, wrong.node) from None
         elif meta["default"] is REQUIRED:
             raise Wrong(f"has no {name}", f"add `{name}: …` ({meta['why']})", node)
         else:
@@ -150,6 +156,7 @@ def in_words(kind: type, meta: Mapping | None = None) -> str:
     """What a knob takes, in words such as "a whole number from 1" or "lora or qlora"."""
     members = [member for member in typing.get_args(kind) if member is not type(None)]
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        members = [member for member in members if member is not int or float not in members]
         words = either([in_words(member) for member in members])
     elif typing.get_origin(kind) is typing.Literal:
         words = either([written(member) for member in members])

@@ -5,13 +5,15 @@ Fork me to: do something else with what is too long (`Length.fitted`).
 import json
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from lib import media
 from lib.budget import largest_budget
 from lib.chat import Encoder
 from lib.counting import Counter
 from lib.messages import RowError, count
 from lib.processor import placeholders, tokenizer_of
-from lib.resolution import bounds_of
+from lib.resolution import bounds_of, has_bounds
 from lib.template import Conversation
 
 TRIES = 8                          # of cutting a text: its last tokens may be others without what followed
@@ -41,12 +43,15 @@ class Length:
             counts = self.counter.row(conversation.text, conversation.spans, pictures)
         if counts and counts[0] <= self.config.sequence_len and counts[1]:
             return conversation, dict(zip(COUNTS, (*counts, 0, None)))
-        encoded, cut, bounds = self.encode(conversation, opened), 0, None
-        limit, smallest = self.config.sequence_len, ""
+        encoded = whole = self.encode(conversation, opened)
+        cut, bounds, limit, smallest = 0, None, self.config.sequence_len, ""
         length = encoded["input_ids"].shape[1]
         excess = too_long = length - limit
         while excess > 0 and self.config.excess_length_strategy == "truncate" and cut < TRIES:
             conversation = self.without_last(conversation, excess)
+            if conversation is None:
+                raise self.too_long(f"cut to sequence_len {limit} behind its last medium, it teaches nothing",
+                                    whole, opened)
             encoded, cut = self.encode(conversation, opened), cut + 1
             excess = encoded["input_ids"].shape[1] - limit
         if excess > 0 and self.config.excess_length_strategy == "shrink_media" and pictures:
@@ -54,8 +59,8 @@ class Length:
             if bounds is not None:
                 encoded, excess = self.encode(conversation, opened, bounds), 0
         if excess > 0:
-            raise TooLong(f"{count(length, 'token')}, over sequence_len {limit}{smallest}",
-                          "raise sequence_len, shorten the row, or use smaller pictures")
+            raise self.too_long(f"{count(length, 'token')}, over sequence_len {limit}{smallest}",
+                                whole, opened)
         cut_tokens = 0 if bounds else max(0, too_long)
         return conversation, {**self.counts(encoded), "cut_tokens": cut_tokens, "image_bounds": bounds}
 
@@ -70,8 +75,21 @@ class Length:
         most = largest_budget(processor, pixels, fits)
         return None if most is None else json.dumps(bounds_of(processor, pixels, most))
 
-    def without_last(self, conversation: Conversation, tokens: int) -> Conversation:
-        """The conversation without its last tokens; TooLong where media or nothing to learn would be left."""
+    def too_long(self, why: str, encoded: dict, opened: list) -> TooLong:
+        """The error of a row with these tensors and media; its fix names a sequence_len that holds the row.
+
+        That is a power of two, so that many rows share a fix. Where pictures are most of it and can be made
+        smaller, the fix says how.
+        """
+        length, _, media_tokens = self.encoder.counts(*ids_and_labels(encoded))
+        can_shrink = pictures_of(opened) and has_bounds(self.encoder.processor, self.encoder.pixels)
+        instead = "shorten the row"
+        if 2 * media_tokens > length and can_shrink and self.config.excess_length_strategy != "shrink_media":
+            instead = "excess_length_strategy: shrink_media, or a max_image_tokens for all pictures"
+        return TooLong(why, f"sequence_len: {1 << (length - 1).bit_length()}, or {instead}")
+
+    def without_last(self, conversation: Conversation, tokens: int) -> Conversation | None:
+        """The conversation without its last tokens; None where media or nothing to learn would be left."""
         text, tokenizer = conversation.text, tokenizer_of(self.encoder.processor)
         known = placeholders(self.encoder.processor).values()
         behind = max((text.rfind(token) + len(token) for token in known if token in text), default=0)
@@ -81,8 +99,7 @@ class Length:
         spans = [(start, min(end, stop)) for start, end in conversation.spans if start < stop]
         start, end = conversation.reply
         if not spans or stop == behind:
-            raise TooLong(f"cut to sequence_len {self.config.sequence_len} behind its last medium, it "
-                          "teaches nothing", "raise sequence_len, or use smaller pictures")
+            return None
         reply = (start, min(end, stop)) if start < stop else spans[-1]
         return replace(conversation, text=text[:stop], spans=spans, reply=reply)
 
@@ -99,10 +116,15 @@ class Length:
 
     def counts(self, encoded: dict) -> dict[str, int]:
         """The sample's token counts; a RowError if it teaches nothing."""
-        counts = self.encoder.counts(*(encoded[name][0].numpy() for name in ("input_ids", "labels")))
+        counts = self.encoder.counts(*ids_and_labels(encoded))
         if not counts[1]:
             raise RowError("nothing to learn: no token is trained", "write what the assistant should answer")
         return dict(zip(COUNTS, counts))
+
+
+def ids_and_labels(encoded: dict) -> tuple[np.ndarray, np.ndarray]:
+    """The ids and labels [T] of a conversation's tensors."""
+    return tuple(encoded[name][0].numpy() for name in ("input_ids", "labels"))
 
 
 def pictures_of(opened: list) -> list:

@@ -4,14 +4,18 @@ Fork me to: take media from elsewhere (`locate`).
 """
 import base64
 import io
+import re
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image
 
 from lib import clips, sounds
-from lib.messages import NOUNS
+from lib.parts import NOUNS
 from lib.shapes import first_of
+
+FILE_URL = re.compile(r"file://(localhost(?=/))?", re.IGNORECASE)
 
 
 class MediaError(ValueError):
@@ -33,7 +37,10 @@ def url_of(source) -> str | None:
 
 
 def locate(source, root: Path, kind: str = "image") -> tuple[Path | None, bytes | None]:
-    """(path, None) for a file, (None, bytes) for anything that is only in the row."""
+    """(path, None) for a file, (None, bytes) for anything that is only in the row.
+
+    A file:// url is the path in it, its %20 and the like read as the characters that they stand for.
+    """
     if isinstance(source, dict) and source.get("array") is not None:
         return None, in_a_file(source["array"], kind, source.get("sampling_rate"))
     if isinstance(source, dict):
@@ -58,6 +65,8 @@ def locate(source, root: Path, kind: str = "image") -> tuple[Path | None, bytes 
             raise MediaError(f"{text:.40}", f"broken base64 ({error})") from None
     if text.startswith(("http://", "https://")):
         raise MediaError(f"{text:.80}", f"{noun}s behind urls are not fetched here; give the path of a file")
+    if url := FILE_URL.match(text):
+        text = unquote(text[url.end():])
     return root / text, None
 
 

@@ -31,10 +31,9 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
          spread: dict | None = None):
     """The plan's model on `device`, frozen, with the adapter of a folder on it, if one is named.
 
-    mode: "train" is train mode with an adapter that trains; "inference" is eval mode; "reference", eval mode
-    without the adapter. spread: transformers' arguments that place parts on several GPUs (`devices.spread`)
-    in place of `device`. Raises StageError for missing, misshapen or unexpected tensors, and where other
-    layers are quantised than planned.
+    mode: "train" is train mode with an adapter that trains; "inference" is eval mode. spread: transformers'
+    arguments that place parts on several GPUs (`devices.spread`) in place of `device`. Raises StageError for
+    missing, misshapen or unexpected tensors, and where other layers are quantised than planned.
     """
     family = registry.family_of(plan["model_type"])
     registry.refuse_packages(family, device.type)
@@ -73,7 +72,7 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
     model.requires_grad_(False)
     if family.uncast:
         model.get_submodule(family.uncast).register_forward_pre_hook(cast_to_own_type)
-    if adapter_path and mode != "reference":
+    if adapter_path:
         model = attach(model, adapter_path, trainable=mode == "train")
     for module in model.modules():
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):

@@ -57,21 +57,23 @@ def numbers_in_groups(optimizer, knobs) -> list[dict[str, float]]:
             for group in groups]
 
 
+def own_of(knobs) -> dict[str, tuple[float | None, float | None]]:
+    """{role: (learning rate, weight decay)} of the roles that may have their own; None: the run's."""
+    return {"vision": (knobs.learning_rate_vision, knobs.weight_decay_vision),
+            "audio": (knobs.learning_rate_audio, knobs.weight_decay_audio),
+            "projector": (knobs.learning_rate_projector, knobs.weight_decay_projector)}
+
+
 def of_role(role: str, knobs) -> tuple[float, float]:
     """(learning rate, weight decay) of a role: its own where the recipe gives one."""
-    rate, decay = {"vision": (knobs.learning_rate_vision, knobs.weight_decay_vision),
-                   "audio": (knobs.learning_rate_audio, knobs.weight_decay_audio),
-                   "projector": (knobs.learning_rate_projector, knobs.weight_decay_projector),
-                   }.get(role, (None, None))
+    rate, decay = own_of(knobs).get(role, (None, None))
     return (knobs.learning_rate if rate is None else rate, knobs.weight_decay if decay is None else decay)
 
 
 def rates(knobs, rate: float) -> dict[str, float]:
     """{figure: learning rate} of a step, of the run and of each role that has its own."""
-    own = {"vision": knobs.learning_rate_vision, "audio": knobs.learning_rate_audio,
-           "projector": knobs.learning_rate_projector}
     return {"learning_rate": rate} | {f"learning_rate_{role}": rate * its / knobs.learning_rate
-                                      for role, its in own.items() if its is not None}
+                                      for role, (its, _) in own_of(knobs).items() if its is not None}
 
 
 def rate_share(name: str, role: str, knobs) -> float:

@@ -23,6 +23,7 @@ def commit(base_model: str, revision: str | None) -> str | None:
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    silence()
     try:
         return Path(hf_hub_download(base_model, "config.json", revision=revision)).parent.name
     except LocalEntryNotFoundError as error:
@@ -30,6 +31,12 @@ def commit(base_model: str, revision: str | None) -> str | None:
         return None
     except HfHubHTTPError as error:
         raise refusal(base_model, revision, error) from None
+
+
+def silence() -> None:
+    """Keep the hub's library from saying each try of its own: what fails is said once, in the end."""
+    from huggingface_hub.utils import logging
+    logging.set_verbosity_error()
 
 
 def refusal(base_model: str, revision: str | None, error: BaseException | None) -> StageError | None:

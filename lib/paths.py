@@ -12,7 +12,7 @@ from lib import registry
 from lib.checks import Wrong
 from lib.ledger import HOOK
 
-DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".txt")
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".arrow", ".csv", ".tsv", ".txt")
 BUILDERS = ("json", "parquet", "arrow", "csv", "imagefolder", "audiofolder", "videofolder")     # of datasets
 OWN_TEMPLATE = "tokenizer_default"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -69,7 +69,9 @@ def adapter_path(text: str) -> str:
     path = Path(text)
     if missing := [name for name in ("adapter_config.json", "adapter_model.safetensors")
                    if not os.path.isfile(path / name)]:
-        raise Wrong(f"is no folder with {missing[0]}", None if os.path.isdir(path) else
+        inside = [place for place in (path / "06_save/adapter", path / "adapter") if os.path.isdir(place)]
+        raise Wrong(f"is no folder with {missing[0]}", f"did you mean {inside[0]}?" if inside else
+                    "name the folder that peft saved an adapter in" if os.path.isdir(path) else
                     similar(path, "hf download OWNER/NAME --local-dir FOLDER fetches one from the hub"))
     return text
 

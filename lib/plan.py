@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from lib import kernels, origin, quant, registry, rope, terminal, vocabulary
+from lib.paths import HUB_ID
 from lib.processor import first_line
 from lib.roles import roles_of
 from lib.stage import StageError
@@ -53,6 +54,7 @@ def load_config(base_model: str, revision: str | None, trust_remote_code: bool):
     """The checkpoint's config; StageError where there is none that can be used."""
     from transformers import AutoConfig
     registry.refuse_unloadable(base_model)
+    origin.silence()
     try:
         config = AutoConfig.from_pretrained(base_model, revision=revision,
                                             trust_remote_code=trust_remote_code)
@@ -60,7 +62,9 @@ def load_config(base_model: str, revision: str | None, trust_remote_code: bool):
         if refused := origin.refusal(base_model, revision, error):
             raise refused from None
         fix = ("mend its config.json, or name another model; an unknown type may need a newer transformers"
-               if Path(base_model).exists() else "correct base_model or revision")
+               if Path(base_model).exists() else "correct base_model or revision" if
+               HUB_ID.fullmatch(base_model) else
+               f"start it where 01_config.py was started: {Path.cwd()} has no such folder")
         raise StageError(f"base_model: {base_model}: no usable config ({first_line(error)})", fix) from None
     refuse_other_objectives(config)
     return config

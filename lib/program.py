@@ -42,6 +42,8 @@ def resolve_run(given: str | None) -> Path:
     if not run.is_dir():
         named = f"named in {LATEST}" if given is None else "given on the command line"
         raise StageError(f"{run}, {named}, is no run folder", fix)
+    if given is None:
+        terminal.say(f"{run}: the run folder that 01_config.py wrote last")
     return run
 
 

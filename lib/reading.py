@@ -65,6 +65,9 @@ def read_knobs(entries: list[Entry], overrides: list[Entry], schema: type) -> Re
             elif words := axolotl.meaning(entry):
                 reading.notes.append((entry.name, words))
         except KeyError:
+            if is_null(entry.node):
+                reading.notes.append((entry.name, "no such knob; it is empty, so nothing is lost"))
+                continue
             fix = nearest(entry.key, [*known, *axolotl.KEYS])
             reading.problems.append((f"{entry.told()}: no such knob", fix))
         except Wrong as wrong:

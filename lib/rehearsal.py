@@ -2,7 +2,8 @@
 
 First the model's own answer: what `generate` writes token by token, the training forward has to predict from
 the same text at once. Then the longest step that the run can meet: does it fit, and how long would all steps
-take? Then 30 steps on one batch, which is learnt by heart if labels, gradients and optimizer work together.
+take? Then up to 100 steps on one batch, which is learnt by heart if labels, gradients and optimizer work
+together.
 """
 import heapq
 from collections.abc import Callable, Iterator
@@ -12,12 +13,13 @@ import torch
 
 from lib import devices, optim, packing, terminal
 from lib.collator import collate, is_per_token
+from lib.messages import count
 from lib.order import Row, in_turn
 from lib.sampler import loader, to_device
 from lib.steps import Step, figures_of
 
-RATE = {"adapter": 2e-3, "model": 1e-4}   # learning rates at least, so that 30 steps suffice for any recipe
-STEPS, ENOUGH = 30, 0.1                   # steps on one batch; the loss per token below which it is learnt
+RATE = {"adapter": 2e-3, "model": 1e-4}   # learning rates at least, so that STEPS suffice for any recipe
+STEPS, ENOUGH = 100, 0.1                  # steps on one batch at most; a loss per token at which it is learnt
 ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; lead that rounding can't undo; share to be predicted
 
 
@@ -42,7 +44,10 @@ def check(run, optimizer_step: Callable[..., Step]) -> None:
             taken = optimizer_step(run, step, few, batches(run, few), rate)
             losses.append(figures_of(run, taken)["loss"])
             progress.update(step, loss=f"{losses[-1]:.4f}")
-    said = f"{STEPS} steps on one batch, at a rate of {rate:g}: loss {losses[0]:.3f} -> {losses[-1]:.3f}"
+            if losses[-1] < ENOUGH:
+                break
+    said = (f"{count(len(losses), 'step')} on one batch, at a rate of {rate:g}: "
+            f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     if losses[-1] >= ENOUGH:
         why = reason(samples, few, losses)
         world.stop(f"the model doesn't overfit one batch: {why} ({said}, not < {ENOUGH})",

@@ -23,9 +23,14 @@ class TooFew(StageError):
 
 def require_bounds(processor, family: Family, knob: str) -> None:
     """Raise StageError where no budget can be set in this processor."""
-    images = getattr(processor, "image_processor", None)
-    if images is None or family.pixels not in STRATEGIES or family.pixels == "edge" and not edge_of(images):
+    if not has_bounds(processor, family.pixels):
         raise StageError(f"{knob}: {family.name} {family.unbounded}", f"remove {knob}")
+
+
+def has_bounds(processor, pixels: str) -> bool:
+    """Whether a budget can be set, by a strategy's name."""
+    images = getattr(processor, "image_processor", None)
+    return images is not None and pixels in STRATEGIES and (pixels != "edge" or bool(edge_of(images)))
 
 
 def set_budget(processor, family: Family, least: int | None, most: int | None) -> None:

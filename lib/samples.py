@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from lib import terminal
 from lib.stage import StageError
 
 SPAN = pa.struct({"start": pa.int32(), "end": pa.int32()})
@@ -44,7 +45,8 @@ def names_of(specs: list[dict]) -> list[str]:
 def hold_out(table: pa.Table, size: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """The places of (train, held out): a seeded choice of `size` samples, or of that share of them below 1.
 
-    Samples of one row, or with a picture in common, stay on one side: so it may be fewer than `size`.
+    Samples of one row, or with a picture in common, stay on one side: so it may be fewer than `size`, which
+    is said.
     """
     wanted = max(1, round(size * len(table))) if size < 1 else size
     firsts, group_of, sizes = np.unique(groups_of(table), return_inverse=True, return_counts=True)
@@ -56,10 +58,14 @@ def hold_out(table: pa.Table, size: float, seed: int) -> tuple[np.ndarray, np.nd
             held[group] = True
             number += sizes[group]
     if number in (0, len(table)):
-        which = "all" if number else "none"
+        which, least = "all" if number else "none", sizes.min()
+        instead = f"val_set_size: {least}, or " if least < len(table) else ""
         raise StageError(f"val_set_size: {size}: {which} of the {len(table)} samples would be held out "
                          "(those that share a picture stay together)",
-                         "change val_set_size, or name a file of its own under test_datasets")
+                         f"{instead}name a file of its own under test_datasets")
+    if number < wanted:
+        terminal.say(f"val_set_size: {size}: {number} of {wanted} samples are held out, since those that "
+                     "share a row or picture stay together")
     return np.flatnonzero(~held[group_of]), np.flatnonzero(held[group_of])
 
 

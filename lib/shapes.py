@@ -13,6 +13,7 @@ CALLED = {"human": "user", "gpt": "assistant", "model": "assistant", "observatio
 EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")      # of a message, for the template
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PAIRS = (("prompt", "completion"), ("question", "answer"))                # columns of one exchange
+NOTHING = (None, [], {}, "")              # values of keys that a row only has since other rows have them
 
 
 class RowError(ValueError):
@@ -78,9 +79,13 @@ def conversation_of(row: dict, shape: Shape) -> list:
         found = row.get(shape.field_messages)
     else:
         found = next((row[key] for key in CONVERSATIONS if row.get(key)), None)
-    if isinstance(found, list) and found:
-        skipped = shape.drop_system_message and is_system(found[0], shape)
-        return [*system_of(row, shape, found), *found[skipped:]]
+    messages = from_json(found)
+    if isinstance(messages, list) and messages:
+        skipped = shape.drop_system_message and is_system(messages[0], shape)
+        return [*system_of(row, shape, messages), *messages[skipped:]]
+    if isinstance(found, str) and found:
+        raise RowError(f"the conversation is the text {shortened(found)!r}, which is no JSON of messages",
+                       'write it as json.dumps does: [{"role": …, "content": …}]')
     for asked, answered in PAIRS:
         if not shape.field_messages and not found and row.get(asked) and answered in row:
             pair = exchange(row, asked, answered, shape.message_field_training)
@@ -122,9 +127,7 @@ def is_system(message, shape: Shape) -> bool:
 
 def tools_of(row: dict, shape: Shape = Shape()) -> list[dict]:
     """The tools that a row offers, which it gives as a list or as the JSON text of one."""
-    tools = row.get(shape.field_tools) or []
-    if isinstance(tools, str):
-        tools = json_or_none(tools)
+    tools = from_json(row.get(shape.field_tools) or [])
     if not isinstance(tools, list) or not all(isinstance(tool, dict) and name_in(tool) for tool in tools):
         raise RowError(f"{shape.field_tools!r} is no list of tools, each with a name",
                        'write [{"type": "function", "function": {"name": …, "parameters": …}}]')
@@ -136,7 +139,7 @@ def calls_of(given, number: int) -> list[dict]:
 
     number: the message's, for errors.
     """
-    calls = json_or_none(given) if isinstance(given, str) else given
+    calls = from_json(given)
     if not isinstance(calls, list) or not all(isinstance(call, dict) and name_in(call) for call in calls):
         raise RowError(f"message {number} has tool_calls that are no list of calls, each with a name",
                        'write [{"type": "function", "function": {"name": …, "arguments": {…}}}]')
@@ -146,9 +149,8 @@ def calls_of(given, number: int) -> list[dict]:
 
 def plain_call(call: dict) -> dict:
     """A call with its arguments as an object, if they are given as the JSON text of one."""
-    given = call.get("arguments")
-    read = json_or_none(given) if isinstance(given, str) else given
-    return {**call, "arguments": read} if isinstance(read, dict) else call
+    arguments = from_json(call.get("arguments"))
+    return {**call, "arguments": arguments} if isinstance(arguments, dict) else call
 
 
 def first_of(message: dict, keys: Iterable[str]):
@@ -182,12 +184,13 @@ def strings_in(value, keys: bool = False) -> list[str]:
     return own + [text for each in inner for text in strings_in(each, keys)]
 
 
-def json_or_none(text: str):
+def from_json(value):
     """The value of a JSON text; None where the text isn't JSON."""
     try:
-        return json.loads(text)
+        read = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
-        return None
+        return value
+    return read if isinstance(read, list | dict) else value
 
 
 def listed(value) -> list:

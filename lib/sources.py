@@ -2,7 +2,6 @@
 
 Fork me to: take rows from elsewhere (`rows`); lib/files.py reads the kinds of files.
 """
-import csv
 import random
 import re
 from itertools import chain, compress, islice
@@ -12,6 +11,7 @@ from lib.files import Source, numbered, parsed, rows_of_file
 from lib.hub import loaded, names_in, places, saved
 from lib.media import KIND_OF
 from lib.paths import BUILDERS, is_data_id
+from lib.shapes import listed
 from lib.stage import StageError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")         # of a folder of pictures
@@ -36,16 +36,21 @@ def rows(spec: dict) -> Source:
 
 
 def root(spec: dict) -> Path:
-    """The folder that relative media paths start from: media_root, or the data file's own."""
+    """The folder that relative media paths start from: media_root, or the data file's own.
+
+    Where data_files lie in several folders, no row tells its own: the current one.
+    """
     path = Path(spec["path"])
-    return Path(spec["media_root"]) if spec["media_root"] else path if path.is_dir() else path.parent
+    if spec["media_root"] or path.is_dir():
+        return Path(spec["media_root"] or path)
+    beside = {Path(name).parent for name in listed(spec["data_files"] or spec["path"])}
+    return beside.pop() if len(beside) == 1 else Path()
 
 
 def files_of(spec: dict) -> list[Path]:
     """The files and folders here that an entry reads."""
-    folder, given = Path(spec["path"]), spec["data_files"] or []
-    inside = [folder / name if folder.is_dir() else Path(name)
-              for name in ([given] if isinstance(given, str) else given)]
+    folder = Path(spec["path"])
+    inside = [folder / name if folder.is_dir() else Path(name) for name in listed(spec["data_files"] or [])]
     return [path for path in [folder, *inside] if path.exists()]
 
 
@@ -76,11 +81,7 @@ def shard(found: Source, spec: dict, seed: int) -> Source:
 
 def described(path: Path) -> Source:
     """The rows of a folder's metadata file."""
-    if path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            found = numbered(path, [list(csv.DictReader(file))])
-    else:
-        found = rows_of_file(path, None)
+    found = rows_of_file(path, None)
     return Source(len(found), lambda: ((n, where, named_media(parsed(row))) for n, where, row in found))
 
 

@@ -23,7 +23,7 @@ from lib.ledger import ROOT, STAGES, UPSTREAM, StageError
 from lib.program import arguments, asked_to_stop, command, remember_latest, resolve_run, run_script
 
 __all__ = ["ROOT", "STAGES", "UPSTREAM", "Decision", "Knobs", "StageError", "Work"]
-__all__ += ["arguments", "asked_to_stop", "begin", "command", "decide", "newest_checkpoint"]
+__all__ += ["arguments", "asked_to_stop", "begin", "command", "decide", "every_knob", "newest_checkpoint"]
 __all__ += ["remember_latest", "resolve_run", "run_script", "view"]
 
 
@@ -141,6 +141,11 @@ def view(stem: str, run: Path, own: bool = False) -> Work:
     work = Work(Decision(stem, run, "view"), leader=False)
     work.path = run / stem
     return work
+
+
+def every_knob(run: Path) -> Knobs:
+    """All knobs of a run that 01 has finished, whoever reads them; a stage's own are its Work's `config`."""
+    return Knobs(**ledger.read_json(view("01_config", run, own=True).path / "config.json"))
 
 
 def _say_next(stem: str, run: Path) -> None:

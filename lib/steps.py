@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib import faults, optim
+from lib import faults
 from lib.order import Row
 
 LATE = {"cuda": 1}                        # steps by which results are read late; elsewhere 0

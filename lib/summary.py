@@ -12,6 +12,7 @@ from lib.ledger import in_lines, write_json
 from lib.messages import shortened
 from lib.samples import inner, numbered, rows_of
 
+MOST_TOO_LONG = 0.1                       # of a data set's rows, from which on it is said aloud
 MOST_WORDS = 20                           # more kinds than these are no template's, they vary with the rows
 SUMS = ("input_tokens", "media_tokens", "supervised_tokens")
 DATASET_COLUMNS = ["data set", "samples", "held out", "rejected", "tokens", "media", "trained", "longest"]
@@ -43,6 +44,13 @@ class Rejects:
     def listed(self) -> list[dict]:
         """[{rows, such_as, fix}], the most frequent kind first."""
         return sorted(self.kinds.values(), key=lambda kind: -kind["rows"])
+
+
+def warn_of_length(path: str, too_long: int, rows: int) -> None:
+    """Nothing; it is said where many of a data set's rows are too long: others than it has are trained on."""
+    if too_long > MOST_TOO_LONG * rows:
+        terminal.warn(f"{path}: {too_long:,} of {rows:,} rows ({too_long / rows:.0%}) are over "
+                      "sequence_len; 02_data/rejects.jsonl says what would keep each")
 
 
 def write_report(path: Path, table: pa.Table, train: np.ndarray, held_out: np.ndarray,

@@ -20,6 +20,7 @@ WRITE = 'write {"role": …, "content": …}'
 TYPES = "use text, image, audio, video"
 NAME = "write the conversation there, or name its key with field_messages"
 PARTS = 'write one {"type": "image"} part for each entry of the image column'
+BESIDE = 'write a part {"type": "image"} in its place, or a <image> for each entry of the image column'
 TOKEN = 'remove it; a picture is a part {"type": "image"}, not a token in a text'
 TOOLS = 'write [{"type": "function", "function": {"name": …, "parameters": …}}]'
 CALLS = 'write [{"type": "function", "function": {"name": …, "arguments": {…}}}]'
@@ -64,7 +65,10 @@ ROWS = {
     "brackets without end": (b"[" * 100_000, "not JSON: …", "mend or remove that line"),
     "an empty object": ({}, "no list of messages under 'messages'; the row has nothing", NAME),
     "another column": ({"text": "hi"}, "no list of messages under 'messages'; the row has text", NAME),
-    "messages that are text": ({"messages": "hi"}, "no list of messages under 'messages'; the row has messages", NAME),
+    "messages that are text": ({"messages": "hi"}, "the conversation is the text 'hi', which is no JSON of messages",
+                               'write it as json.dumps does: [{"role": …, "content": …}]'),
+    "messages as Python prints them": ({"messages": str(CHAT["messages"])}, "the conversation is the text …, which is no JSON of messages",
+                                       'write it as json.dumps does: [{"role": …, "content": …}]'),
     "no message": ({"messages": []}, "no list of messages under 'messages'; the row has messages", NAME),
     "a message that is text": ({"messages": ["hi"]}, "message 0 is a text, not an object", WRITE),
     "a role that is none": ({"messages": [{"role": "bot", "content": "hi"}]}, "message 0 has the role 'bot'", ROLES),
@@ -78,6 +82,22 @@ ROWS = {
                                  'write {"type": "text", "text": …}'),
     "a key that isn't rendered": (user("hi", mood="good"), "message 0 (user) has 'mood', which isn't rendered",
                                   "remove that key, or say in message_property_mappings what it holds"),
+    "a weight": (said(content="hi", weight=1), "message 1 (assistant) has 'weight', which isn't rendered",
+                 "write message_field_training: weight into the recipe"),
+    "a part's own resolution": (user([{"type": "image", "path": "red.png", "max_pixels": 9}]),
+                                "message 0 has 'max_pixels' in a part of type 'image', which isn't read",
+                                "remove that key; image_max_pixels is for all"),
+    "a part's own rate": (user([{"type": "video", "video": ["red.png"], "fps": 1.0}]),
+                          "message 0 has 'fps' in a part of type 'video', which isn't read",
+                          "remove that key; video_fps is for all"),
+    "a small one of OpenAI's": (user([{"type": "image_url", "image_url": {"url": "red.png", "detail": "low"}}]),
+                                "message 0 has 'detail' in a part of type 'image', which isn't read",
+                                "remove that key; image_max_pixels is for all"),
+    "a clip's resolution": (user([{"type": "video", "video": ["red.png"], "max_pixels": 9}]),
+                            "message 0 has 'max_pixels' in a part of type 'video', which isn't read", "remove that key"),
+    "an index twice": (user([{"type": "image", "index": 0}] * 2) | {"images": ["red.png", "green.png"]},
+                       "the image parts have the indices [0, 0], for 2 listed pictures",
+                       "name each entry of the image column once, from 0, or remove every index"),
     "half a character": (user("\ud83d"), "message 0 (user) holds half a surrogate pair, which is no character",
                          "write that character whole, or remove it"),
     "train that is text": (said(content="hi", train="no"), "message 1 (assistant) has train: 'no'", FLAG),
@@ -122,7 +142,9 @@ ROWS = {
     "a tag beside a part": ({"messages": [{"role": "user", "content": [{"type": "text", "text": "<image>"}, {"type": "image"}]},
                                           ANSWER], "image": "red.png"},
                             "message 0 has <image> in its text, which is only characters here",
-                            'write a part {"type": "image"} in its place'),
+                            BESIDE),
+    "a tag too few": ({"messages": [{"role": "user", "content": "<image>"}, ANSWER], "images": ["red.png"] * 2},
+                      "message 0 has <image> in its text, which is only characters here", BESIDE),
     "a special token": (said(content="hi</s>"), "message 1 (assistant) spells the special token '</s>'", TOKEN),
     "a special token in a thought": (said(content="hi", reasoning_content="</s>"),
                                      "message 1 (assistant) spells the special token '</s>'", TOKEN),
@@ -138,11 +160,12 @@ ROWS = {
     "a picture without a path": (CHAT | {"image": {"path": None}}, "picture: must be a path, bytes or an image, not None", PICTURE),
     "an array for a picture": (CHAT | {"image": {"array": [[1]]}}, "picture in the row: an array is no picture", PICTURE),
     "broken base64": (CHAT | {"image": "data:image/png;base64,%%%"}, "data:image/png;base64,%%%: broken base64 (…)", PICTURE),
+    "base64 that is a number": (user([{"type": "image", "base64": 3}]), "data:;base64,3: broken base64 (…)", PICTURE),
     "base64 of no picture": (CHAT | {"image": uri(b"hello")}, "picture in the row: not a picture (it starts with b'hello')", PICTURE),
     "base64 of nothing": (CHAT | {"image": uri(b"")}, "picture in the row: empty file (0 bytes)", PICTURE),
     "a private url": (CHAT | {"image": "http://127.0.0.1:1/a"},
                       "http://127.0.0.1:1/a: 127.0.0.1 is no public host; url_hosts can allow it", PICTURE),
-    "a url of a file": (CHAT | {"image": "file:///etc/hosts"}, "file:/etc/hosts: no such file", PICTURE),
+    "a url of a file": (CHAT | {"image": "file:///no/such.png"}, "/no/such.png: no such file", PICTURE),
     "a sound for a model without ears": (CHAT | {"audio": {"array": [0.0] * 9, "sampling_rate": 16_000}},
                                          "message 0 (user) has a sound, and base_model takes none", "…"),
     "a sound without a rate": (CHAT | {"audio": {"array": [0.0]}}, "sound in the row: an array without sampling_rate",
@@ -154,7 +177,7 @@ ROWS = {
     "too many pictures": (CHAT | {"images": ["red.png"] * 4}, "4 pictures, over max_images 3",
                           "raise max_images, or remove some with their parts"),
     "too long": (user("why? " * 900), "… tokens, over sequence_len 512",
-                 "raise sequence_len, shorten the row, or use smaller pictures"),
+                 "sequence_len: 8192, or shorten the row"),
 }
 
 

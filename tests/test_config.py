@@ -453,14 +453,17 @@ def test_config_json_holds_every_knob_and_stages_json_names_every_knob(folder):
                                  "dataset_processes"}
 
 
-def test_the_recipe_is_printed_by_stage_and_what_is_no_default_has_a_star(folder, capsys):
+def test_what_the_recipe_gives_is_printed_by_stage(folder, capsys):
     config.main(["r.yaml", "runs/a", "lora_r=8", "xformers_attention=true"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line for line in lines if line in STAGES] == [*STAGES[1:], STAGES[0]]
-    assert set(KNOBS) <= {word for line in lines for word in line.split()[:2]}
-    assert any(re.fullmatch(r" +\* +lora_r +8 +the command line", line) for line in lines)
-    assert any(re.fullmatch(r" +lora_alpha +32", line) for line in lines)
-    assert any(re.fullmatch(r" +\* +base_model +./base +line 1 +03 04 05 06", line) for line in lines)
+    tables = [line for line in lines if line in STAGES]
+    assert tables == [stem for stem in (*STAGES[1:], STAGES[0]) if stem in tables] and len(tables) > 2
+    assert any(re.fullmatch(r" +lora_r +8 +the command line", line) for line in lines)
+    assert not any(line.split()[:1] == ["lora_alpha"] for line in lines)         # as by default
+    assert any(re.fullmatch(r" +base_model +./base +line 1 +03 04 05 06", line) for line in lines)
+    assert any(re.fullmatch(r" +datasets +\[{path: \S+}\] .*", line) for line in lines)
+    given = len(json.loads(Path("runs/a/01_config/stages.json").read_text(encoding="utf-8"))["given"])
+    assert f"{len(KNOBS) - given} more knobs are as by default: python 01_config.py --knobs" in lines
     assert any(line.startswith("xformers_attention: xformers is replaced by sdpa") for line in lines)
     assert lines[-1] == "next: python 02_data.py runs/a"
 
@@ -504,6 +507,21 @@ def test_every_knob_is_shown_on_request_and_nothing_is_written(folder, capsys):
     config.main(["--knobs"])
     shown = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
     assert set(KNOBS) <= shown and not Path("runs").exists()
+
+
+def test_an_empty_key_that_nobody_knows_is_said_and_changes_nothing(folder, capsys):
+    (folder / "r.yaml").write_text(GOOD + "local_rank:\ndebug: null\n", encoding="utf-8")
+    config.main(["r.yaml", "runs/a"])
+    said = capsys.readouterr().out
+    assert all(f"{key}: no such knob; it is empty, so nothing is lost" in said for key in ("local_rank", "debug"))
+
+
+@pytest.mark.parametrize("words, fix", [(["--lora_r", "8"], "lora_r=8"), (["--lora-r=8"], "lora_r=8"),
+                                        (["--lora_r"], "lora_r=VALUE")])
+def test_a_knob_as_a_flag_is_answered_with_how_it_is_written(words, fix, folder):
+    with pytest.raises(StageError, match=r"--lora[_-]r.*: no such flag") as caught:
+        config.main(["r.yaml", "runs/a", *words])
+    assert caught.value.fix.endswith(f": {fix}")
 
 
 def test_help_is_the_docstring():
@@ -691,8 +709,8 @@ WRONG_PATHS = (
     override("an argument of the template that is 02's", "chat_template_kwargs={tokenize: true}",
              " holds tokenize, which 02_data gives itself", "remove tokenize"),
     override("a size of no picture", "image_size=[1, 2, 3]", " is no size of a picture", "for example 512, or …"),
-    override("a weight of nothing", "datasets=[{path: rows.jsonl, weight: 0}]", " must be a number above 0",
-             "give a list of mappings (the rows to train on)"),
+    override("a weight of nothing", "datasets=[{path: rows.jsonl, weight: 0}]", " is for weight, and must be a number above 0",
+             "give weight a number above 0 (…)"),
     override("an end of turns that is none", "train_on_eos=never", " must be turn, all, last or none", "for …"),
     override("a data set without a path", "datasets=[{split: train}]", " has no path",
              "add `path: …` (a file, a folder or a hub id)"),
@@ -705,8 +723,12 @@ WRONG_PATHS = (
            ":4: datasets: chat_template is for kind, which is no such key", "…"),
     override("a data set's key to come", "datasets=[{path: rows.jsonl, preprocess_shards: 2}]",
              " is for preprocess_shards: not built yet", "remove preprocess_shards"),
+    Bad("a run folder for an adapter", ["r.yaml", "lora_model_dir=before"],
+        "on the command line: lora_model_dir=before is no folder with adapter_config.json",
+        "did you mean before/06_save/adapter?", {"before/06_save/adapter/adapter_config.json": "{}"}),
     override("a data set of another type", "datasets=[{path: rows.jsonl, type: alpaca}]",
-             " must be chat_template or sharegpt", "give a list of mappings (the rows to train on)"),
+             " is for type, and must be chat_template or sharegpt",
+             "give type chat_template or sharegpt (rows are conversations)"),
     override("a template of no family", "chat_template=alpaca", " is a template that the kit doesn't hold",
              "write tokenizer_default for the checkpoint's own, or the path of a .jinja file"),
     override("a template's name with a slip", "chat_template=qwen_2_vl",

@@ -1,5 +1,6 @@
 """02_data: the same samples from any file, everything counted, nothing lost, the same bytes every time."""
 
+import csv
 import json
 import mmap
 import re
@@ -104,6 +105,14 @@ def as_jsonl(rows: list) -> str:
     return "rows.jsonl"
 
 
+def as_csv(rows: list) -> str:
+    with Path("rows.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({key: json.dumps(value) for key, value in row.items()} for row in rows)
+    return "rows.csv"
+
+
 def as_parquet(rows: list) -> str:
     datasets.Dataset.from_list(rows).to_parquet("rows.parquet")
     return "rows.parquet"
@@ -131,7 +140,7 @@ def as_saved_split(rows: list) -> str:
     return "rows"
 
 
-WRITERS = [as_json, as_jsonl, as_parquet, as_arrow_stream, as_arrow_file, as_saved_dataset, as_saved_split]
+WRITERS = [as_json, as_jsonl, as_csv, as_parquet, as_arrow_stream, as_arrow_file, as_saved_dataset, as_saved_split]
 
 
 @pytest.mark.parametrize("write", WRITERS, ids=lambda write: write.__name__)
@@ -266,6 +275,16 @@ def test_held_out_samples_are_a_seeded_choice(kit):
     assert held_out("val_set_size=3", "seed=1") != three
     assert len(held_out("val_set_size=0.25")) == 2
     assert len(held_out("val_set_size=0.001")) == 1
+
+
+def test_fewer_samples_than_val_set_size_says_are_held_out_with_a_word(kit, capsys):
+    rows = [CHAT | {"image": f"{colour}.png"} for colour in COLOURS[:3] for _ in range(3)]
+    kit.run("val_set_size=4", rows=rows)
+    assert len(kit.samples("eval")) == 3
+    said = "val_set_size: 4: 3 of 4 samples are held out, since those that share a row or picture stay together"
+    assert said in capsys.readouterr().out
+    kit.run("val_set_size=3", rows=rows)
+    assert "are held out, since" not in capsys.readouterr().out
 
 
 def test_test_datasets_are_held_out_and_their_samples_have_names_of_their_own(kit):
@@ -461,6 +480,32 @@ def test_what_is_too_long_is_dropped_listed_and_counted_without_a_stop(kit):
     assert kit.counts()["rows_over_sequence_len"] == 1
 
 
+@pytest.mark.parametrize("short, warned", [(8, True), (9, False)])
+def test_a_tenth_and_more_of_a_data_sets_rows_that_are_too_long_is_a_warning(short, warned, kit, capsys):
+    write_jsonl(Path("short.jsonl"), [CHAT] * 9)
+    kit.run("sequence_len=60", rows=[CHAT] * short + [LONG], datasets=[{"path": "short.jsonl"}, {"path": "data.jsonl"}])
+    said = "warning: data.jsonl: 1 of 9 rows (11%) are over sequence_len; 02_data/rejects.jsonl says"
+    assert (said in capsys.readouterr().out) == warned
+
+
+@pytest.mark.parametrize("base, words, strategy, fix", [
+    ("llava", "red", "drop", "sequence_len: 128, or shorten the row"),             # whose pictures have one size
+    ("qwen2_5_vl", "red " * 300, "drop", "sequence_len: 2048, or shorten the row"),
+    ("qwen2_5_vl", "red", "truncate",
+     "sequence_len: 128, or excess_length_strategy: shrink_media, or a max_image_tokens for all pictures"),
+    ("qwen2_5_vl", "red", "shrink_media", "sequence_len: 128, or shorten the row"),
+])
+def test_the_fix_of_a_row_that_is_too_long_holds_it_and_names_what_makes_most_of_it_smaller(base, words, strategy, fix, kit):
+    Image.effect_noise((400, 400), 90).save("large.png")
+    long = chat("What? ", words) | {"images": ["large.png"] * 4}
+    kit.run("sequence_len=62", f"excess_length_strategy={strategy}", base=base, rows=[CHAT, long])
+    (reject,) = kit.rejects()
+    assert reject["too_long"] and reject["fix"] == fix
+    held = int(re.match(r"sequence_len: (\d+)", fix)[1])
+    kit.run(f"sequence_len={held}", base=base, rows=[CHAT, long])
+    assert held // 2 < kit.samples()[1]["input_tokens"] <= held
+
+
 def test_a_text_is_cut_behind_its_last_medium_and_only_there(kit):
     rows = [LONG | {"images": ["red.png"]}, CHAT, CHAT | {"images": ["red.png"] * 5},
             {"messages": [QUESTION, ANSWER, QUESTION | {"content": "why? " * 60}, ANSWER]}]
@@ -597,6 +642,15 @@ def test_an_image_folder_with_metadata_is_a_data_set(kit):
     assert kit.samples()[0]["media"][0]["path"] == "red.png"
 
 
+@pytest.mark.parametrize("entry", [{"path": "far/rows.csv"}, {"path": "csv", "data_files": "far/rows.csv"}])
+def test_the_pictures_of_a_csv_file_are_beside_it(entry, kit):
+    Path("far").mkdir()
+    shutil.move("red.png", "far/red.png")
+    Path("far/rows.csv").write_text("image,question,answer\nred.png,Which?,red\n,And?,green\n", encoding="utf-8")
+    kit.run(datasets=[entry])
+    assert [[medium["path"] for medium in sample["media"]] for sample in kit.samples()] == [["far/red.png"], []]
+
+
 def test_max_images_rejects_a_row_with_more(kit):
     rows = [CHAT | {"images": ["red.png"] * 2}, CHAT | {"images": ["red.png"] * 3}]
     kit.run("max_images=2", "on_bad_row=skip", rows=rows)
@@ -642,8 +696,9 @@ SKIP = "; or go without: on_bad_row=skip"
 REPLACE = f"replace that picture, or remove the row{SKIP}"
 MEND = f"mend or remove that line{SKIP}"
 AGAIN = "write the file again; a cut download looks like this"
+CELLS = 'save it as UTF-8, cells that hold a separator, newline or " within quotes'
 WHOLE = "name a folder or hub id with whole tokenizer and processor files"
-HOLD = "change val_set_size, or name a file of its own under test_datasets"
+HOLD = "name a file of its own under test_datasets"
 TOGETHER = "(those that share a picture stay together)"
 CASES = (
     bad("a missing data file",
@@ -655,9 +710,25 @@ CASES = (
         "name a file with rows, or remove it",
         {"data.jsonl": "\n\n"}),
     bad("an unknown suffix",
-        "datasets: a.csv: unknown kind of file '.csv'",
-        "use .json, .jsonl, .parquet, .arrow or a folder written by datasets' save_to_disk",
-        {"a.csv": "a,b\n"}, "datasets=[{path: a.csv}]"),
+        "datasets: a.xlsx: unknown kind of file '.xlsx'",
+        "use .json, .jsonl, .csv, .tsv, .parquet, .arrow or a folder written by datasets' save_to_disk",
+        {"a.xlsx": "a,b\n"}, "datasets=[{path: a.xlsx}]"),
+    bad("a CSV file that ends within quotes",
+        "a.csv:3: not rows of cells: unexpected end of data", CELLS,
+        {"a.csv": 'question,answer\n"What?,red\nWhat?,green\n'}, "datasets=[{path: a.csv}]"),
+    bad("a CSV file in another encoding",
+        "a.csv:1: not rows of cells: the text is not UTF-8", CELLS,
+        {"a.csv": "question,answer\n".encode() + b"a" * 10_000 + b"\xe4,red\n"}, "datasets=[{path: a.csv}]"),
+    bad("a CSV file with a column twice",
+        "a.csv:1: not rows of cells: its first line names a column twice: question, image, image", CELLS,
+        {"a.csv": "question,image,image\n"}, "datasets=[{path: a.csv}]"),
+    bad("a CSV file without rows",
+        "datasets: a.csv: holds no row", "name a file with rows, or remove it",
+        {"a.csv": "question,answer\n"}, "datasets=[{path: a.csv}]"),
+    bad("a row of too many cells",
+        "a.csv: row 1: 3 cells, and the first line names 2 columns",
+        f"put a cell that holds a separator within quotes, or write each empty cell{SKIP}",
+        {"a.csv": "question,answer\nWhat?,red\nWhat, then?,red\n"}, "datasets=[{path: a.csv}]"),
     bad("a broken line",
         "data.jsonl:2: not JSON: Expecting ',' delimiter at column 31", MEND,
         {"data.jsonl": json.dumps(CHAT) + '\n{"messages": [{"role": "user" "content": "hi"}]}\n'}),
@@ -732,7 +803,7 @@ CASES = (
         data({"conversations": []})),
     bad("a row that is too long",
         "data.jsonl:2: … tokens, over sequence_len 64",
-        "raise sequence_len, shorten the row, or use smaller pictures; or go without: excess_length_strategy=drop",
+        "sequence_len: 2048, or shorten the row; or go without: excess_length_strategy=drop",
         data(chat("What?", "red " * 500)), "sequence_len=64", "excess_length_strategy=error"),
     bad("nothing but bad rows",
         "data.jsonl:1: nothing to learn: no assistant message has a text (and 1 more bad row)",
@@ -740,7 +811,12 @@ CASES = (
         "all are in run/02_data.partial/rejects.jsonl",
         {"data.jsonl": 2 * (json.dumps(OPEN) + "\n")}, "on_bad_row=skip"),
     bad("all rows held out",
-        f"val_set_size: 8: all of the 8 samples would be held out {TOGETHER}", HOLD, {}, "val_set_size=8"),
+        f"val_set_size: 8: all of the 8 samples would be held out {TOGETHER}", f"val_set_size: 1, or {HOLD}", {},
+        "val_set_size=8"),
+    bad("a picture that most rows share",
+        f"val_set_size: 1: none of the 5 samples would be held out {TOGETHER}", f"val_set_size: 2, or {HOLD}",
+        {"data.jsonl": "".join(json.dumps(CHAT | {"image": f"{name}.png"}) + "\n"
+                               for name in ("red", "green", "red", "green", "red"))}, "val_set_size=1"),
     bad("one picture in all rows",
         f"val_set_size: 1: none of the 2 samples would be held out {TOGETHER}", HOLD,
         {"data.jsonl": 2 * (json.dumps(CHAT | {"image": "red.png"}) + "\n")}, "val_set_size=1"),

@@ -4,6 +4,7 @@ The packages are the real ones: a test that needs one skips where it can't be fe
 """
 
 import hashlib
+import importlib
 import json
 import random
 import re
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lib.stage import ROOT, StageError
+from lib.stage import ROOT, STAGES, StageError
 from recipes.demo import data
 
 BASE = ROOT / "recipes" / "demo" / "base"
@@ -50,6 +51,19 @@ def answers(folder: Path, part: str) -> list[str]:
 
 def pixels(folder: Path, part: str) -> set[bytes]:
     return {Image.open(folder / row["images"][0]).tobytes() for row in rows(folder, part)}
+
+
+def test_the_demo_learns_a_batch_by_heart(digits, tmp_path, monkeypatch, capsys):
+    """`05_train.py --check` says yes of the recipe that the README begins with."""
+    for name, path in (("recipes", ROOT / "recipes"), ("data/demo", digits)):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    importlib.import_module("01_config").main(["recipes/demo.yaml", "run"])
+    for stem in STAGES[1:4]:
+        importlib.import_module(stem).main(["run"])
+    importlib.import_module("05_train").main(["run", "--check"])
+    assert "labels, gradients and optimizer work together" in " ".join(capsys.readouterr().out.split())
 
 
 # ---- the demo's task -------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def test_a_placeholder_that_a_user_types_is_rejected_by_name(name, typed, family
 
 
 def test_the_image_placeholder_of_other_kits_is_rejected_where_it_is_only_characters():
-    row = {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}], "images": ["a.png"]}
+    row = {"messages": [{"role": "user", "content": "<image>\nWhat is it?"}], "images": ["a.png", "b.png"]}
     with pytest.raises(RowError, match="message 0 has <image> in its text, which is only characters here"):
         normalise(row)
 

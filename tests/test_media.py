@@ -8,6 +8,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -117,7 +118,7 @@ PNG = encoded(Image.new("RGB", (1, 1), RED))
 
 
 @pytest.mark.parametrize("source", [
-    "a.png", Path("a.png"), {"path": "a.png"}, {"path": "a.png", "bytes": None}, {"image": "a.png"},
+    "a.png", Path("a.png"), {"path": "a.png"}, {"path": "a.png", "bytes": None}, {"image": "a.png"}, "file://a.png",
 ], ids=str)
 def test_a_picture_by_path_is_found_beside_the_data_file_and_stays_a_path(source, tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
@@ -125,6 +126,14 @@ def test_a_picture_by_path_is_found_beside_the_data_file_and_stays_a_path(source
     assert record == {"kind": "image", "path": str(tmp_path / "a.png"), "bytes": None,
                       "sha256": hashlib.sha256(PNG).hexdigest(), "width": 1, "height": 1, "seconds": None}
     assert pixels(image) == pixels(open_medium(record, Decoding())) == [RED]
+
+
+@pytest.mark.parametrize("start", ["file://", "FILE://localhost"])
+def test_a_file_url_is_the_path_in_it_with_its_characters(start, tmp_path):
+    name = tmp_path / "ä b%20.png"
+    name.write_bytes(PNG)
+    for written in (quote(str(name)), str(name).replace("%", "%25")):
+        assert read_medium(start + written, Path("elsewhere"))[0]["path"] == str(name)
 
 
 @pytest.mark.parametrize("source", [
@@ -146,6 +155,8 @@ BAD = {  # what a row gives: what is said
     "cut.png": "cut.png: not a readable picture (image file is truncated)",
     "cut.jpg": "cut.jpg: not a readable picture (image file is truncated (…",
     "bomb.png": "bomb.png: 50000x50000 pixels, over the limit of 120,000,000",
+    "file:///no/such%20file.png": "/no/such file.png: no such file",
+    "file:///a%00b": "'/a\\x00b': embedded null byte",
     "nul\0.png": "'nul\\x00.png': embedded null byte",
     "http://a.b/c": "http://a.b/c: pictures behind urls are not fetched here; give the path of a file",
     "data:image/png;base64,!": "data:image/png;base64,!: broken base64 (…",
@@ -315,7 +326,7 @@ def seen(source, root=Path(), fps=None, at_most=None) -> Clip:
     """The clip that a source gives, the same through its record."""
     decoding = Decoding(video_fps=fps, video_max_frames=at_most)
     record, clip = read_medium(source, root, "video", decoding)
-    again = open_medium(record, sampling)
+    again = open_medium(record, decoding)
     assert np.array_equal(clip.frames, again.frames) and clip.indices == again.indices
     assert (record["height"], record["width"]) == clip.frames.shape[1:3] and record["seconds"] == clip.seconds
     return clip

@@ -67,6 +67,33 @@ def test_a_part_names_its_picture_in_any_usual_way(part, source):
     assert normalise(row)[1] == [source]
 
 
+URI = "data:image/png;base64,aGk="
+
+
+@pytest.mark.parametrize("part, kind, source", [
+    *[({"type": "image_url", "image_url": {"url": url}}, "image", url)
+      for url in ("https://a.b/c.png", URI, "file:///c.png", "c.png")],
+    ({"type": "image_url", "image_url": "https://a.b/c.png"}, "image", "https://a.b/c.png"),
+    ({"type": "image_url", "image_url": {"url": URI, "detail": "auto"}}, "image", URI),
+    ({"type": "image_url", "image_url": {"url": URI, "detail": "high"}, "text": None, "url": None}, "image", URI),
+    ({"type": "image_url", "image_url": {"url": URI, "detail": None}, "input_audio": None}, "image", URI),
+    ({"type": "input_audio", "input_audio": {"data": "aGk=", "format": "mp3"}}, "audio", "data:;base64,aGk="),
+    ({"type": "audio_url", "audio_url": {"url": "a.wav"}}, "audio", "a.wav"),
+    ({"type": "video_url", "video_url": {"url": "a.mp4"}}, "video", "a.mp4"),
+])
+def test_openais_parts_are_read(part, kind, source):
+    messages, media = normalise({"messages": [{"role": "user", "content": [part]}, ANSWER]})
+    assert media == [source] and messages[0]["content"] == [{"type": kind}]
+
+
+def test_an_index_says_which_entry_of_the_column_a_part_shows():
+    text = {"type": "text", "text": "a", "index": None}
+    content = [{"type": "image", "index": 1, "text": None}, text, {"type": "image", "index": 0, "text": ""}]
+    row = {"messages": [{"role": "user", "content": content}, ANSWER], "images": ["a.png", "b.png"]}
+    messages, pictures = normalise(row)
+    assert pictures == ["b.png", "a.png"] and kinds(messages)[0] == ["image", "text", "image"]
+
+
 SOUND = {"array": [0.0, 0.5], "sampling_rate": 16_000}
 
 
@@ -153,6 +180,18 @@ def test_llavas_tags_are_parts_in_their_places_and_the_newlines_that_set_them_of
     assert normalise(last)[0][0]["content"] == [{"type": "text", "text": "What?"}, image]
 
 
+def test_tags_in_messages_are_parts_where_they_are_as_many_as_their_columns_media():
+    row = {"messages": [{"role": "user", "content": "<image>\nWhat is <video>?"}, ANSWER,
+                        {"role": "user", "content": [{"type": "text", "text": "And?\n<image>"}]}, ANSWER],
+           "images": ["a.png", "b.png"], "videos": ["v.mp4"]}
+    messages, media = normalise(row)
+    assert media == ["a.png", "v.mp4", "b.png"]
+    assert kinds(messages) == [["image", "text", "video", "text"], ["text"], ["text", "image"], ["text"]]
+    assert messages[0]["content"][1]["text"] == "What is " and messages[2]["content"][0]["text"] == "And?"
+    asked = {"prompt": "<audio>What?", "completion": "red", "audio": "a.wav"}
+    assert kinds(normalise(asked)[0])[0] == ["audio", "text"]
+
+
 def test_a_tag_in_the_text_of_a_row_without_pictures_is_only_characters():
     row = {"conversations": [{"from": "human", "value": "Is <image> HTML?"}, SHARE[1]]}
     assert normalise(row)[0][0]["content"] == [{"type": "text", "text": "Is <image> HTML?"}]
@@ -181,6 +220,20 @@ def test_rows_go_without_their_system_message_where_the_recipe_drops_it():
 def test_field_thinking_names_the_key_of_thoughts():
     row = {"messages": [QUESTION, ANSWER | {"thinking": "Hm."}]}
     assert normalise(row, Shape(field_thinking="thinking"))[0][1]["reasoning_content"] == "Hm."
+
+
+@pytest.mark.parametrize("weight, train", [(0, False), (1, True), (1.0, True), (False, False), (None, None)])
+def test_openais_weight_says_what_is_trained_where_the_recipe_names_it(weight, train):
+    row = {"messages": [QUESTION, ANSWER | {"weight": weight}]}
+    message = normalise(row, Shape(message_field_training="weight"))[0][1]
+    assert message.get("train") is train
+
+
+def test_a_conversation_and_its_media_may_be_the_json_of_them():
+    row = {"messages": TYPED, "images": ["a.png"]}
+    assert normalise({key: json.dumps(value) for key, value in row.items()}) == normalise(row)
+    text = {"prompt": json.dumps(CHAT), "completion": "[1]"}
+    assert normalise(text)[0][0]["content"] == [{"type": "text", "text": json.dumps(CHAT)}]
 
 
 def test_tool_calls_results_and_thoughts_stay_with_their_messages():
@@ -219,7 +272,9 @@ def one(role: str = "user", **keys) -> dict:
     ({"messages": []}, "no list of messages under 'messages'; the row has messages"),
     ({"messages": ["hi"]}, "message 0 is a text, not an object"),
     ({"messages": [{"who": "human", "value": "hi"}]}, "message 0 has the role None"),
-    ({"conversations": "hi"}, "no list of messages under 'messages'; the row has conversations"),
+    ({"conversations": "hi"}, "the conversation is the text 'hi', which is no JSON of messages"),
+    ({"messages": "[{'role': 'user'}]", "prompt": "a", "completion": "b"},
+     "the conversation is the text \"[{'role': 'user'}]\", which is no JSON of messages"),
     ({"prompt": "hi"}, "no list of messages under 'messages'; the row has prompt"),
     ({"prompt": "hi", "completion": 3}, "'completion' is a number, neither a text nor a list of messages"),
     ({"question": "hi", "answer": ["a", "b"]}, "'answer' is a list, neither a text nor a list of messages"),
@@ -229,6 +284,23 @@ def one(role: str = "user", **keys) -> dict:
     (one("bot", content="hi"), "message 0 has the role 'bot'"),
     (one(), "message 0 (user) has no content"),
     (one(content=[{"type": "text"}]), "message 0 has a text part without a text"),
+    (one(content=[{"type": "text", "text": "a", "image": "a.png"}]),
+     "message 0 has 'image' in a part of type 'text', which isn't read"),
+    (one(content=[{"type": "image", "path": "a.png", "max_pixels": 9}]),
+     "message 0 has 'max_pixels' in a part of type 'image', which isn't read"),
+    (one(content=[{"type": "image", "path": "a.png", "index": 0}]),
+     "message 0 has 'index' in a part of type 'image', which isn't read"),
+    (one(content=[{"type": "video", "video": "a.mp4", "nframes": 8}]),
+     "message 0 has 'nframes' in a part of type 'video', which isn't read"),
+    (one(content=[{"type": "image_url", "image_url": {"url": "a.png", "detail": "low"}}]),
+     "message 0 has 'detail' in a part of type 'image', which isn't read"),
+    (one(content=[{"type": "input_audio", "input_audio": {"id": "a"}}]),
+     "message 0 has 'id' in a part of type 'audio', which isn't read"),
+    *[({"messages": one(content=[{"type": "image", "index": index} for index in named])["messages"], "images": ["a", "b"]},
+       f"the image parts have the indices {named}, for 2 listed pictures")
+      for named in ([0, 0], [1, 2], [0, None], ["0", "1"], [[0], 1])],
+    ({"messages": [{"role": "user", "content": "<image> or <image>?"}], "image": "a.png"},
+     "message 0 has <image> in its text, which is only characters here"),
     (one(content=[{"type": "smell"}]), "message 0 has a part of type 'smell'"),
     (one(content=[{"type": "video"}]), "1 video placeholder, but 0 listed clips"),
     ({"messages": CHAT + one(content=[{"type": "audio"}] * 2)["messages"], "audio": "a.wav"},
@@ -262,7 +334,7 @@ def test_a_row_that_is_no_conversation_is_rejected_with_the_reason(row, reason):
 MEDIA = ("image", "audio", "video")
 PLAIN = [None, True, 0, -1.5, "", "hi", "\ud800", "a.png", "user", "assistant", "image", "text", "<image>"]
 KEYS = ["messages", "role", "content", "type", "text", "image", "images", "audio", "videos", "path", "bytes",
-        "array", "base64", "tools"]
+        "array", "base64", "tools", "index", "image_url", "url", "input_audio", "data"]
 KEYS += ["", "\udfff", "conversations", "from", "value", "prompt", "completion", "question", "answer", "system", "train",
          "tool_calls", "function", "name", "arguments", "reasoning_content", "tool_call_id"]
 

@@ -153,6 +153,12 @@ def test_03_says_how_it_loaded_and_what_a_first_answer_costs(tmp_path, monkeypat
     assert "load.json" not in run.json("03_load_model/stage.json")["wrote"]
 
 
+def test_plan_only_needs_no_more_than_01(tmp_path, monkeypatch, zoo, capsys):
+    run = Run(tmp_path, monkeypatch, zoo("llava")).upto("01_config")
+    run("03_load_model", "--plan-only")
+    assert "vision" in capsys.readouterr().out and not (run.path / "03_load_model").exists()
+
+
 def test_plan_only_shows_roles_and_writes_nothing(tmp_path, monkeypatch, zoo, capsys):
     run = Run(tmp_path, monkeypatch, zoo("llava")).upto("02_data")
     before = harness.contents(tmp_path)

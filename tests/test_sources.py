@@ -1,5 +1,6 @@
 """Rows come from any file, folder or data set, by the part of it that a recipe names, each with its place."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -90,6 +91,21 @@ def test_an_image_folder_gives_its_metadata_with_the_pictures(metadata, folder):
     assert where.startswith(f"seen/{metadata}") and sources.root(spec) == Path("seen")
 
 
+@pytest.mark.parametrize("name, separator", [("rows.csv", ","), ("rows.TSV", "\t")])
+def test_a_file_of_cells_gives_texts_and_nothing_for_an_empty_one(name, separator):
+    cells = [["question", "answer", "image"], ['"Ä?\n', "3", "a.png"], [f"b{separator}c", '{"a": 1}', ""]]
+    with Path(name).open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows([*cells, []])
+    rows = list(sources.rows(NOWHERE | {"path": name}))
+    assert [where for _, where, _ in rows] == [f"{name}: row 0", f"{name}: row 1"]
+    assert [row for _, _, row in rows] == [dict(zip(cells[0], cells[1])), {**dict(zip(cells[0], cells[2])), "image": None}]
+
+
+def test_a_cell_may_be_as_long_as_it_likes():
+    Path("rows.csv").write_text(f"prompt,completion\n{'a' * 10**6},b\n", encoding="utf-8")
+    assert found(path="rows.csv") == ["a" * 10**6]
+
+
 def test_columns_of_file_names_are_called_by_what_they_hold():
     row = {"file_name": "a.wav", "images_file_names": ["a.png"], "video_file_name": "a.mp4", "text": "hi"}
     assert sources.named_media(row) == {"audio": "a.wav", "images": ["a.png"], "video": "a.mp4", "text": "hi"}
@@ -98,6 +114,14 @@ def test_columns_of_file_names_are_called_by_what_they_hold():
 def test_media_root_is_where_relative_paths_start():
     assert sources.root(NOWHERE | {"path": "rows/ten.jsonl"}) == Path("rows")
     assert sources.root(NOWHERE | {"path": "rows/ten.jsonl", "media_root": "seen"}) == Path("seen")
+
+
+@pytest.mark.parametrize("given, folder", [
+    ("rows/ten.csv", "rows"), (["rows/a.csv", "rows/b.csv"], "rows"), ("rows/*.csv", "rows"), (["a/a.csv", "b/b.csv"], "."),
+])
+def test_media_are_beside_the_data_files_that_a_kind_of_file_reads(given, folder):
+    assert sources.root(NOWHERE | {"path": "csv", "data_files": given}) == Path(folder)
+    assert sources.root(NOWHERE | {"path": "csv", "data_files": given, "media_root": "seen"}) == Path("seen")
 
 
 def test_fewer_rows_of_a_parquet_file_are_read_at_a_time_where_they_hold_media(monkeypatch):
@@ -132,7 +156,7 @@ BAD = {
     "a slice beyond a hundred percent": (
         {"path": "rows/ten.jsonl", "split": "train[:200%]"}, "datasets: rows/ten.jsonl: split train[:200%]: ", "write"),
     "several splits and none named": (
-        {"path": "two"}, "datasets: two has the splits a, b, not None", "write split: a"),
+        {"path": "two"}, "datasets: two has the splits a, b, and the recipe names none", "write split: a"),
     "several splits of files and none named": (
         {"path": "parts"}, "datasets: parts has the splits train, test", "write which: split: train"),
     "files of several shapes": ({"path": "odd"}, "datasets: odd: can't be loaded: ", CORRECT),

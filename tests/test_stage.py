@@ -214,7 +214,7 @@ def test_a_knob_outside_the_identity_is_readable_and_re_runs_nothing(kit):
 def test_a_knob_that_the_stage_did_not_declare_cannot_be_read(kit):
     config = stage.view("02_data", RUN).config
     assert vars(config) == {"rows": 2, "workers": 1}
-    with pytest.raises(AttributeError, match=r"lora_r .*add the stage to that knob's stages.*01_config\.py"):
+    with pytest.raises(AttributeError, match=r"lora_r .*add its number to those that read the knob.*01_config\.py"):
         config.lora_r  # noqa: B018
     with pytest.raises(AttributeError, match="rows is read-only"):
         config.rows = 3
