@@ -4,7 +4,8 @@ Each file begins with a line on what it is for. By subject, about in the order o
 
     the recipe             recipe reading knobs checks paths rules axolotl
     the run folder         stage decision ledger code folder program terminal versions
-    rows and samples       sources hub files shapes messages parts rows measuring counting length samples summary
+    rows as they come      sources hub files shapes messages parts
+    rows to samples        rows measuring counting length samples summary
     text and labels        processor tekken vocabulary render turns template spans chat
     media                  locating fetch media pictures sounds clips resolution budget
     the model              families registry origin plan trainable kernels rope roles model shards quant gptq

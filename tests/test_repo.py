@@ -89,6 +89,23 @@ def test_every_function_that_the_readme_says_to_edit_exists():
         assert re.search(rf"(def|class) {name.rsplit('.', 1)[-1]}\b|^{name} = ", read(ROOT / path), re.M), name
 
 
+def texts_of(path):
+    """Every text that a file's code holds, with … for what an f-string fills in."""
+    for node in ast.walk(ast.parse(read(path))):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+        elif isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)
+
+
+def test_every_message_that_the_readme_explains_is_one_that_the_code_prints():
+    table = read(README).partition("## When it stops")[2].partition("\n## ")[0]
+    fragments = [each for row in re.findall(r"^\| (`.*?) \|", table, re.M) for each in re.findall(r"`([^`]+)`", row)]
+    said = "\n".join(text for path in CODE for text in texts_of(path)).replace("missing_keys", "missing keys")
+    assert len(fragments) > 20
+    assert not [each for each in fragments if each not in said]
+
+
 def test_every_make_target_that_the_readme_names_exists():
     targets = re.findall(r"^([\w-]+):", read(ROOT / "Makefile"), re.M)
     named = set(re.findall(r"`?make ([\w-]+)", read(README)))
