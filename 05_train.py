@@ -141,7 +141,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     packed = packing.needs(net, family_of(plan["model_type"])) if config.sample_packing else {}
     samples, held_out = (Samples(datasets.load_from_disk(data / part), encoder, **packed, even=shards)
                          for part in ("train", "eval"))
-    watch = optim.GradientWatch(role_of, kinds_in_data=set().union(*samples.media))
+    watch = optim.GradientWatch(optim.waits_for(net, roles, role_of), set().union(*samples.media))
     # The optimizer, the checkpoint to go on from, and the order of the samples, which it fixes.
     optimizer = optim.make_optimizer(parameters, role_of, config)
     per_rank = config.micro_batch_size * config.gradient_accumulation_steps
@@ -270,7 +270,7 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
         run.scaler.scale(loss / sizes["supervised_tokens"]).backward()
         found[world.rank, number] = torch.stack([loss.detach(), right])
     world.sum(found)
-    world.sum_gradients(run.parameters.values())
+    world.sum_gradients(run.parameters.values(), run.watch.some_lack)
     run.scaler.unscale_(run.optimizer)
     norms = optim.clip_gradients(run.parameters, run.role_of, config.max_grad_norm)
     finite = found.isfinite().all() & norms["grad_norm"].isfinite().to(world.device)

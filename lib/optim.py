@@ -3,12 +3,14 @@
 Source: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101); cosine decay, SGDR (arXiv 1608.03983).
 """
 import math
+import re
 
 import torch
 
 from lib import hooks, terminal
 from lib.ledger import HOOK
 from lib.parallel import World
+from lib.roles import Roles, base_name
 from lib.stage import StageError
 
 
@@ -152,7 +154,7 @@ def clip_gradients(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
     """
     gradients: dict[str, list] = {}
     for name, p in parameters.items():
-        gradients.setdefault(roles[name], []).append(p.grad)
+        gradients.setdefault(roles[name], []).append(p.new_zeros(()) if p.grad is None else p.grad)
     norms = {f"grad_norm_{role}": torch.nn.utils.get_total_norm(found) for role, found in gradients.items()}
     first = next(iter(norms.values())).device                      # a shared-out model has them on several
     total = torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms.values()]))
@@ -177,6 +179,20 @@ LEARNS_FROM = {"vision": {"image", "video"}, "audio": {"audio"},    # without su
                "projector": {"image", "video", "audio"}, "cross_attention": {"image", "video", "audio"}}
 
 
+LAYER = re.compile(r".*\.\d+\.")                                   # a layer's path, the last number's
+
+
+def waits_for(model, roles: Roles, role_of: dict[str, str]) -> dict[str, str]:
+    """{trained parameter: the role whose media its gradient waits for}; role_of: its own role.
+
+    That is its own, but in a layer with cross-attention, which rows without media skip as a whole.
+    """
+    crossed = {LAYER.match(name)[0] for name, _ in model.named_parameters()
+               if roles.of(base_name(name)) == "cross_attention" and LAYER.match(name)}
+    return {name: "cross_attention" if (layer := LAYER.match(name)) and layer[0] in crossed else role
+            for name, role in role_of.items()}
+
+
 class GradientWatch:
     """Stops a run in which something that trains gets no gradient: it would be saved as it was.
 
@@ -186,6 +202,7 @@ class GradientWatch:
 
     def __init__(self, roles: dict[str, str], kinds_in_data: set[str]):
         self.waiting = dict(roles)                                 # {parameter name: role}
+        self.some_lack = bool({*roles.values()} & {*LEARNS_FROM, "experts"})   # in a step without media or so
         self.learnt: set[str] = set()                              # roles of which something has moved
         self.kinds_in_data = kinds_in_data
         self.steps, self.steps_for = 0, dict.fromkeys(LEARNS_FROM, 0)
@@ -204,13 +221,15 @@ class GradientWatch:
         self.waiting = still
         late = [name for name, role in self.waiting.items() if self.steps_for.get(role, self.steps) >= 2]
         spared = {"experts", "embedding"} | ({"projector"} & self.learnt)
+        if not self.kinds_in_data:                                 # the language role brings it along
+            spared.add("cross_attention")
         if without := [name for name in late if self.waiting[name] not in spared]:
             world.stop(f"{len(without)} of {len(parameters)} trained tensors got no gradient in two steps, "
                        f"such as {without[0]}", f"the data lack what {self.waiting[without[0]]} learns from: "
                        "leave that role out of lora_target_roles or train_roles")
         if late:
             of = " and ".join(sorted({self.waiting[name] for name in late}))
-            terminal.warn(f"{len(late)} tensors of {of} have had no gradient: no token was sent to them")
+            terminal.warn(f"{len(late)} tensors of {of} have had no gradient: nothing was sent to them")
         for name in late:
             del self.waiting[name]
 

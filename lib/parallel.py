@@ -89,16 +89,21 @@ class World:
         dist.all_reduce(found, dist.ReduceOp.MAX)
         return found
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Sum .grad over ranks, in the same order on every rank.
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], some_lack: bool) -> None:
+        """Sum .grad over ranks, in the same order on every rank; where only some have one, the others add zeros.
 
-        A parameter without a gradient gets zeros, on one rank as on many: an optimizer would pass over it,
-        but momentum moves a parameter whose gradient is zero.
+        some_lack: whether a parameter may have no gradient on any rank, as a tower's in a step of texts. Then
+        it stays without, and an optimizer passes over it, as on one rank; to know of it, ranks wait for one
+        another.
         """
-        parameters = list(parameters)
+        parameters = list(parameters) if self.world_size > 1 else []
+        if parameters and some_lack:
+            there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
+            dist.all_reduce(there, dist.ReduceOp.MAX)
+            parameters = [p for p, somewhere in zip(parameters, there.tolist()) if somewhere]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        for bucket in buckets(parameters) if self.world_size > 1 else ():
+        for bucket in buckets(parameters):
             flat = torch.cat([p.grad.flatten() for p in bucket])
             dist.all_reduce(flat)
             for p, piece in zip(bucket, flat.split([p.numel() for p in bucket])):

@@ -79,14 +79,26 @@ def test_only_the_first_rank_speaks_and_writes(make):
     assert len(run.losses()) == 2                                  # one line a step, not two
 
 
-def test_gradients_are_summed_in_buckets_and_absent_ones_count_as_zeros(monkeypatch):
+def test_gradients_are_summed_in_buckets_and_one_rank_leaves_absent_ones_absent(monkeypatch):
     monkeypatch.setattr(parallel, "BUCKET", 6)
     sizes = [2, 4, 1, 9, 3, 3]
     parameters = [torch.nn.Parameter(torch.zeros(size)) for size in sizes]
     assert [[p.numel() for p in bucket] for bucket in buckets(parameters)] == [[2, 4], [1], [9], [3, 3]]
     assert list(buckets([])) == []
-    World(0, 1, torch.device("cpu")).sum_gradients(parameters)     # alone, too: or Adam would pass over them
-    assert all(p.grad is not None and not p.grad.any() for p in parameters)
+    World(0, 1, torch.device("cpu")).sum_gradients(parameters, some_lack=True)
+    assert all(p.grad is None for p in parameters)
+
+
+def test_what_no_rank_has_a_gradient_for_stays_without_one_and_else_some_ranks_add_zeros(tmp_path):
+    def train(rank):
+        torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", rank=rank, world_size=2)
+        one, two, three = (torch.nn.Parameter(torch.zeros(2)) for _ in range(3))
+        one.grad = torch.full((2,), 1.0 + rank)
+        three.grad = torch.ones(2) if rank else None
+        World(rank, 2, torch.device("cpu")).sum_gradients([one, two, three], some_lack=True)
+        assert one.grad.tolist() == [3, 3] and two.grad is None and three.grad.tolist() == [1, 1]
+    children = [child_of(partial(train, rank)) for rank in range(2)]
+    assert [child.wait().code for child in children] == [0, 0], [child.said for child in children]
 
 
 def test_check_runs_on_two_ranks_and_writes_nothing(make):

@@ -235,6 +235,42 @@ def test_every_tensor_of_a_family_gets_a_gradient_in_full_fine_tuning(name, make
     assert len(run.losses()) == 2
 
 
+MLLAMA = {"micro_batch_size": 1, "gradient_accumulation_steps": 2, "val_set_size": 0, "num_epochs": 2}
+
+
+@pytest.mark.parametrize("knobs", [{}, {"adapter": None, "train_roles": ["language"]}])
+def test_layers_that_rows_without_pictures_skip_may_wait_for_a_picture(knobs, make):
+    """Mllama's layers with cross-attention: the first two steps are of texts alone."""
+    run = make("mllama", rows=[*text_rows(4), *colour_rows(4)], **MLLAMA, **knobs)
+    first_texts = importlib.import_module("05_train").Order
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(first_texts, "of_step", lambda self, step: [(2 * step % 8,), (2 * step % 8 + 1,)])
+        run("05_train")
+    assert len(run.losses()) == 8
+
+
+def test_cross_attention_without_any_picture_in_the_data_is_reported_and_stays_as_it_is(make, capsys):
+    run = make("mllama", rows=text_rows(4), **MLLAMA)
+    run("05_train")
+    assert "tensors of cross_attention have had no gradient" in " ".join(capsys.readouterr().out.split())
+    assert not any(tensor.any() for name, tensor in trained(run).items() if "cross_attn" in name and "lora_B" in name)
+
+
+def test_a_step_without_pictures_leaves_the_projector_as_it_is(make):
+    """As torch does it: a parameter without a gradient isn't moved by momentum or weight decay either."""
+    rows = [*colour_rows(2), *text_rows(4)]
+    run = make("qwen2_5_vl", rows=rows, lora_target_roles=["language", "projector"], weight_decay=0.1, save_steps=1,
+               save_total_limit=9, micro_batch_size=1, gradient_accumulation_steps=1, val_set_size=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("05_train").Order, "of_step", lambda self, step: [(step,)])
+        run("05_train")
+    weights = [load_file(run.path / f"05_train/checkpoints/step-{step}/weights.safetensors") for step in range(1, 7)]
+    moved = [{name for name in before if not torch.equal(before[name], after[name])}
+             for before, after in zip(weights, weights[1:])]
+    of_projector = {name for name in weights[0] if "merger" in name}
+    assert of_projector <= moved[0] and all(names and not of_projector & names for names in moved[1:])
+
+
 # ---- the optimizer ----
 
 def knobs(**changes):
