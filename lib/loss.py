@@ -76,7 +76,7 @@ def in_place_of_logits(model, batch: dict, compute):
         if hidden.shape[:2] != batch["input_ids"].shape:
             raise StageError(f"{type(model).__name__}: its output head sees {hidden.shape[1]} positions of "
                              f"{batch['input_ids'].shape[1]}", "choose another base_model")
-        positions = batch["positions"].to(hidden.device)          # a shared-out model ends on another GPU
+        positions = batch["positions"].to(hidden.device)          # a model spread over GPUs ends on another
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)           # [N, D]
         result.append(compute(rows))
         return hidden[..., :0]

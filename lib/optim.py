@@ -156,7 +156,7 @@ def clip_gradients(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
     for name, p in parameters.items():
         gradients.setdefault(roles[name], []).append(p.new_zeros(()) if p.grad is None else p.grad)
     norms = {f"grad_norm_{role}": torch.nn.utils.get_total_norm(found) for role, found in gradients.items()}
-    first = next(iter(norms.values())).device                      # a shared-out model has them on several
+    first = next(iter(norms.values())).device                      # device_map: they are on several GPUs
     total = torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms.values()]))
     torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, total)
     return {"grad_norm": total, **(norms if len(norms) > 1 else {})}
