@@ -73,6 +73,8 @@ def main(argv=None):
         "sample_id": sample_id, "first_loss": loss, "random_loss": random_loss})
     terminal.say(f"loaded on {device} in {terminal.duration(seconds)}, peak memory {peak_gib:.2f} GiB; "
                  f"loss of {sample_id}: {loss:.3f} (random answers: {random_loss:.2f})")
+    if getattr(loaded.config.get_text_config(), "output_router_logits", False):
+        terminal.warn("output_router_logits: the router's auxiliary loss isn't added in training")
     explain_high_loss(loss, random_loss, registry.family_of(plan["model_type"]))
     work.finish(volatile=("load.json", "forecast.json"))
 

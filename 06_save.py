@@ -28,7 +28,7 @@ from lib.facts import Facts
 from lib.ledger import read_json, write_json
 from lib.locating import MediaError
 from lib.messages import RowError, text_parts
-from lib.plan import quiet
+from lib.plan import public_name, quiet
 from lib.predict import evaluate_file, trained_model
 from lib.render import stop_clock
 from lib.stage import StageError
@@ -78,6 +78,9 @@ def main(argv=None):
     pictures = page.may_show(work.config.report_media, held_out=True)
     report.write_report(work, facts, encoder, answered(rows, found["answers"], pictures))
     say_results(check)
+    if work.config.adapter and Path(plan["base_model"]).is_dir():
+        terminal.say(f"adapter/ names its base {public_name(plan)}, without the folder that it lies in: load "
+                     f"it as {exports[0] / 'README.md'} shows")
     work.finish(volatile=("report.html", "figure.svg"))
     terminal.say(f"look at: {work.path / 'report.html'}", "bold")
 

@@ -74,7 +74,7 @@ def message_of(message, number: int, shape: Shape, kinds: set[str]) -> dict:
 
 
 def place_tags(messages: list[dict], columns: dict[str, list]) -> None:
-    """Nothing; tags are parts where a kind has no other and as many tags as its column has media.
+    """Make tags parts where a kind has no other and as many tags as its column has media.
 
     columns: {kind: its media}. Any other number may be words about a tag, which `fill` refuses.
     """
@@ -132,7 +132,7 @@ def extras_of(message: dict, number: int, role: str, shape: Shape) -> dict:
 
 
 def fill(messages: list[dict], kind: str, listed: list) -> None:
-    """Nothing; every part of this kind has its source: of the listed media, each bare part another."""
+    """Give every part of this kind its source: each bare part another of the listed media."""
     parts = [part for message in messages for part in message["content"] if part["type"] == kind]
     bare = [part for part in parts if part["source"] is None]
     if listed and not parts:

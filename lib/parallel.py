@@ -90,7 +90,7 @@ class World:
         return found
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], some_lack: bool) -> None:
-        """Sum .grad over ranks, in the same order on every rank; where only some have one, the others add zeros.
+        """Sum .grad over ranks, in the same order on each; where only some have one, the others add zeros.
 
         some_lack: whether a parameter may have no gradient on any rank, as a tower's in a step of texts. Then
         it stays without, and an optimizer passes over it, as on one rank; to know of it, ranks wait for one
@@ -98,7 +98,7 @@ class World:
         """
         parameters = list(parameters) if self.world_size > 1 else []
         if parameters and some_lack:
-            there = torch.tensor([p.grad is not None for p in parameters], dtype=torch.int32, device=self.device)
+            there = torch.tensor([int(p.grad is not None) for p in parameters], device=self.device)
             dist.all_reduce(there, dist.ReduceOp.MAX)
             parameters = [p for p, somewhere in zip(parameters, there.tolist()) if somewhere]
         for p in parameters:

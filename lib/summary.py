@@ -32,7 +32,7 @@ class Rejects:
         self.number, self.datasets = Counter(), Counter()
 
     def add(self, rejects: list[dict]) -> None:
-        """Nothing; these are written and counted."""
+        """Write these down and count them."""
         for reject in rejects:
             self.file.write(in_lines([reject]))
             kind = {"rows": 0, "such_as": f"{reject['where']}: {reject['reason']}", "fix": reject["fix"]}
@@ -47,7 +47,7 @@ class Rejects:
 
 
 def warn_of_length(path: str, too_long: int, rows: int) -> None:
-    """Nothing; it is said where many of a data set's rows are too long: others than it has are trained on."""
+    """Warn where many of a data set's rows are too long: the rest is no longer what the data set is."""
     if too_long > MOST_TOO_LONG * rows:
         terminal.warn(f"{path}: {too_long:,} of {rows:,} rows ({too_long / rows:.0%}) are over "
                       "sequence_len; 02_data/rejects.jsonl says what would keep each")
