@@ -28,20 +28,32 @@ def test_figures_that_are_read_late_are_the_same_and_in_order(knobs, make_run, m
     assert all(line["seconds"] > 0 for line in lines(late.path / "05_train/timings.jsonl"))
 
 
+on_gpus = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpus)])
+def test_what_is_sent_is_read_as_it_was_when_it_was_sent(device):
+    tensor = torch.arange(6.0, device=device).view(2, 3)
+    sent = steps.Sent(tensor * 2)
+    tensor.zero_()
+    assert sent.read() == [[0, 2, 4], [6, 8, 10]] and steps.Sent(tensor.sum()).read() == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=on_gpus)])
 @pytest.mark.parametrize("fused", [True, False])
-def test_an_update_is_left_out_where_a_gradient_is_no_number(fused):
-    parameter = torch.nn.Parameter(torch.ones(5))
+def test_an_update_is_left_out_where_a_gradient_is_no_number(fused, device):
+    parameter = torch.nn.Parameter(torch.ones(5, device=device))
     optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=fused)
     after = []
     for gradient in (1.0, math.nan, math.inf, 2.0):
-        parameter.grad = torch.full((5,), gradient)
+        parameter.grad = torch.full((5,), gradient, device=device)
         optim.update(optimizer, parameter.grad.isfinite().all())
         after.append([parameter.detach().clone(), *(value.clone() for value in optimizer.state[parameter].values())])
     for one, two in zip(after[0], after[2]):                       # weights, both moments, the number of steps
         assert torch.equal(one, two)
-    plain = torch.nn.Parameter(torch.ones(5))
+    plain = torch.nn.Parameter(torch.ones(5, device=device))
     optimizer = torch.optim.AdamW([plain], lr=0.1, fused=fused)
     for gradient in (1.0, 2.0):
-        plain.grad = torch.full((5,), gradient)
+        plain.grad = torch.full((5,), gradient, device=device)
         optimizer.step()
     assert torch.equal(plain, parameter)
