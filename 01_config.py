@@ -23,13 +23,14 @@ from lib import origin, registry, stage, terminal
 from lib.checks import (
     bnb_arguments, day, filled, limits, model_overrides, name_ends, name_regexes, properties, regex,
     role_words, side, size, special_tokens, template_arguments, words)
+from lib.errors import StageError
 from lib.knobs import REQUIRED, Hook, in_words, knob, knobs_of
 from lib.ledger import read_json, write_json
 from lib.paths import adapter_path, chat_template, data_path, hook, metrics, model_path
 from lib.reading import read_knobs
 from lib.recipe import Entry, read_overrides, read_recipe, read_text, written
 from lib.rules import MEDIA_ROLES, RULES, WARNINGS
-from lib.stage import STAGES, StageError
+from lib.stage import STAGES
 
 # ---- the schema ------------------------------------------------------------------------------------------
 # A knob a line: its name, type and default, the scripts that read it, why, its unit and limits. None is null.
@@ -391,7 +392,6 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     # Write every knob, and who reads it.
-    terminal.header("01_config", "a recipe becomes a configuration in which every knob has a value")
     work.uses(recipe_path, sha256)
     known = knobs_of(Recipe)
     readers = {stem: [name for name, (_, meta) in known.items() if stem in meta["stages"]] for stem in STAGES}

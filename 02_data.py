@@ -19,15 +19,15 @@ import pyarrow
 from lib import origin, preview, registry, samples, sources, stage, summary, terminal
 from lib.budget import set_token_budget, show_tokens
 from lib.chat import Encoder
+from lib.errors import StageError
 from lib.ledger import read_json
 from lib.measuring import measured
 from lib.messages import count
-from lib.plan import load_config
 from lib.paths import OWN_TEMPLATE
+from lib.plan import load_config
 from lib.processor import complete, load_processor, stop_tokens, tokenizer_of
 from lib.resolution import require_bounds, set_budget
 from lib.rows import Rows
-from lib.stage import StageError
 from lib.template import Template
 from lib.vocabulary import add_tokens
 

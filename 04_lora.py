@@ -13,10 +13,10 @@ from collections import Counter
 
 from lib import model, stage, terminal
 from lib.adapter import adapted_experts
+from lib.errors import StageError
 from lib.ledger import read_json, write_json
 from lib.plan import on_meta
 from lib.roles import Roles
-from lib.stage import StageError
 
 LEARNS_WORDS = {"language", "cross_attention", "experts"}          # roles without which answers hardly change
 

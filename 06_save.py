@@ -23,15 +23,15 @@ from lib import devices, fresh, media, merge, model, page, report, stage, termin
 from lib.card import model_card
 from lib.chat import Encoder
 from lib.compare import compare
+from lib.errors import RowError, StageError
 from lib.evaluate import exact_match, generate
 from lib.facts import Facts
 from lib.ledger import read_json, write_json
 from lib.locating import MediaError
-from lib.messages import RowError, text_parts
+from lib.messages import text_parts
 from lib.plan import public_name, quiet
 from lib.predict import evaluate_file, trained_model
 from lib.render import stop_clock
-from lib.stage import StageError
 from lib.template import Template
 
 

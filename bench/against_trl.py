@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from bench import machine
 from bench.apart import FOLDER, process, write_result
 from lib import stage, terminal
-from lib.stage import StageError
+from lib.errors import StageError
 
 WARM_UP_STEPS = 3
 NORMS_AGREE = 0.01                         # as a part of TRL's, where steps are compared

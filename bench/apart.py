@@ -8,7 +8,7 @@ from pathlib import Path
 
 from bench import machine
 from lib import stage
-from lib.stage import StageError
+from lib.errors import StageError
 
 FOLDER = stage.ROOT / "runs" / "bench"
 RESULTS = stage.ROOT / "bench" / "results"

@@ -3,7 +3,7 @@
 Each file begins with a line on what it is for. By subject, about in the order of a run:
 
     the recipe             recipe reading knobs checks paths rules axolotl
-    the run folder         stage decision ledger code folder program terminal versions
+    the run folder         stage decision ledger code folder program terminal errors versions
     rows as they come      sources hub files shapes messages parts
     rows to samples        rows measuring counting length samples summary
     text and labels        processor tekken vocabulary render turns template spans chat

@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 
 from lib import registry, saved, terminal, vocabulary
+from lib.errors import StageError, first_line
 from lib.plan import public_name, quiet
-from lib.processor import first_line
 from lib.roles import Roles, base_name, lora_linears
-from lib.stage import StageError
 
 
 def put_on(model, plan: dict, knobs, real: bool = True) -> tuple[object, dict[str, list[str]]]:

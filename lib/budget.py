@@ -15,11 +15,11 @@ import pyarrow as pa
 from PIL import Image
 
 from lib import terminal
+from lib.errors import StageError
 from lib.families import Family
 from lib.messages import count, texts_of
 from lib.resolution import TooFew, bounds_of, require_bounds, with_bounds
 from lib.samples import rows_of
-from lib.stage import StageError
 
 CAPS = [2**power for power in range(6, 14)]    # values of max_image_tokens: 02 says what each would save
 # <box>, <|box_start|>, <point x=…, <loc0123>, bbox, and brackets around two or four numbers.

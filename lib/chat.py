@@ -14,14 +14,14 @@ import torch
 
 from lib import registry
 from lib.collator import IGNORE_INDEX, goes_along
+from lib.errors import RowError, StageError
 from lib.ledger import read_json, write_json
 from lib.media import Decoding, kind_of, open_medium
-from lib.messages import NOUNS, RowError
+from lib.messages import NOUNS
 from lib.processor import (
     KINDS, adds_first_token, load_processor, media_arguments, placeholders, special_tokens, tokenizer_of)
 from lib.resolution import with_bounds
 from lib.spans import after_replacing, covered, moved, spans_of_tokens, straddled
-from lib.stage import StageError
 
 
 

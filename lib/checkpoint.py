@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lib import folder, ledger
-from lib.stage import StageError
+from lib.errors import StageError
 
 STATE = ("step", "global_batch_size", "per_rank", "scaler", "groups")   # per_rank: the recipe's
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lib import ledger
-from lib.ledger import HOOK, StageError, name_of
+from lib.errors import StageError
+from lib.ledger import HOOK, name_of
 
 
 def source(stem: str, knobs: Mapping) -> dict[str, str]:

@@ -8,9 +8,9 @@ import statistics
 from pathlib import Path
 
 from lib import ledger, terminal
+from lib.errors import StageError
 from lib.metrics import loss_series, read_lines
 from lib.program import command
-from lib.stage import StageError
 
 NOTHING = "-"
 BARS, COLUMNS = "▁▂▃▄▅▆▇█", 12

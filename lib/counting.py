@@ -16,7 +16,7 @@ from PIL import Image
 from tokenizers import Encoding
 
 from lib.chat import Encoder
-from lib.messages import RowError
+from lib.errors import RowError
 from lib.processor import adds_first_token, placeholders, tokenizer_of
 from lib.spans import bytes_of
 

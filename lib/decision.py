@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lib import code, folder, ledger
-from lib.ledger import UPSTREAM, StageError
+from lib.errors import StageError
+from lib.ledger import UPSTREAM
 from lib.program import command
 
 

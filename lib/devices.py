@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import psutil
 import torch
 
-from lib.stage import StageError
+from lib.errors import StageError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3   # of malloc.h
 

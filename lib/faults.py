@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from lib.errors import StageError
 from lib.ledger import read_json
 from lib.order import sample_of
-from lib.stage import StageError
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
 LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "NCCL", "Gloo")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 
-from lib.stage import StageError
+from lib.errors import StageError
 
 BY_LAYER = ("deepstack_features",)        # fields that are lists of layers; other lists are of pictures
 

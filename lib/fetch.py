@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lib.errors import one_line
+
 CONNECTIONS = 16
 WORTH_ANOTHER_TRY = (408, 425, 429, 500, 502, 503, 504)
 SHOWN_BYTES = 24
@@ -92,7 +94,7 @@ class Fetcher:
                 why, final = served_as(error, error.read(SHOWN_BYTES)), error.code not in WORTH_ANOTHER_TRY
             except (OSError, http.client.HTTPException, ValueError) as error:
                 error = getattr(error, "reason", error)    # urllib wraps what a connection says
-                why = " ".join(str(error).split()) or type(error).__name__
+                why = one_line(error)
                 final = isinstance(error, PrivateHost | FetchError | ValueError)
             if final or number == self.retries:
                 raise FetchError(why)

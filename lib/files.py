@@ -13,8 +13,8 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 
-from lib.shapes import RowError, name_of, shortened
-from lib.stage import StageError
+from lib.errors import RowError, StageError
+from lib.shapes import name_of, shortened
 
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv",
             ".parquet": "parquet", ".arrow": "arrow"}

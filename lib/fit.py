@@ -12,14 +12,14 @@ import torch
 
 from lib import packing, terminal
 from lib.chat import Encoder
+from lib.errors import StageError, first_line
 from lib.forecast import Peak, Step
 from lib.ledger import read_json
 from lib.order import in_turn
 from lib.plan import make_plan
-from lib.processor import first_line
 from lib.registry import family_of
 from lib.sampler import Batcher, Samples
-from lib.stage import Knobs, StageError, every_knob
+from lib.stage import Knobs, every_knob
 
 GIB = 2**30
 RESERVE = 0.05                            # of a GPU, for what isn't counted: CUDA's context, gaps in memory

@@ -14,7 +14,7 @@ import socket
 from pathlib import Path
 
 from lib import ledger, terminal
-from lib.ledger import StageError
+from lib.errors import StageError
 
 SUMS = "SHA256SUMS"
 _locks = {}  # {partial folder: open lock file}, of this process

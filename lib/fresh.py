@@ -14,9 +14,9 @@ import torch
 
 from lib import devices, kernels, media, model, proof, quant, registry, sounds, terminal
 from lib.chat import Encoder
+from lib.errors import StageError
 from lib.evaluate import exact_match
 from lib.golden import read_header
-from lib.stage import StageError
 
 SAME = 1e-3                    # of the largest logit: differences allowed with the same weights and forward
 ROUNDED = 5e-2                 # of the largest logit: differences that rounding merged weights may explain

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from lib import shards
+from lib.errors import StageError
 from lib.shards import whole
-from lib.stage import StageError
 
 ZERO = {"gptq": 1, "gptq_v2": 0}                     # {layout: what stored zero points are too small by}
 PARTS = ("qweight", "qzeros", "scales", "g_idx")

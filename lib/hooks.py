@@ -25,9 +25,9 @@ from functools import partial
 import torch
 
 from lib import faults
+from lib.errors import StageError
 from lib.ledger import HOOK
 from lib.loss import forward_loss
-from lib.stage import StageError
 
 
 def look(knobs) -> None:

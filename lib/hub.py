@@ -1,8 +1,8 @@
 """hub: rows of data sets that the library `datasets` loads: from the hub, its cache, or a saved folder."""
 from pathlib import Path
 
+from lib.errors import StageError, one_line
 from lib.paths import BUILDERS, is_data_id
-from lib.stage import StageError
 
 
 def saved(path: Path, spec: dict) -> list:
@@ -59,11 +59,6 @@ def undecoded(found):
             plain = type(inner)(decode=False)
             found = found.cast_column(column, plain if inner is feature else datasets.List(plain))
     return found
-
-
-def one_line(error: BaseException) -> str:
-    """What a library says went wrong, in one line."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:300]
 
 
 def names_in(split: str | None) -> list[str]:

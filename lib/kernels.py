@@ -8,8 +8,8 @@ else for a family, the family's record refuses it.
 Source: FlashAttention-2 (arXiv 2307.08691); FlexAttention (arXiv 2412.05496).
 """
 from lib import terminal
+from lib.errors import StageError
 from lib.families import Family
-from lib.stage import StageError
 
 FLAGS = {"flash_attention_2": "_supports_flash_attn", "flash_attention_3": "_supports_flash_attn",
          "flex_attention": "_supports_flex_attn"}                  # attributes of transformers' classes

@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 from pathlib import Path
 
+from lib.errors import StageError
+
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("01_config", "02_data", "03_load_model", "04_lora", "05_train", "06_save")
 UPSTREAM = {  # whose outputs a stage reads; of 01's, the knobs are followed one by one
@@ -31,20 +33,6 @@ UPSTREAM = {  # whose outputs a stage reads; of 01's, the knobs are followed one
 }
 HOOK = re.compile(r"(.+\.py):([A-Za-z_]\w*)")  # a value that names a user's function (lib/hooks.py)
 MARKS = ("stage.json", "started.json", "lock")  # the ledger's own files in a stage folder are nobody's output
-
-
-class StageError(Exception):
-    """A user's mistake in two lines: what (the value, and where it came from); fix (the edit or command)."""
-
-    def __init__(self, what: str, fix: str | None = None):
-        if fix is None:
-            # torch hands on what a DataLoader worker raised as one text, which ends with our two lines.
-            what, _, fix = what.rstrip().rpartition("StageError: ")[2].partition("\n")
-        super().__init__(what, fix)
-        self.what, self.fix = what, fix
-
-    def __str__(self) -> str:
-        return f"{self.what}\n{self.fix}"
 
 
 # ---- files ----

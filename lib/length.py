@@ -11,7 +11,8 @@ from lib import media
 from lib.budget import largest_budget
 from lib.chat import Encoder
 from lib.counting import Counter
-from lib.messages import RowError, count
+from lib.errors import RowError
+from lib.messages import count
 from lib.processor import placeholders, tokenizer_of
 from lib.resolution import bounds_of, has_bounds
 from lib.template import Conversation

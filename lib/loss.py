@@ -14,8 +14,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lib import attention, features, last
 from lib.collator import IGNORE_INDEX
+from lib.errors import StageError
 from lib.logits import UNCHANGED, Finish
-from lib.stage import StageError
 
 NOT_INPUTS = ("labels", "positions", "targets", "packed_rows", "features")   # of a batch, but not the model's
 CHUNK = 256                               # rows (positions) of logits in a chunk, at most

@@ -17,9 +17,9 @@ import pyarrow
 import torch
 
 from lib import samples
+from lib.errors import StageError
 from lib.files import Row, Source
 from lib.rows import Rows
-from lib.stage import StageError
 
 FEW, MANY = 64, 256                       # rows that a process measures at a time, at least and at most
 PARTS = 64                                # a data set that has more parts of FEW rows gets larger ones

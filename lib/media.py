@@ -14,10 +14,10 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lib import clips, sounds
+from lib.errors import StageError, one_line
 from lib.locating import MediaError, locate, read_file
 from lib.messages import NOUNS
 from lib.pictures import fitted, to_rgb
-from lib.stage import StageError
 
 MAX_PIXELS = 120_000_000       # 360 MB decoded; anything above is a mistake or a bomb
 Image.MAX_IMAGE_PIXELS = None  # PIL only warns, up to twice its own limit; ours is checked before decoding
@@ -131,8 +131,7 @@ def decode(raw: bytes, name, kind: str = "image", decoding: Decoding = Decoding(
         raise StageError(f"{NOUNS[kind]}s need {error.name}, not installed here",
                          "pip install soundfile av") from None
     except Exception as error:  # decoders raise whatever they like: one of the kit's three boundaries
-        why = " ".join(str(error).split()) or type(error).__name__
-        raise MediaError(name, f"not a readable {NOUNS[kind]} ({why})") from None
+        raise MediaError(name, f"not a readable {NOUNS[kind]} ({one_line(error)})") from None
 
 
 def kind_of(medium) -> str:

@@ -11,9 +11,10 @@ those of parts.
 import re
 from itertools import chain
 
+from lib.errors import RowError
 from lib.parts import NOUNS, part_of
 from lib.shapes import (
-    EXTRAS, NOTHING, ROLES, RowError, Shape, calls_of, conversation_of, first_of, from_json, listed, name_of,
+    EXTRAS, NOTHING, ROLES, Shape, calls_of, conversation_of, first_of, from_json, listed, name_of,
     shortened, strings_in)
 
 MEDIA_COLUMNS = {"images": "image", "image": "image", "audios": "audio", "audio": "audio",

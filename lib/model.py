@@ -14,11 +14,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import adapter, devices, gptq, kernels, origin, quant, registry, shards, terminal, vocabulary
 from lib.adapter import base_name
+from lib.errors import StageError, first_line
 from lib.plan import check_weight_files, load_config, make_plan, on_meta, planned_config, quiet
-from lib.processor import first_line
 from lib.roles import Roles
 from lib.saved import attach, continued, save_adapter
-from lib.stage import StageError
 
 __all__ = ["attach", "base_name", "checkpoint_trained_layers", "compare", "load", "load_config", "make_plan"]
 __all__ += ["new_adapter", "on_meta", "save_adapter", "save_full", "train_roles", "trained_parameters"]

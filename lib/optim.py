@@ -8,10 +8,10 @@ import re
 import torch
 
 from lib import hooks, terminal
+from lib.errors import StageError
 from lib.ledger import HOOK
 from lib.parallel import World
 from lib.roles import Roles, base_name
-from lib.stage import StageError
 
 
 def make_optimizer(parameters: dict[str, torch.nn.Parameter], roles: dict[str, str],

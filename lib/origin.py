@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from lib import terminal
-from lib.stage import StageError
+from lib.errors import StageError, one_line
 
 GIB = 2**30
 CODE_MAPS = ("config.json", "processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -82,7 +82,7 @@ def fetch(base_model: str, revision: str | None, names: list[str]) -> Path:
         return Path(snapshot_download(**wanted))
     except (OSError, HTTPError) as error:
         raise refusal(base_model, revision, error) or StageError(
-            f"base_model: {base_model}: the download was cut off: {' '.join(str(error).split())[:200]}",
+            f"base_model: {base_model}: the download was cut off: {one_line(error)}",
             "run the same command again: files that are whole stay in the cache") from None
 
 

@@ -17,9 +17,9 @@ import torch
 
 from lib import features
 from lib.collator import IGNORE_INDEX, cat_padded, end_to_end, is_per_token
+from lib.errors import StageError
 from lib.loss import supervised_states
 from lib.registry import Family
-from lib.stage import StageError
 
 
 def fill(order: list[int], lengths: list[int], room: int) -> list[tuple[int, ...]]:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from lib.devices import pick_device
-from lib.stage import StageError
+from lib.errors import StageError
 
 BUCKET = 2**26                            # gradient elements that are summed over ranks at once: 256 MiB
 

@@ -2,7 +2,8 @@
 
 Fork me to: read another kind of part (`part_of`).
 """
-from lib.shapes import NOTHING, RowError, first_of, name_of, shortened
+from lib.errors import RowError
+from lib.shapes import NOTHING, first_of, name_of, shortened
 
 NOUNS = {"image": "picture", "audio": "sound", "video": "clip"}        # what a person calls a kind
 PLACES = ("path", "url", "bytes")                    # keys under which a part may name its medium

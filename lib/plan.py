@@ -13,10 +13,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
 from lib import kernels, origin, quant, registry, rope, terminal, vocabulary
+from lib.errors import StageError, first_line
 from lib.paths import HUB_ID
-from lib.processor import first_line
 from lib.roles import roles_of
-from lib.stage import StageError
 from lib.trainable import refuse_other_losses, refuse_other_objectives
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns, at import, of kernels not needed here

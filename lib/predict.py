@@ -3,10 +3,10 @@ from pathlib import Path
 
 from lib import devices, ledger, model, sources, stage, terminal
 from lib.chat import Encoder
+from lib.errors import StageError
 from lib.evaluate import generate, metrics_of
 from lib.plan import quiet
 from lib.rows import Rows
-from lib.stage import StageError
 from lib.template import Template
 
 OWN_TO_A_FILE = ("data_files", "name", "revision", "ds_type", "split", "media_root")

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from lib import registry, terminal
-from lib.stage import StageError
+from lib.errors import StageError, first_line
 from lib.tekken import TekkenProcessor
 
 KINDS = {"image": ("image_processor",), "video": ("video_processor",),       # kind: the part that prepares it
@@ -58,11 +58,6 @@ def complete(processor, family: registry.Family):
         processor.chat_template = tokenizer.chat_template = text
         terminal.say(f"the checkpoint has no chat template: lib/templates/{family.template} serves")
     return processor
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's error message, or the error's type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
 
 
 def tokenizer_of(processor):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib import folder, ledger, terminal, versions
-from lib.ledger import StageError
+from lib.errors import StageError
 
 LATEST = Path("runs/latest")
 NO_ROOM = {

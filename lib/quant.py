@@ -9,9 +9,9 @@ from collections import Counter
 import torch
 
 from lib import gptq
+from lib.errors import StageError
 from lib.registry import family_of
 from lib.roles import Roles
-from lib.stage import StageError
 
 # ---- the plan ----
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import yaml
 
 from lib.checks import Wrong
+from lib.errors import StageError
 from lib.paths import similar
-from lib.stage import StageError
 
 TRUE, FALSE = ("true", "yes", "on"), ("false", "no", "off")
 SHOWN_CHARACTERS = 60

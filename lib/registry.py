@@ -4,8 +4,8 @@ The records themselves are in lib/families.py.
 """
 import importlib.util
 
+from lib.errors import StageError
 from lib.families import FAMILIES, Family
-from lib.stage import StageError
 
 
 def family_of(model_type: str) -> Family:

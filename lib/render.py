@@ -16,9 +16,9 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from lib.messages import RowError, has_media, text_parts, texts_of
+from lib.errors import RowError, StageError, one_line
+from lib.messages import has_media, text_parts, texts_of
 from lib.processor import opening_of, tokenizer_of
-from lib.stage import StageError
 
 MARK = "⟦mark⟧"                                         # stands in a render for a text, to find its place
 QUOTED_TYPE = re.compile(r"""(['"])type\1: """)         # in a render: typed parts were printed as they are
@@ -106,8 +106,7 @@ class Renderer:
             raise StageError(f"chat_template: line {error.lineno - bool(day)}: {error.message}",
                              "mend the template") from None
         except Exception as error:  # templates raise what they like: one of the kit's three boundaries
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise RowError(f"the chat template refuses this conversation: {reason}",
+            raise RowError(f"the chat template refuses this conversation: {one_line(error)}",
                            "change the order of roles, or name a chat_template that takes it") from None
 
     def _shaped(self, message: dict) -> dict:

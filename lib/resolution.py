@@ -8,8 +8,8 @@ Fork me to: bound another processor (a row in STRATEGIES, its name in the family
 import copy
 import math
 
+from lib.errors import StageError
 from lib.families import Family
-from lib.stage import StageError
 
 
 class TooFew(StageError):

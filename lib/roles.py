@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from lib.errors import StageError
 from lib.registry import Family
-from lib.stage import StageError
 
 # Inside the language model, these path components have a role of their own in every family.
 INNER = {"experts": "experts", "router": "router", "gate": "router", "shared_expert_gate": "router",

@@ -6,7 +6,7 @@ all set the same.
 Source: RoFormer (arXiv 2104.09864); YaRN (arXiv 2309.00071).
 """
 from lib import terminal
-from lib.stage import StageError
+from lib.errors import StageError
 
 TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 LEARNT = ("yarn", "longrope", "llama3", "dynamic")     # types scaled by the positions that training had

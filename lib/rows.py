@@ -8,10 +8,11 @@ from lib import files, media, sources
 from lib.budget import has_coordinates
 from lib.chat import Encoder
 from lib.counting import Counter
+from lib.errors import RowError
 from lib.fetch import FetchError, Fetcher
 from lib.length import Length, TooLong
 from lib.locating import MediaError, url_of
-from lib.messages import NOUNS, RowError, count, normalise
+from lib.messages import NOUNS, count, normalise
 from lib.shapes import ROLES, Shape, shortened, tools_of
 from lib.template import Conversation, Labels, Template
 

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 from lib import features, packing
 from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX, collate
+from lib.errors import StageError
 from lib.loss import supervised_positions
 from lib.order import Row, dealt, sample_of
-from lib.stage import StageError
 from lib.store import Store
 
 TOWER = 0.5                               # a frozen tower's FLOPs per media token, over a token's: 0.2 to 0.8

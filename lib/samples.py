@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lib import terminal
-from lib.stage import StageError
+from lib.errors import StageError
 
 SPAN = pa.struct({"start": pa.int32(), "end": pa.int32()})
 MEDIUM = pa.struct({"kind": pa.string(), "path": pa.string(), "sha256": pa.string(), "width": pa.int32(),

@@ -9,10 +9,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from lib import terminal
+from lib.errors import StageError, first_line
 from lib.plan import quiet
-from lib.processor import first_line
 from lib.roles import base_name
-from lib.stage import StageError
 
 WEIGHTS = "adapter_model.safetensors"
 KNOBS = {"lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",     # knob: peft's name

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
+from lib.errors import RowError
+
 ROLES = ("system", "user", "assistant", "tool")
 CALLED = {"human": "user", "gpt": "assistant", "model": "assistant", "observation": "tool",
           "function_response": "tool", **{role: role for role in ROLES}}
@@ -14,18 +16,6 @@ EXTRAS = ("tool_calls", "tool_call_id", "name", "reasoning_content")      # of a
 CONVERSATIONS = ("messages", "conversations", "conversation")
 PAIRS = (("prompt", "completion"), ("question", "answer"))                # columns of one exchange
 NOTHING = (None, [], {}, "")              # values of keys that a row only has since other rows have them
-
-
-class RowError(ValueError):
-    """A row that can't be used: RowError(reason, fix), both one line."""
-
-    def __init__(self, reason: str, fix: str):
-        super().__init__(reason)
-        # JSON can hold halves of surrogate pairs, which no file or terminal takes.
-        self.reason, self.fix = (text.encode("utf-8", "backslashreplace").decode() for text in (reason, fix))
-
-    def __reduce__(self):
-        return type(self), (self.reason, self.fix)               # from one process to another
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ import re
 from itertools import chain, compress, islice
 from pathlib import Path
 
+from lib.errors import StageError
 from lib.files import Source, numbered, parsed, rows_of_file
 from lib.hub import loaded, names_in, places, saved
 from lib.media import KIND_OF
 from lib.paths import BUILDERS, is_data_id
 from lib.shapes import listed
-from lib.stage import StageError
 
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")         # of a folder of pictures
 FILE_NAME = re.compile(r"(.+)_file_names?")                      # a column of paths, as in image_file_name

@@ -18,11 +18,12 @@ from types import SimpleNamespace
 
 from lib import folder, ledger, terminal
 from lib.decision import Decision, check_upstream, decide
+from lib.errors import StageError
 from lib.folder import newest_checkpoint
-from lib.ledger import ROOT, STAGES, UPSTREAM, StageError
+from lib.ledger import ROOT, STAGES, UPSTREAM
 from lib.program import arguments, asked_to_stop, command, remember_latest, resolve_run, run_script
 
-__all__ = ["ROOT", "STAGES", "UPSTREAM", "Decision", "Knobs", "StageError", "Work"]
+__all__ = ["ROOT", "STAGES", "UPSTREAM", "Decision", "Knobs", "Work"]
 __all__ += ["arguments", "asked_to_stop", "begin", "command", "decide", "every_knob", "newest_checkpoint"]
 __all__ += ["remember_latest", "resolve_run", "run_script", "view"]
 

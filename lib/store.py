@@ -18,7 +18,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lib import features, ledger, terminal
-from lib.stage import StageError
+from lib.errors import StageError
 
 PIXELS = {"pixel_values", "pixel_attention_mask"}
 EXTRA_ROOM = 1.1                          # free space required, as a multiple of the estimate

@@ -10,7 +10,8 @@ import functools
 import re
 from dataclasses import dataclass, replace
 
-from lib.messages import NOUNS, RowError, count, texts_of
+from lib.errors import RowError
+from lib.messages import NOUNS, count, texts_of
 from lib.render import MARK, lost, stands_in
 from lib.shapes import calls_in, name_in, strings_in
 from lib.turns import Turn, Turns

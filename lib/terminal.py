@@ -33,11 +33,6 @@ def error(what: str, fix: str) -> None:
     _stderr.print(f"  fix: {fix}", markup=False, soft_wrap=True)
 
 
-def header(stem: str, sentence: str) -> None:
-    """Print the first line of a stage: which one it is, and what it does."""
-    console.print(f"[bold cyan]{escape(stem)}[/]  {escape(sentence)}", soft_wrap=True)
-
-
 def next_command(text: str) -> None:
     """Print the last line of a stage: the command to go on with."""
     console.print(f"next: [bold green]{escape(text)}[/]", soft_wrap=True)

@@ -8,8 +8,8 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
+from lib.errors import StageError
 from lib.ledger import read_json
-from lib.stage import StageError
 
 Tracker = Callable[[int, dict[str, float]], None]
 

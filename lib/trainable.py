@@ -7,7 +7,7 @@ change their logits afterwards), which would silently train on something else th
 import inspect
 
 from lib import logits
-from lib.stage import StageError
+from lib.errors import StageError
 
 OTHER = "choose another base_model: this kit trains models that continue a text"
 

@@ -10,11 +10,11 @@ import functools
 import re
 from dataclasses import dataclass
 
+from lib.errors import StageError
 from lib.messages import has_media, text_parts, texts_of
 from lib.processor import placeholders, special_tokens, tokenizer_of
 from lib.render import MARK, Renderer, lost, stands_in, unclear
 from lib.shapes import calls_in
-from lib.stage import StageError
 
 NUMBERED = re.compile(rf"{MARK}(\d+)\.")
 

@@ -1,7 +1,7 @@
 """versions: the oldest versions of libraries that the kit runs with, checked in this one place."""
 from importlib.metadata import PackageNotFoundError, version
 
-from lib.ledger import StageError
+from lib.errors import StageError
 
 MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18",
            "datasets": "3.0", "pillow": "11.0", "rich": "13.0"}

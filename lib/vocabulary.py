@@ -8,8 +8,8 @@ Fork me to: initialise new rows in another way (`grow`).
 import torch
 
 from lib import registry
+from lib.errors import StageError
 from lib.processor import load_processor, tokenizer_of
-from lib.stage import StageError
 from lib.tekken import TekkenProcessor
 
 

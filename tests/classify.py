@@ -25,9 +25,8 @@ import torch.nn.functional as F
 import transformers
 
 from lib import loss, model, packing, plan, registry, roles, trainable
-from lib.messages import RowError
+from lib.errors import RowError, StageError
 from lib.processor import tokenizer_of
-from lib.stage import StageError
 from tests import tiny, zoo
 from tests.test_families import SEEING, Subject, difference, inputs, picture, text
 from tests.zoo.checkpoint import write

@@ -26,7 +26,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.stage import ROOT, StageError
+from lib.errors import StageError
+from lib.stage import ROOT
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import lib
 from lib import ledger
 
 KIT = Path(__file__).resolve().parent.parent
-PARTS = ("__init__", "code", "decision", "folder", "ledger", "program", "stage", "terminal", "versions")
+PARTS = ("__init__", "code", "decision", "errors", "folder", "ledger", "program", "stage", "terminal", "versions")
 
 CONFIG = '''
 """01_config: resolves the recipe."""

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from lib.collator import IGNORE_INDEX
-from lib.messages import RowError, normalise
+from lib.errors import RowError
+from lib.messages import normalise
 from lib.pictures import fitted
 from lib.template import Labels
 from tests.test_data import ANSWER, CHAT, QUESTION, kit, read_jsonl  # noqa: F401 - a fixture

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bench import accuracy, against_trl, collate, cost, gpu, load, machine, ours, prepare, real, shapes
+from lib.errors import StageError
 from lib.roles import Roles
 from lib.sampler import Batcher
-from lib.stage import StageError
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = {"sizes": "tiny", "rows": 8, "mixed": True}

@@ -10,7 +10,7 @@ from transformers.utils import chat_template_utils
 
 from lib import fresh, ledger, paths, predict, proof, registry, stage
 from lib.chat import Encoder
-from lib.stage import StageError
+from lib.errors import StageError
 from tests.runner import Run, text_rows
 
 CLOCK = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.' }}"

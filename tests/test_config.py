@@ -13,7 +13,8 @@ import pytest
 
 from lib import knobs
 from lib.code import source
-from lib.stage import ROOT, STAGES, StageError
+from lib.errors import StageError
+from lib.stage import ROOT, STAGES
 from tests import harness
 from tests.harness import Bad, bad_input
 

@@ -19,9 +19,9 @@ from PIL import Image
 from lib import budget, files, fresh, ledger, measuring, proof, samples
 from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX
+from lib.errors import StageError
 from lib.processor import load_processor
 from lib.seen import seen
-from lib.stage import StageError
 from lib.store import Store
 from tests import harness
 from tests.conftest import COLOURS, write_colours

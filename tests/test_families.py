@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image
 
 from lib import adapter, chat, loss, model, processor, registry, roles
+from lib.errors import StageError
 from lib.sampler import Batcher
-from lib.stage import StageError
 from lib.template import Template
 from tests import zoo
 

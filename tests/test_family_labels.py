@@ -1,7 +1,7 @@
 """What is trained, in every family, of the conversations that break labels elsewhere."""
 import pytest
 
-from lib.messages import RowError
+from lib.errors import RowError
 from lib.processor import special_tokens, tokenizer_of
 from tests.test_families import NAMES, REPLIES, SEEING, find, text
 

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from lib import faults, stage, steps
 from lib.chat import Encoder
+from lib.errors import StageError
 from lib.parallel import World
-from lib.stage import StageError
 from tests.runner import Run, fork, row, text_rows
 from tests.test_resume import stop_at
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from lib import features, packing, store
+from lib.errors import StageError
 from lib.sampler import Batcher
-from lib.stage import StageError
 from tests import zoo
 from tests.runner import STEMS, Run, colour_rows, text_rows
 from tests.test_families import SEEING, find

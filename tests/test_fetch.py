@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from lib.errors import StageError
 from lib.fetch import Fetcher, FetchError, is_public
-from lib.stage import StageError
 from tests.test_data import CHAT, REPLACE, TYPED, kit  # noqa: F401 - a fixture
 
 

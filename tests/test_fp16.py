@@ -6,8 +6,8 @@ import pytest
 from safetensors.torch import load_file
 
 from lib import optim
+from lib.errors import StageError
 from lib.metrics import Log
-from lib.stage import StageError
 from tests.runner import Run, fork, ranks
 from tests.test_resume import stop_at
 

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from lib import logits, loss, trainable
-from lib.stage import StageError
+from lib.errors import StageError
 from tests import classify, tiny
 from tests.runner import Run, colour_rows, text_rows
 from tests.test_families import SEEING, picture

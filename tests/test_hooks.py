@@ -11,10 +11,10 @@ from safetensors import safe_open
 from lib import hooks, model, optim, stage
 from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX
+from lib.errors import StageError
 from lib.evaluate import metrics_of
 from lib.metrics import Log
 from lib.order import Order
-from lib.stage import StageError
 from tests import harness
 from tests.harness import Bad, bad_input
 from tests.runner import Run, fork

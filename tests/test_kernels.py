@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lib import devices, fast, kernels, model, packing, parallel, plan, registry
-from lib.stage import StageError
+from lib.errors import StageError
 from tests.test_families import find
 from tests.test_fast import assert_same
 from tests.test_model import knobs

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 from lib import registry
 from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX
-from lib.messages import RowError, normalise
+from lib.errors import RowError, StageError
+from lib.messages import normalise
 from lib.processor import load_processor, stop_tokens, tokenizer_of
-from lib.stage import StageError
 from lib.template import Labels, Template
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "smolvlm2", "llama_text")

@@ -11,8 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lib import adapter, model
+from lib.errors import StageError
 from lib.roles import Roles
-from lib.stage import StageError
 from tests import harness
 from tests.harness import Bad, bad_input
 from tests.runner import Run, text_rows

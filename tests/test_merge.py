@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from bench import merge as bench
 from lib import merge, shards
-from lib.stage import StageError
+from lib.errors import StageError
 from tests import zoo as variants
 from tests.runner import Run
 

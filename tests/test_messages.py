@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lib.messages import RowError, normalise
+from lib.errors import RowError
+from lib.messages import normalise
 from lib.shapes import Shape, tools_of
 
 PNG = b"bytes of a picture"

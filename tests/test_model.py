@@ -13,11 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from lib import model, plan, registry, versions
+from lib.errors import StageError
 from lib.loss import forward_loss
 from lib.registry import auto_class
 from lib.roles import Roles
 from lib.sampler import Batcher
-from lib.stage import StageError
 from tests import harness
 from tests.harness import Bad, bad_input
 from tests.runner import Run, colour_rows, text_rows

@@ -7,9 +7,9 @@ import torch
 from datasets import load_from_disk
 
 from lib import loss, packing, registry
+from lib.errors import StageError
 from lib.order import Order, epoch
 from lib.sampler import Batcher
-from lib.stage import StageError
 from tests import zoo
 from tests.runner import Run, colour_rows, text_rows
 from tests.test_families import NAMES, find

@@ -13,8 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from lib import merge, model, quant
+from lib.errors import StageError
 from lib.loss import forward_loss
-from lib.stage import StageError
 from tests import zoo
 from tests.runner import Run
 from tests.test_families import LLAMA, LORA, NAMES, difference, find, inputs, step

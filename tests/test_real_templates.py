@@ -20,7 +20,8 @@ from transformers.utils import chat_template_utils
 from lib import registry
 from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX
-from lib.messages import RowError, text_parts
+from lib.errors import RowError
+from lib.messages import text_parts
 from lib.processor import tokenizer_of
 from lib.render import stop_clock
 from lib.template import Template

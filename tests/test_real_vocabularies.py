@@ -38,7 +38,8 @@ from transformers.integrations.mistral import convert_tekken_tokenizer
 from lib import registry
 from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX
-from lib.messages import RowError, text_parts
+from lib.errors import RowError
+from lib.messages import text_parts
 from lib.processor import tokenizer_of
 from lib.template import Template
 from tests import fetched

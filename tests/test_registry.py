@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from lib import model, processor, registry
+from lib.errors import StageError
 from lib.registry import FAMILIES
-from lib.stage import ROOT, StageError
+from lib.stage import ROOT
 from tests.runner import Run
 
 load_model = importlib.import_module("03_load_model")

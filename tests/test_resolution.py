@@ -8,10 +8,10 @@ from PIL import Image
 
 from lib import families, pictures, registry
 from lib.budget import largest_budget, set_token_budget
+from lib.errors import StageError
 from lib.media import Decoding, decode, read_medium
 from lib.processor import load_processor
 from lib.resolution import bounds_of, set_budget, with_bounds
-from lib.stage import StageError
 
 LARGE = Image.new("RGB", (400, 400), "red")
 TYPES = {"smolvlm2": "smolvlm", "pixtral": "llava", "gemma4_e2b": "gemma4", "minicpmv": "minicpmv4_6"}

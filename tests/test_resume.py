@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from lib import checkpoint, folder, golden, metrics, stage
+from lib.errors import StageError
 from lib.golden import fingerprint
 from lib.metrics import cut_back
-from lib.stage import StageError
 from tests.runner import fork
 
 # Two epochs of 7 samples, 4 a step: 4 steps, with a checkpoint after each, and dropout to be repeated.

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lib import model, plan
-from lib.stage import StageError
+from lib.errors import StageError
 from tests.test_model import knobs
 
 CPU = torch.device("cpu")

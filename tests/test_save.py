@@ -19,9 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from lib import answers, card, facts, fresh, model, proof, report, serving, stage
 from lib.chat import Encoder
+from lib.errors import StageError
 from lib.evaluate import anls, contains, edits, exact_match, generate
 from lib.ledger import stamp
-from lib.stage import StageError
 from tests import harness
 from tests.harness import Bad, bad_input
 from tests.runner import COLOURS, Run, fork, lines, text_rows

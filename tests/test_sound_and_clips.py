@@ -23,7 +23,7 @@ from PIL import Image
 
 from lib import chat, loss, media, model, packing, processor, registry, roles
 from lib.clips import Clip
-from lib.messages import RowError
+from lib.errors import RowError
 from lib.sampler import Batcher, SHARING, media_kinds
 from lib.template import Template
 from tests import fetched

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from lib import files, samples, sources
-from lib.stage import StageError
+from lib.errors import StageError
 
 NOWHERE = {"path": "", "name": None, "revision": None, "data_files": None, "ds_type": None, "split": None,
            "media_root": None}

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lib import code, folder, ledger, stage
-from lib.stage import StageError
+from lib.errors import StageError
 from tests.minikit import PARTS, Done, start, started
 
 RUN = Path("runs/demo")

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from lib import trackers
-from lib.stage import StageError
+from lib.errors import StageError
 from tests import zoo
 from tests.runner import Run
 

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from lib import checkpoint, model, optim, rehearsal, sampler
 from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX
+from lib.errors import StageError
 from lib.golden import fingerprint, read_header
 from lib.metrics import sizes
 from lib.order import Order, balanced, dealt
 from lib.parallel import World
 from lib.sampler import Samples
-from lib.stage import StageError
 from tests import harness
 from tests.runner import Run, colour_rows, lines, row, text_rows
 

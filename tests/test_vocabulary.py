@@ -11,11 +11,11 @@ from transformers import AutoTokenizer
 
 from lib import fast, merge, model, serving, vocabulary
 from lib.chat import Encoder
+from lib.errors import StageError
 from lib.evaluate import stops
 from lib.loss import forward_loss
 from lib.roles import Roles
 from lib.sampler import Batcher
-from lib.stage import StageError
 from tests.runner import Run, colour_rows, text_rows
 from tests.test_families import difference, find
 from tests.test_save import prove_here
