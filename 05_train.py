@@ -42,6 +42,7 @@ from lib.sampler import Samples, loader, to_device
 from lib.steps import LATE, Sent, Step, figures_of
 from lib.store import keep_features
 from lib.trackers import trackers_of
+from lib.watch import GradientWatch, waits_for
 
 
 def main(argv=None):
@@ -88,7 +89,7 @@ class Run:
     roles: Roles
     parameters: dict[str, torch.nn.Parameter]                      # what trains
     role_of: dict[str, str]                                        # {name of a parameter: its role}
-    watch: optim.GradientWatch
+    watch: GradientWatch
     optimizer: torch.optim.Optimizer
     autocast: Callable
     samples: Samples
@@ -141,7 +142,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     packed = packing.needs(net, family_of(plan["model_type"])) if config.sample_packing else {}
     samples, held_out = (Samples(datasets.load_from_disk(data / part), encoder, **packed, even=shards)
                          for part in ("train", "eval"))
-    watch = optim.GradientWatch(optim.waits_for(net, roles, role_of), set().union(*samples.media))
+    watch = GradientWatch(waits_for(net, roles, role_of), set().union(*samples.media))
     # The optimizer, the checkpoint to go on from, and the order of the samples, which it fixes.
     optimizer = optim.make_optimizer(parameters, role_of, config)
     per_rank = config.micro_batch_size * config.gradient_accumulation_steps

@@ -317,6 +317,7 @@ def with_ours(net, roles, made: Made, knobs, world) -> dict:
     """05_train's own optimizer_step, so many times."""
     from bench.ours import take
     from lib import fast, model, optim
+    from lib.watch import GradientWatch
     train = importlib.import_module("05_train")
     parameters = model.trained_parameters(net)
     role_of = {name: roles.of(model.base_name(name)) for name in parameters}
@@ -326,7 +327,7 @@ def with_ours(net, roles, made: Made, knobs, world) -> dict:
     run = train.Run(
         work=SimpleNamespace(config=knobs), world=world, model=net, roles=roles, parameters=parameters,
         role_of=role_of,
-        watch=optim.GradientWatch(role_of, {"image"}),
+        watch=GradientWatch(role_of, {"image"}),
         optimizer=optim.make_optimizer(parameters, role_of, knobs),
         autocast=partial(torch.autocast, world.device.type, torch.bfloat16), samples=made, held_out=made,
         order=every_step, first_step=0, total_steps=STEPS)

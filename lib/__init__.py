@@ -12,7 +12,7 @@ Each file begins with a line on what it is for. By subject, about in the order o
     the adapter            adapter saved
     batches                order packing sampler collator
     the step               loss logits optim hooks steps devices parallel sharding
-    around the step        checkpoint metrics trackers faults rehearsal
+    around the step        watch checkpoint metrics trackers faults rehearsal
     fast paths             fast attention blocks adapted norms last alignment features store
     the forecast           forecast fit hollow on_cuda
     evaluation and export  evaluate predict compare golden merge fresh proof

@@ -23,6 +23,7 @@ from lib.metrics import sizes
 from lib.order import Order, balanced, dealt
 from lib.parallel import World
 from lib.sampler import Samples
+from lib.watch import GradientWatch
 from tests import harness
 from tests.runner import Run, colour_rows, lines, row, text_rows
 
@@ -194,26 +195,26 @@ class Tensors:
 
 def test_a_tensor_has_two_steps_to_get_a_gradient():
     tensors = Tensors(a="language", b="language")
-    watch = optim.GradientWatch(tensors.roles, kinds_in_data=set())
+    watch = GradientWatch(tensors.roles, kinds_in_data=set())
     tensors.step(watch, ["b"])
     tensors.step(watch, ["a"])
     tensors.step(watch, [])                                        # later on, it isn't looked at any more
     with pytest.raises(StageError, match="1 of 2 trained tensors got no gradient in two steps, such as a"):
-        late = optim.GradientWatch(tensors.roles, kinds_in_data=set())
+        late = GradientWatch(tensors.roles, kinds_in_data=set())
         tensors.step(late, ["b"]), tensors.step(late, ["b"])
 
 
 @pytest.mark.parametrize("role", ["experts", "embedding"])         # of an embedding, the rows of new tokens
 def test_what_no_token_was_sent_to_is_only_reported(role, capsys):
     tensors = Tensors(a="language", b=role)
-    watch = optim.GradientWatch(tensors.roles, kinds_in_data=set())
+    watch = GradientWatch(tensors.roles, kinds_in_data=set())
     tensors.step(watch, ["a"]), tensors.step(watch, ["a"]), tensors.step(watch, ["a"])
     assert capsys.readouterr().out.count(f"1 tensors of {role} have had no gradient") == 1
 
 
 def test_a_tower_waits_for_its_own_medium_only():
     tensors = Tensors(a="language", b="audio", c="vision")
-    watch = optim.GradientWatch(tensors.roles, kinds_in_data={"image", "audio"})
+    watch = GradientWatch(tensors.roles, kinds_in_data={"image", "audio"})
     for _ in range(3):
         tensors.step(watch, ["a", "c"], {"image"})                 # no sound yet: what learns from sounds may wait
     tensors.step(watch, ["a", "c"], {"audio"})
@@ -223,7 +224,7 @@ def test_a_tower_waits_for_its_own_medium_only():
 
 def test_a_projector_of_another_medium_is_only_reported(capsys):
     tensors = Tensors(a="projector", b="projector")
-    watch = optim.GradientWatch(tensors.roles, kinds_in_data={"image"})
+    watch = GradientWatch(tensors.roles, kinds_in_data={"image"})
     tensors.step(watch, ["a"], {"image"}), tensors.step(watch, ["a"], {"image"})
     assert "1 tensors of projector have had no gradient" in capsys.readouterr().out
 
