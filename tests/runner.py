@@ -162,8 +162,8 @@ def child_of(work) -> Child:
     except SystemExit as stop:
         code = stop.code or 0
     except BaseException:
-        traceback.print_exc()
         code = 1
+        traceback.print_exc()
     finally:
         output.flush()
         os._exit(code)
