@@ -78,10 +78,10 @@ def main(argv=None):
     pictures = page.may_show(work.config.report_media, held_out=True)
     report.write_report(work, facts, encoder, answered(rows, found["answers"], pictures))
     say_results(check)
-    if work.config.adapter and Path(plan["base_model"]).is_dir():
-        terminal.say(f"adapter/ names its base {public_name(plan)}, without the folder that it lies in: load "
-                     f"it as {exports[0] / 'README.md'} shows")
     work.finish(volatile=("report.html", "figure.svg"))
+    if work.config.adapter and Path(plan["base_model"]).is_dir():
+        terminal.say(f"adapter/ knows its base as {public_name(plan)!r}, without the folder that it lies in: "
+                     f"{work.path / 'adapter/README.md'} shows how to load it")
     terminal.say(f"look at: {work.path / 'report.html'}", "bold")
 
 
