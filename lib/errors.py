@@ -1,4 +1,4 @@
-"""errors: what a user can mend, what is wrong and where, and the edit or command that mends it."""
+"""errors: mistakes that a user can mend: what is wrong and where, and the edit or command for it."""
 
 
 class StageError(Exception):
