@@ -9,7 +9,7 @@ Writes: 01_config/config.json (every knob with its value: no default exists afte
         (the knobs that each stage reads), origin.json (the commit of a hub's model, kept from then on), and
         the run's name into runs/latest.
 Source: docs.axolotl.ai/docs/config-reference.html says what the keys mean to those who write them.
-Fork me to: add a knob (a line in Recipe); a contradiction or a warning is a row in lib/rules.py.
+Fork me to: add a knob (a line in Recipe); a contradiction or a warning is a row in lib/config/rules.py.
 """
 
 import argparse
@@ -19,18 +19,20 @@ from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from lib import origin, registry, stage, terminal
-from lib.checks import (
+from lib import registry
+from lib.config.checks import (
     bnb_arguments, day, filled, limits, model_overrides, name_ends, name_regexes, properties, regex,
     role_words, side, size, special_tokens, template_arguments, words)
-from lib.errors import StageError
-from lib.knobs import REQUIRED, Hook, in_words, knob, knobs_of
-from lib.ledger import read_json, write_json
-from lib.paths import adapter_path, chat_template, data_path, hook, metrics, model_path
-from lib.reading import read_knobs
-from lib.recipe import Entry, read_overrides, read_recipe, read_text, written
-from lib.rules import MEDIA_ROLES, RULES, WARNINGS
-from lib.stage import STAGES
+from lib.config.knobs import REQUIRED, Hook, in_words, knob, knobs_of
+from lib.config.paths import adapter_path, chat_template, data_path, hook, metrics, model_path
+from lib.config.reading import read_knobs
+from lib.config.recipe import Entry, read_overrides, read_recipe, read_text, written
+from lib.config.rules import MEDIA_ROLES, RULES, WARNINGS
+from lib.models import origin
+from lib.run import stage, terminal
+from lib.run.errors import StageError
+from lib.run.ledger import read_json, write_json
+from lib.run.stage import STAGES
 
 # ---- the schema ------------------------------------------------------------------------------------------
 # A knob a line: its name, type and default, the scripts that read it, why, its unit and limits. None is null.

@@ -5,9 +5,9 @@
 
 Reads:  01_config/config.json; the data files and their media; the base model's processor and template.
 Writes: 02_data/train, eval (samples, Arrow), processor/, report.json, rejects.jsonl, preview.html and .jsonl.
-Source: labels follow the chat template's own render, see lib/template.py.
-Fork me to: take another shape of row (lib/shapes.py), train other words (lib/template.py), or do something
-        else with rows that are too long (lib/rows.py).
+Source: labels follow the chat template's own render, see lib/text/template.py.
+Fork me to: take another shape of row (lib/data/shapes.py), train other words (lib/text/template.py), or do
+        something else with rows that are too long (lib/data/rows.py).
 """
 import copy
 from collections.abc import Iterator
@@ -16,20 +16,24 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 
-from lib import origin, preview, registry, samples, sources, stage, summary, terminal
-from lib.budget import set_token_budget, show_tokens
-from lib.chat import Encoder
-from lib.errors import StageError
-from lib.ledger import read_json
-from lib.measuring import measured
-from lib.messages import count
-from lib.paths import OWN_TEMPLATE
-from lib.plan import load_config
-from lib.processor import complete, load_processor, stop_tokens, tokenizer_of
-from lib.resolution import require_bounds, set_budget
-from lib.rows import Rows
-from lib.template import Template
-from lib.vocabulary import add_tokens
+from lib import registry
+from lib.config.paths import OWN_TEMPLATE
+from lib.data import samples, sources, summary
+from lib.data.measuring import measured
+from lib.data.messages import count
+from lib.data.rows import Rows
+from lib.media.budget import set_token_budget, show_tokens
+from lib.media.resolution import require_bounds, set_budget
+from lib.models import origin
+from lib.models.plan import load_config
+from lib.pages import preview
+from lib.run import stage, terminal
+from lib.run.errors import StageError
+from lib.run.ledger import read_json
+from lib.text.chat import Encoder
+from lib.text.processor import complete, load_processor, stop_tokens, tokenizer_of
+from lib.text.template import Template
+from lib.text.vocabulary import add_tokens
 
 PROCESSOR_FILES = (".json", ".jinja", ".model", ".txt", ".py")    # of a base model's folder; not the weights
 

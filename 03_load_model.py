@@ -8,7 +8,8 @@ Reads:  01_config/config.json; 02_data (one sample); the base model's config and
 Writes: 03_load_model/model.json (class, dtype, quantisation, roles: true on every machine), load.json
         (seconds, GiB, first loss) and forecast.json (GiB that training takes on such a device).
 Source: the auto classes of transformers; QLoRA (arXiv 2305.14314) where the recipe quantises.
-Fork me to: teach it a family (lib/families.py:FAMILIES), or load in another way (lib/model.py:load).
+Fork me to: teach it a family (lib/models/families.py:FAMILIES), or load in another way
+        (lib/models/model.py:load).
 """
 import math
 import time
@@ -17,12 +18,16 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import devices, fit, model, origin, quant, registry, stage, terminal
-from lib.chat import Encoder
-from lib.ledger import write_json
-from lib.loss import forward_loss
-from lib.plan import make_plan
-from lib.sampler import Batcher, to_device
+from lib import quant, registry
+from lib.batches.sampler import Batcher, to_device
+from lib.memory import fit
+from lib.models import model, origin
+from lib.models.plan import make_plan
+from lib.run import stage, terminal
+from lib.run.ledger import write_json
+from lib.text.chat import Encoder
+from lib.training import devices
+from lib.training.loss import forward_loss
 
 
 def main(argv=None):

@@ -5,18 +5,19 @@
 Reads:  01_config/config.json; 03_load_model/model.json.
 Writes: 04_lora/adapter/ (PEFT format, before training), adapter.json (what trains, by role).
 Source: LoRA (arXiv 2106.09685); rsLoRA (arXiv 2312.03732); DoRA (arXiv 2402.09353).
-Fork me to: adapt other layers (lib/roles.py:lora_linears) or use another PEFT method
-        (lib/adapter.py:lora_config).
+Fork me to: adapt other layers (lib/models/roles.py:lora_linears) or use another PEFT method
+        (lib/models/adapter.py:lora_config).
 """
 import json
 from collections import Counter
 
-from lib import model, stage, terminal
-from lib.adapter import adapted_experts
-from lib.errors import StageError
-from lib.ledger import read_json, write_json
-from lib.plan import on_meta
-from lib.roles import Roles
+from lib.models import model
+from lib.models.adapter import adapted_experts
+from lib.models.plan import on_meta
+from lib.models.roles import Roles
+from lib.run import stage, terminal
+from lib.run.errors import StageError
+from lib.run.ledger import read_json, write_json
 
 LEARNS_WORDS = {"language", "cross_attention", "experts"}          # roles without which answers hardly change
 

@@ -11,8 +11,8 @@ Writes: 05_train/adapter/ or model/, checkpoints/step-N/, metrics.jsonl (exact),
 Stops:  after Ctrl-C or SIGTERM with a checkpoint of the step, and exit code 130 or 143.
 Source: loss on generated text only, normalised over the whole optimizer step; gradient checkpointing
         (arXiv 1604.06174).
-Fork me to: change the step (`optimizer_step`), the loss (lib/loss.py), the schedule (lib/optim.py), the order
-        of samples (lib/order.py).
+Fork me to: change the step (`optimizer_step`), the loss (lib/training/loss.py), the schedule
+        (lib/training/optim.py), the order of samples (lib/batches/order.py).
 """
 import gc
 import math
@@ -26,23 +26,28 @@ from pathlib import Path
 import datasets
 import torch
 
-from lib import checkpoint, fast, faults, features, fit, folder, hooks, metrics, model, optim, packing
-from lib import devices, parallel, rehearsal, sharding, stage, terminal
-from lib.chat import Encoder
-from lib.evaluate import held_out_answers, held_out_loss, metrics_of
-from lib.golden import golden_answers, write_golden
-from lib.ledger import read_json, write_json
-from lib.loss import forward_loss
-from lib.messages import count
-from lib.metrics import Log
-from lib.order import Order, Row, in_turn
+from lib import fast
+from lib.batches import packing
+from lib.batches.order import Order, Row, in_turn
+from lib.batches.sampler import Samples, loader, to_device
+from lib.data.messages import count
+from lib.evaluation.evaluate import held_out_answers, held_out_loss, metrics_of
+from lib.evaluation.golden import golden_answers, write_golden
+from lib.fast import features
+from lib.fast.store import keep_features
+from lib.memory import fit
+from lib.models import model
+from lib.models.roles import Roles
 from lib.registry import family_of
-from lib.roles import Roles
-from lib.sampler import Samples, loader, to_device
-from lib.steps import LATE, Sent, Step, figures_of
-from lib.store import keep_features
-from lib.trackers import trackers_of
-from lib.watch import GradientWatch, waits_for
+from lib.run import folder, stage, terminal
+from lib.run.ledger import read_json, write_json
+from lib.text.chat import Encoder
+from lib.training import checkpoint, devices, faults, hooks, metrics, optim, parallel, rehearsal, sharding
+from lib.training.loss import forward_loss
+from lib.training.metrics import Log
+from lib.training.steps import LATE, Sent, Step, figures_of
+from lib.training.trackers import trackers_of
+from lib.training.watch import GradientWatch, waits_for
 
 
 def main(argv=None):

@@ -9,9 +9,9 @@ Reads:  05_train (adapter or model, golden.safetensors, metrics.jsonl), 02_data,
         04_lora/adapter.json.
 Writes: 06_save/adapter/ or model/ (with tokenizer, processor, README.md), merged/ if asked, check.json,
         report.html, figure.svg.
-Source: PEFT's adapter format; the proof is lib/proof.py, on plain transformers and peft.
-Fork me to: change the model card (lib/card.py), the page (lib/report.py), or what counts as a right answer
-        (lib/evaluate.py).
+Source: PEFT's adapter format; the proof is lib/export/proof.py, on plain transformers and peft.
+Fork me to: change the model card (lib/export/card.py), the page (lib/pages/report.py), or what counts as a
+        right answer (lib/evaluation/evaluate.py).
 """
 import json
 import shutil
@@ -19,20 +19,25 @@ from pathlib import Path
 
 import datasets
 
-from lib import devices, fresh, media, merge, model, page, report, stage, terminal
-from lib.card import model_card
-from lib.chat import Encoder
-from lib.compare import compare
-from lib.errors import RowError, StageError
-from lib.evaluate import exact_match, generate
-from lib.facts import Facts
-from lib.ledger import read_json, write_json
-from lib.locating import MediaError
-from lib.messages import text_parts
-from lib.plan import public_name, quiet
-from lib.predict import evaluate_file, trained_model
-from lib.render import stop_clock
-from lib.template import Template
+from lib.data.messages import text_parts
+from lib.evaluation.compare import compare
+from lib.evaluation.evaluate import exact_match, generate
+from lib.evaluation.predict import evaluate_file, trained_model
+from lib.export import fresh, merge
+from lib.export.card import model_card
+from lib.media import media
+from lib.media.locating import MediaError
+from lib.models import model
+from lib.models.plan import public_name, quiet
+from lib.pages import page, report
+from lib.pages.facts import Facts
+from lib.run import stage, terminal
+from lib.run.errors import RowError, StageError
+from lib.run.ledger import read_json, write_json
+from lib.text.chat import Encoder
+from lib.text.render import stop_clock
+from lib.text.template import Template
+from lib.training import devices
 
 
 def main(argv=None):
@@ -112,7 +117,7 @@ def held_out_rows(work, encoder: Encoder) -> list[dict]:
 # ---- page ----
 
 def answered(rows: list[dict], answers: list[dict], pictures: bool) -> list[dict]:
-    """The rows as lib/answers.py takes them: pictures, question, reference, both answers, which are right."""
+    """The rows as pages/answers.py takes them: pictures, question, reference, both answers, which is right."""
     return [{"pictures": [media.poster(medium) for medium in row["media"]] if pictures else [],
              "question": last_question(json.loads(row["messages"])), "reference": row["reference"], **found,
              **{f"{which}_right": bool(exact_match([found[which]], [row["reference"]])) for which in found}}

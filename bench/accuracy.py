@@ -24,8 +24,8 @@ import torch
 
 from bench import machine, ours, prepare
 from bench.apart import FOLDER, process, write_result
-from lib import stage, terminal
-from lib.evaluate import exact_match, held_out_answers
+from lib.evaluation.evaluate import exact_match, held_out_answers
+from lib.run import stage, terminal
 
 DEMO = stage.ROOT / "recipes" / "demo"
 KNOBS = {"base_model": DEMO / "base", "num_epochs": 4, "eval_answer_rows": 360, "evals_per_epoch": 0,

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 
 from bench import machine
 from bench.apart import FOLDER, process, write_result
-from lib import stage, terminal
-from lib.errors import StageError
+from lib.run import stage, terminal
+from lib.run.errors import StageError
 
 WARM_UP_STEPS = 3
 NORMS_AGREE = 0.01                         # as a part of TRL's, where steps are compared

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from bench import machine
-from lib import stage
-from lib.errors import StageError
+from lib.run import stage
+from lib.run.errors import StageError
 
 FOLDER = stage.ROOT / "runs" / "bench"
 RESULTS = stage.ROOT / "bench" / "results"

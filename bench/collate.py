@@ -16,7 +16,7 @@ from statistics import median
 from bench import prepare, shapes
 from bench.ours import take
 from lib import fast
-from lib.sampler import Batcher
+from lib.batches.sampler import Batcher
 
 WARM_UP = 2
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from bench import prepare, shapes
 from bench.against_trl import WARM_UP_STEPS
 from bench.apart import FOLDER, process, write_result
-from lib import stage, terminal
+from lib.run import stage, terminal
 
 STEPS = WARM_UP_STEPS + 3
 ANSWER = 48                                                 # characters, about as many tokens

@@ -3,7 +3,7 @@
     python -m bench.forecast                        # six families, three kinds of base weights
     python -m bench.forecast --families llava
 
-The same counter (lib/hollow.py) counts one training step twice: on hollow tensors, from the configuration
+The same counter (lib/memory/hollow.py) counts one training step twice: on hollow tensors, from the configuration
 alone, and on the loaded model. So an allocator's gaps are in neither. Sizes are between the zoo's and real
 ones: 256 wide, 4 layers, 512 tokens; the families' classes and processors are their own.
 """
@@ -45,7 +45,7 @@ def main(argv=None) -> None:
 
 def compared(name: str, adapter: str, folder: Path) -> list[dict]:
     """A family's forecast and measurement, with and without checkpointing."""
-    from lib.forecast import Step
+    from lib.memory.forecast import Step
     planned, knobs, batch = case(name, adapter, folder)
     found = []
     for checkpointing in (True, False):
@@ -59,8 +59,8 @@ def compared(name: str, adapter: str, folder: Path) -> list[dict]:
 
 def case(name: str, adapter: str, folder: Path) -> tuple[dict, object, dict]:
     """(plan, knobs, batch of one row of TOKENS) of a family's checkpoint, written into the folder."""
-    from lib import plan
-    from lib.sampler import Batcher
+    from lib.models import plan
+    from lib.batches.sampler import Batcher
     from tests.test_families import Subject
     write(name, folder)
     given = {"base_model": "a/b", "datasets": [{"path": __file__}], "lora_r": 16,
@@ -99,10 +99,12 @@ def write(name: str, folder: Path) -> None:
 
 def measure(planned: dict, knobs, batch: dict, checkpointing: bool) -> tuple[int, int]:
     """(bytes of the loaded model, most bytes in its second training step)."""
-    from lib import adapter, fast, hollow, model
-    from lib.loss import forward_loss
-    from lib.optim import make_optimizer
-    from lib.roles import Roles
+    from lib import fast
+    from lib.memory import hollow
+    from lib.models import adapter, model
+    from lib.training.loss import forward_loss
+    from lib.training.optim import make_optimizer
+    from lib.models.roles import Roles
     gc.collect()
     roles = Roles.of_plan(planned)
     net, _ = adapter.put_on(model.load(planned, torch.device("cpu")), planned, knobs)

@@ -9,7 +9,7 @@ is then skipped) nor trl (ours then stands alone). Writes bench/results/gpu-DEVI
 
 "kept" is without gradient checkpointing, the rest with it. "x4" has four times the tokens in a micro-batch, for
 MFU: a step of few tokens takes as long as Python needs to ask for its kernels. Memory is the allocator's peak;
-its forecast is lib/forecast.py's, made of configurations alone by a process beside the cases.
+its forecast is lib/memory/forecast.py's, made of configurations alone by a process beside the cases.
 
 MFU: the FLOPs that a step needs (4 for each weight and token on the trained path, which has no weight
 gradients, and 2 in the frozen tower; recomputation is no work) over time, over the rate of bf16 products
@@ -176,7 +176,7 @@ def off_forecast(found: dict[str, dict]) -> list[str]:
 
 def forecasts(cases: list[tuple[str, str, str]], tiny: bool) -> dict[str, float]:
     """Case of ours -> GiB at the peak of a step, counted without weights."""
-    from lib.forecast import Step
+    from lib.memory.forecast import Step
     found = {}
     for case in cases:
         model, adapter, side = case
@@ -196,7 +196,7 @@ def forecasts(cases: list[tuple[str, str, str]], tiny: bool) -> dict[str, float]
 def import_what_it_needs(side: str) -> None:
     """Import what takes seconds to import."""
     stand_in_for_datasets()
-    for name in ("transformers", "peft", "lib.model", "05_train", *(["trl"] if "TRL" in side else [])):
+    for name in ("transformers", "peft", "lib.models.model", "05_train", *(["trl"] if "TRL" in side else [])):
         importlib.import_module(name)
 
 
@@ -209,8 +209,8 @@ def stand_in_for_datasets() -> None:
 def measure(name: str, adapter: str, side: str, tiny: bool) -> dict:
     """What the steps of one side took, in this process."""
     stand_in_for_datasets()
-    from lib.devices import pick_device
-    from lib.parallel import World
+    from lib.training.devices import pick_device
+    from lib.training.parallel import World
     world = World(0, 1, pick_device())
     with planned(name, adapter, side, tiny) as (plan, knobs):
         net, roles = build(plan, knobs, world.device)
@@ -222,7 +222,7 @@ def measure(name: str, adapter: str, side: str, tiny: bool) -> dict:
 @contextmanager
 def planned(name: str, adapter: str, side: str, tiny: bool) -> Iterator[tuple[dict, object]]:
     """(plan, knobs) of a case, as long as its configuration is on disk."""
-    from lib.plan import make_plan
+    from lib.models.plan import make_plan
     packed = "packed" in side
     given = {"base_model": f"random/{name}", "datasets": [{"path": __file__}], "adapter": adapter,
              "micro_batch_size": 1 if packed else len(LENGTHS), "gradient_accumulation_steps": MICRO_STEPS,
@@ -237,9 +237,10 @@ def planned(name: str, adapter: str, side: str, tiny: bool) -> Iterator[tuple[di
 
 def build(plan: dict, knobs, device: torch.device):
     """(PEFT model with random weights in bf16 or nf4, its roles)."""
-    from lib import adapter, quant, registry
-    from lib.plan import planned_config, quiet
-    from lib.roles import Roles
+    from lib import quant, registry
+    from lib.models import adapter
+    from lib.models.plan import planned_config, quiet
+    from lib.models.roles import Roles
     roles, config = Roles.of_plan(plan), planned_config(plan)
     torch.manual_seed(0)
     with torch.device(device), quiet():
@@ -272,8 +273,9 @@ class Made:
     """Samples made up for a model, with what 05_train's step asks of 02's; every step trains all of them."""
 
     def __init__(self, name: str, net, tiny: bool, side: str):
-        from lib import packing, registry
-        from lib.sampler import Batcher
+        from lib import registry
+        from lib.batches import packing
+        from lib.batches.sampler import Batcher
         torch.manual_seed(0)
         chance = torch.Generator().manual_seed(0)
         lengths = (TINY_LENGTHS if tiny else LENGTHS) * (4 if "x4" in side else 1)
@@ -301,7 +303,7 @@ class Made:
 
     def dealt(self, rows, micro_batch_size: int, world_size: int) -> list:
         """Each rank's rows of a step, in micro-batches."""
-        from lib.order import dealt
+        from lib.batches.order import dealt
         return dealt(rows, micro_batch_size, world_size)
 
 
@@ -316,8 +318,10 @@ def pinned(batch: dict) -> dict:
 def with_ours(net, roles, made: Made, knobs, world) -> dict:
     """05_train's own optimizer_step, so many times."""
     from bench.ours import take
-    from lib import fast, model, optim
-    from lib.watch import GradientWatch
+    from lib import fast
+    from lib.models import model
+    from lib.training import optim
+    from lib.training.watch import GradientWatch
     train = importlib.import_module("05_train")
     parameters = model.trained_parameters(net)
     role_of = {name: roles.of(model.base_name(name)) for name in parameters}
@@ -354,7 +358,7 @@ def figures(result: dict, net, roles, made: Made, device: torch.device) -> dict:
     """Time, memory and MFU of what a meter measured. Padding is no work: it counts by samples alone."""
     from collections import Counter
 
-    from lib.sampler import to_device
+    from lib.batches.sampler import to_device
     needed, done = Counter(), Counter()
     with torch.autocast(device.type, torch.bfloat16):
         for batches, found in ((made.alone, needed), (made.batches, done)):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 from bench.apart import last_line, process
 from bench.machine import status_bytes
 from bench.merge import LORA, MODEL, prepare
-from lib import stage
+from lib.run import stage
 
 CASES = {  # name: the recipe's knobs for loading
     "bf16": {},
@@ -53,8 +53,8 @@ def measure(case: str, folder: Path) -> dict:
     """{seconds, peak_bytes, kept_bytes, forward_bytes} of a load; the last with all of the model in use."""
     import torch
 
-    from lib.model import load
-    from lib.plan import make_plan
+    from lib.models.model import load
+    from lib.models.plan import make_plan
     plan = make_plan(SimpleNamespace(base_model=str(folder / "base"), **MODEL | CASES[case], **LORA))
     warm_up(plan)
     began = time.monotonic()
@@ -82,8 +82,8 @@ def adapt_wide(folder: Path) -> dict:
     """{parameters, seconds, peak_bytes} of an adapter for a base of 70B, made and saved as 04 does."""
     from transformers import LlamaConfig
 
-    from lib import model
-    from lib.plan import make_plan
+    from lib.models import model
+    from lib.models.plan import make_plan
     LlamaConfig(architectures=["LlamaForCausalLM"], **WIDE).save_pretrained(folder / "wide")
     given = MODEL | LORA | {"peft_init_lora_weights": True, "base_model": str(folder / "wide")}
     knobs = SimpleNamespace(**given)

@@ -49,8 +49,8 @@ def products(net, roles, batch: dict, trained_roles: set[str]) -> Counter:
 
     The head counts for supervised positions alone. Adapters' own products don't count.
     """
-    from lib.loss import forward_loss
-    from lib.model import base_name
+    from lib.training.loss import forward_loss
+    from lib.models.model import base_name
     found, head = Counter(), net.get_output_embeddings()
 
     def note(module, output, role):
@@ -193,12 +193,12 @@ def slug(text: str) -> str:
 def main(run_path: str, out: str | None = None) -> None:
     """Print and write the needed FLOPs of a run's first step, and the machine's rate on its products."""
     from bench.prepare import loaded
-    from lib.roles import Roles
-    from lib.sampler import to_device
+    from lib.models.roles import Roles
+    from lib.batches.sampler import to_device
     train, run = loaded(Path(run_path))
     plan = json.loads((run.work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))
     roles, batches, found = Roles.of_plan(plan), train.micro_batches(run), Counter()
-    base_name = importlib.import_module("lib.model").base_name
+    base_name = importlib.import_module("lib.models.model").base_name
     trained = {roles.of(base_name(name)) for name in run.parameters}
     for _ in range(run.work.config.gradient_accumulation_steps):
         with run.autocast():

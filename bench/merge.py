@@ -20,7 +20,7 @@ import torch
 
 from bench.apart import last_line, process
 from bench.machine import peak_bytes, settle_memory
-from lib import stage
+from lib.run import stage
 
 HIDDEN = 2560
 CPU = torch.device("cpu")
@@ -38,9 +38,9 @@ def prepare(folder: Path, gib: float, shards: int) -> int:
     from safetensors.torch import save_file
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from lib import model
-    from lib.plan import make_plan
-    from lib.shards import INDEX, Place, cut, write_index
+    from lib.models import model
+    from lib.models.plan import make_plan
+    from lib.models.shards import INDEX, Place, cut, write_index
     layer_bytes = 2 * HIDDEN * HIDDEN * (4 + 3 * 4)
     config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_attention_heads=20,
                          num_hidden_layers=round(gib * 2**30 / layer_bytes), vocab_size=4096,
@@ -65,7 +65,8 @@ def prepare(folder: Path, gib: float, shards: int) -> int:
 
 def measure(what: str, folder: Path) -> dict:
     """{seconds, peak_bytes} of a copy or a merge of the prepared base; imports don't count."""
-    from lib import merge, shards
+    from lib.export import merge
+    from lib.models import shards
     plan = json.loads((folder / "plan.json").read_text(encoding="utf-8"))
     tensors = {name: place for path in shards.weight_files(plan) for name, place in shards.places(path).items()}
     merge.Sums(plan | {"dtype": "float32"}, folder / "adapter", tensors)           # imports what a first one needs

@@ -16,8 +16,10 @@ from pathlib import Path
 
 from bench.machine import Meter, now
 from bench.prepare import loaded
-from lib import fast, features, optim, parallel
-from lib.steps import figures_of
+from lib import fast
+from lib.fast import features
+from lib.training import optim, parallel
+from lib.training.steps import figures_of
 
 
 def nothing(run, step: int) -> None:

@@ -56,9 +56,9 @@ def run_recipe(recipe: Path, name: str, overrides: dict) -> None:
 
 def loaded(run: Path, world=None):
     """05_train, as a module, and the run that its own `load` makes of a run folder; world: one rank."""
-    from lib import stage
-    from lib.devices import pick_device
-    from lib.parallel import World
+    from lib.run import stage
+    from lib.training.devices import pick_device
+    from lib.training.parallel import World
     train = importlib.import_module("05_train")
     return train, train.load(stage.view("05_train", run), world or World(0, 1, pick_device()))
 
@@ -77,7 +77,7 @@ def write_batches(run_path: Path, folder: Path) -> None:
 def shortest(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A batch [B, T] as long as its longest row: what this kit pads beyond that is its own affair."""
     from lib.collator import is_per_token
-    from lib.loss import supervised_positions
+    from lib.training.loss import supervised_positions
     tokens = int(batch["attention_mask"].sum(-1).max())
     cut = {name: tensor[:, :tokens].contiguous() for name, tensor in batch.items() if is_per_token(name)}
     positions, targets = supervised_positions(cut["labels"])

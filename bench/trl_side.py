@@ -17,7 +17,7 @@ import trl
 
 from bench.machine import Meter, now
 from bench.prepare import batch_files, read
-from lib import optim
+from lib.training import optim
 
 NOT_FOR_TRL = ("positions", "targets")    # made for this kit's loss; TRL has labels
 
@@ -105,9 +105,10 @@ def main(run_path: str, batches_path: str, out: str, options: str, steps: str | 
 
 def trained(run_path: Path, batches_path: Path, options: dict, steps: int | None = None) -> tuple:
     """(the trained model, what its steps took)."""
-    from lib import model, stage
-    from lib.chat import Encoder
-    from lib.devices import pick_device
+    from lib.models import model
+    from lib.run import stage
+    from lib.text.chat import Encoder
+    from lib.training.devices import pick_device
     work = stage.view("05_train", run_path)
     device = pick_device()
     plan = json.loads((work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))

@@ -1,20 +1,21 @@
 """What several stages run, and the machinery that a reader may skip without losing the idea of a stage.
 
-Each file begins with a line on what it is for. By subject, about in the order of a run:
+Each file begins with a line on what it is for. By folder, about in the order of a run:
 
-    the recipe             recipe reading knobs checks paths rules axolotl
-    the run folder         stage decision ledger code folder program terminal errors versions
-    rows as they come      sources hub files shapes messages parts
-    rows to samples        rows measuring counting length samples summary
-    text and labels        processor tekken vocabulary render turns template spans chat
-    media                  locating fetch media pictures sounds clips resolution budget
-    the model              families registry origin plan trainable kernels rope roles model shards quant gptq
-    the adapter            adapter saved
-    batches                order packing sampler collator
-    the step               loss logits optim hooks steps devices parallel sharding
-    around the step        watch checkpoint metrics trackers faults rehearsal
-    fast paths             fast attention blocks adapted norms last alignment features store
-    the forecast           forecast fit hollow on_cuda
-    evaluation and export  evaluate predict compare golden merge fresh proof
-    pages                  page charts scale preview seen tokens report answers facts card serving
+    config      the recipe: read, converted, checked
+    run         the run folder: what a stage has to do, its files, the command line
+    data        rows of any usual shape; rows to samples, with their lengths
+    media       pictures, sounds and clips: found, decoded, bounded
+    text        processor and chat template: tokens and labels
+    models      families, plan, roles, loading, the adapter
+    batches     order, packing, the loader
+    training    loss, optimizer, ranks, checkpoints, metrics
+    fast        inner parts of models in fewer operations; features kept
+    memory      the forecast
+    evaluation  answers and golden logits
+    export      merged weights, the model card, the proof
+    pages       preview, report, charts
+
+and beside them registry.py (what a family's record decides), quant.py (the quantisation) and collator.py
+(the batch).
 """

@@ -1,17 +1,17 @@
 """quant: the linear layers of the wanted roles in bitsandbytes' 4 or 8 bits, and a check that only those are.
 
 Of checkpoints that are quantised already, those of bitsandbytes are trained on as they are, 8-bit floats and
-GPTQ's integers (lib/gptq.py) are read as the plan's dtype, and others are refused by name.
+GPTQ's integers (lib/models/gptq.py) are read as the plan's dtype, and others are refused by name.
 Source: Dettmers et al. 2023, QLoRA (arXiv 2305.14314), section 3: nf4, double quantisation, bf16 compute.
 """
 from collections import Counter
 
 import torch
 
-from lib import gptq
-from lib.errors import StageError
+from lib.models import gptq
+from lib.models.roles import Roles
 from lib.registry import family_of
-from lib.roles import Roles
+from lib.run.errors import StageError
 
 # ---- the plan ----
 
@@ -150,7 +150,7 @@ def check(model, plan: dict) -> None:
     """Raise StageError unless the quantised layers are exactly those of the plan."""
     if wrong := found_linears(model) ^ set(plan["quantisation"]["linears"]):
         raise StageError(f"quantisation: {len(wrong)} layers are not as planned, such as {sorted(wrong)[0]}",
-                         "run 03_load_model.py again; else the roles in lib/families.py are wrong")
+                         "run 03_load_model.py again; else the roles in lib/models/families.py are wrong")
 
 
 def keep_gradients(model) -> None:

@@ -1,11 +1,11 @@
 """registry: the record of a model type, what follows from it, and the class that loads it.
 
-The records themselves are in lib/families.py.
+The records themselves are in lib/models/families.py.
 """
 import importlib.util
 
-from lib.errors import StageError
-from lib.families import FAMILIES, Family
+from lib.models.families import FAMILIES, Family
+from lib.run.errors import StageError
 
 
 def family_of(model_type: str) -> Family:

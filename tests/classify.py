@@ -24,9 +24,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from lib import loss, model, packing, plan, registry, roles, trainable
-from lib.errors import RowError, StageError
-from lib.processor import tokenizer_of
+from lib import registry
+from lib.batches import packing
+from lib.models import model, plan, roles, trainable
+from lib.run.errors import RowError, StageError
+from lib.text.processor import tokenizer_of
+from lib.training import loss
 from tests import tiny, zoo
 from tests.test_families import SEEING, Subject, difference, inputs, picture, text
 from tests.zoo.checkpoint import write
@@ -134,7 +137,7 @@ class Try(Subject):
             self.batches_of_several_are_refused(rows)
 
     def batches_of_several_are_refused(self, rows):
-        """By lib/rehearsal.py, before the first step."""
+        """By lib/training/rehearsal.py, before the first step."""
         change, limit = packing.leak(self.base, [self.batch([row]) for row in rows], self.batch(rows), typical=True)
         hold(change > limit, "a row's logits depend on its batch")
         self.notes.append("its rows change one another, so that 05 stops unless micro_batch_size is 1")
@@ -159,7 +162,7 @@ class Try(Subject):
         hold(all(difference(gradients[name], expected[name]) < 1e-3 for name in expected), "other gradients")
         trained = set(model.trained_parameters(self.net))
         hold(gradients.keys() <= trained, "a frozen tensor has a gradient")
-        if late := sorted(trained - gradients.keys()):       # what lib/optim.py:GradientWatch stops at
+        if late := sorted(trained - gradients.keys()):       # what lib/training/optim.py:GradientWatch stops at
             raise StageError(f"{len(late)} trained tensors get no gradient, such as {late[0]}",
                              "leave them out")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lib import ledger, stage
-from lib.folder import being_written, unlock
+from lib.run import ledger, stage
+from lib.run.folder import being_written, unlock
 from tests.minikit import build_kit, start
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple")

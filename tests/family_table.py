@@ -15,10 +15,10 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from lib.plan import load_config
-from lib.processor import KINDS, complete, load_processor, placeholders
+from lib.models.plan import load_config
 from lib.registry import FAMILIES, Family, family_of, kinds_without_tower, model_class
-from lib.stage import ROOT
+from lib.run.stage import ROOT
+from lib.text.processor import KINDS, complete, load_processor, placeholders
 from tests import zoo
 
 HEADER = ("family", "model type", "class", "media", "packs", "expert LoRA", "recipes", "checks", "also needs", "note")

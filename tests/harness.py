@@ -26,8 +26,8 @@ from pathlib import Path
 
 import pytest
 
-from lib.errors import StageError
-from lib.stage import ROOT
+from lib.run.errors import StageError
+from lib.run.stage import ROOT
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A miniature kit for tests of the run folder: six tiny scripts on a copy of lib/stage.py and its parts."""
+"""A miniature kit for tests of the run folder: six tiny scripts on a copy of lib/run/stage.py and its parts."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import lib
-from lib import ledger
+from lib.run import ledger
 
 KIT = Path(__file__).resolve().parent.parent
 PARTS = ("__init__", "code", "decision", "errors", "folder", "ledger", "program", "stage", "terminal", "versions")
@@ -21,7 +21,7 @@ PARTS = ("__init__", "code", "decision", "errors", "folder", "ledger", "program"
 CONFIG = '''
 """01_config: resolves the recipe."""
 import json
-from lib import stage
+from lib.run import stage
 
 def main():
     parser = stage.arguments(__doc__)
@@ -50,7 +50,7 @@ DATA = '''
 """02_data: turns rows into samples."""
 import os
 import time
-from lib import stage
+from lib.run import stage
 
 def main():
     parser = stage.arguments(__doc__)
@@ -84,7 +84,7 @@ if __name__ == "__main__":
 
 SIMPLE = '''
 """{stem}: reads {source} and writes one file."""
-from lib import stage
+from lib.run import stage
 
 def main():
     args = stage.arguments(__doc__).parse_args()
@@ -103,7 +103,7 @@ TRAIN = '''
 """05_train: counts its steps."""
 import os
 import time
-from lib import folder, stage
+from lib.run import folder, stage
 
 def main():
     parser = stage.arguments(__doc__)
@@ -202,9 +202,10 @@ def started(command: str, **environ: str) -> subprocess.Popen:
 
 def build_kit(root: Path) -> None:
     """A kit whose stages have not run."""
-    (root / "lib").mkdir(parents=True)
+    (root / "lib/run").mkdir(parents=True)
     for part in PARTS:
-        shutil.copy2(KIT / "lib" / f"{part}.py", root / "lib")
+        shutil.copy2(KIT / "lib/run" / f"{part}.py", root / "lib/run")
+    shutil.copy2(KIT / "lib/__init__.py", root / "lib")
     (root / "lib/words.py").write_text(WORDS)
     (root / "lib/tools.py").write_text(TOOLS)
     for stem, script in SCRIPTS.items():

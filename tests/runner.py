@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 # The engine starts a thread for each kind of device when it first runs, and a process with such threads can't
-# fork and train. Fake tensors (lib/hollow.py) register CUDA, there or not; so it runs before there are any.
+# fork and train. Fake tensors (lib/memory/hollow.py) register CUDA, there or not; so it runs before there are any.
 torch.ones(1, requires_grad=True).sum().backward()
 
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "orange", "purple", "brown")
@@ -143,7 +143,7 @@ def fork(stem: str, *words: str, before=lambda: None, **environ: str) -> Child:
 
 def become(stem: str, words: tuple[str, ...], before) -> None:
     """Run `stem.py words` in this process, or end it with the script's exit code."""
-    from lib import stage, terminal
+    from lib.run import stage, terminal
     terminal.QUIET = terminal.console.quiet = os.environ.get("RANK", "0") != "0"
     before()
     stage.run_script(lambda: importlib.import_module(stem).main(list(words)))

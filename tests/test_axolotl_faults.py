@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from lib.collator import IGNORE_INDEX
-from lib.errors import RowError
-from lib.messages import normalise
-from lib.pictures import fitted
-from lib.template import Labels
+from lib.data.messages import normalise
+from lib.media.pictures import fitted
+from lib.run.errors import RowError
+from lib.text.template import Labels
 from tests.test_data import ANSWER, CHAT, QUESTION, kit, read_jsonl  # noqa: F401 - a fixture
 from tests.test_label_knobs import AGENT, agent
 from tests.test_labels import PICTURE, chat, family, marked, picture, with_template  # noqa: F401 - fixtures

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from bench import accuracy, against_trl, collate, cost, gpu, load, machine, ours, prepare, real, shapes
-from lib.errors import StageError
-from lib.roles import Roles
-from lib.sampler import Batcher
+from lib.batches.sampler import Batcher
+from lib.models.roles import Roles
+from lib.run.errors import StageError
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = {"sizes": "tiny", "rows": 8, "mixed": True}
@@ -176,7 +176,7 @@ def test_a_cost_that_doubles_with_its_number_grows_by_an_exponent_of_one():
 def test_only_one_file_imports_trl():
     texts = {path.name: path.read_text(encoding="utf-8") for path in ROOT.glob("*.py")}
     texts |= {path.name: path.read_text(encoding="utf-8") for name in ("lib", "bench")
-              for path in (ROOT / name).glob("*.py")}
+              for path in (ROOT / name).rglob("*.py")}
     found = [name for name, text in texts.items() if re.search(r"^\s*(import|from) trl\b", text, re.M)]
     assert found == ["trl_side.py"]
 

@@ -8,9 +8,13 @@ import pytest
 from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
-from lib import fresh, ledger, paths, predict, proof, registry, stage
-from lib.chat import Encoder
-from lib.errors import StageError
+from lib import registry
+from lib.config import paths
+from lib.evaluation import predict
+from lib.export import fresh, proof
+from lib.run import ledger, stage
+from lib.run.errors import StageError
+from lib.text.chat import Encoder
 from tests.runner import Run, text_rows
 
 CLOCK = "{{ 'Today is ' + strftime_now('%d %b %Y') + '.' }}"

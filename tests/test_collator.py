@@ -9,11 +9,11 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from lib import registry
-from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX, cat_padded, collate
-from lib.messages import text_parts
-from lib.processor import load_processor
-from lib.template import Template
+from lib.data.messages import text_parts
+from lib.text.chat import Encoder
+from lib.text.processor import load_processor
+from lib.text.template import Template
 
 NAMES = ("llava", "qwen2_5_vl", "gemma3", "smolvlm2")
 KINDS = {"text": [], "one picture": [(48, 40)], "two pictures": [(64, 32), (32, 80)]}

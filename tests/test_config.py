@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from lib import knobs
-from lib.code import source
-from lib.errors import StageError
-from lib.stage import ROOT, STAGES
+from lib.config import knobs
+from lib.run.code import source
+from lib.run.errors import StageError
+from lib.run.stage import ROOT, STAGES
 from tests import harness
 from tests.harness import Bad, bad_input
 

@@ -8,13 +8,13 @@ import pytest
 from PIL import Image
 
 from lib import registry
-from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX
-from lib.counting import ENOUGH, Counter, quick_counts
-from lib.plan import load_config
-from lib.processor import complete, load_processor, stop_tokens
-from lib.spans import covered, spans_of_tokens, straddled
-from lib.template import Conversation, Template
+from lib.data.counting import ENOUGH, Counter, quick_counts
+from lib.models.plan import load_config
+from lib.text.chat import Encoder
+from lib.text.processor import complete, load_processor, stop_tokens
+from lib.text.spans import covered, spans_of_tokens, straddled
+from lib.text.template import Conversation, Template
 from tests import zoo as variants
 from tests.test_labels import PICTURE, chat
 

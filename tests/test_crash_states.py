@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib import checkpoint, code, folder, ledger, metrics, stage, store
+from lib.fast import store
+from lib.run import code, folder, ledger, stage
+from lib.training import checkpoint, metrics
 from tests.crash import Recorder, State
 
 RUN = Path("runs/demo")

@@ -16,13 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lib import budget, files, fresh, ledger, measuring, proof, samples
-from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX
-from lib.errors import StageError
-from lib.processor import load_processor
-from lib.seen import seen
-from lib.store import Store
+from lib.data import files, measuring, samples
+from lib.export import fresh, proof
+from lib.fast.store import Store
+from lib.media import budget
+from lib.pages.seen import seen
+from lib.run import ledger
+from lib.run.errors import StageError
+from lib.text.chat import Encoder
+from lib.text.processor import load_processor
 from tests import harness
 from tests.conftest import COLOURS, write_colours
 from tests.harness import Bad, bad_input

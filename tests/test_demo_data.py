@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lib.errors import StageError
-from lib.stage import ROOT, STAGES
+from lib.run.errors import StageError
+from lib.run.stage import ROOT, STAGES
 from recipes.demo import data
 
 BASE = ROOT / "recipes" / "demo" / "base"

@@ -6,10 +6,10 @@ import signal
 import pytest
 from datasets import load_from_disk
 
-from lib import model
-from lib.chat import Encoder
-from lib.evaluate import METRICS, generate, json_f1
-from lib.metrics import Log
+from lib.evaluation.evaluate import METRICS, generate, json_f1
+from lib.models import model
+from lib.text.chat import Encoder
+from lib.training.metrics import Log
 from tests.runner import Run, colour_rows, fork, lines, ranks, text_rows
 from tests.test_resume import stop_at
 from tests.test_train import CPU

@@ -18,10 +18,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lib import adapter, chat, loss, model, processor, registry, roles
-from lib.errors import StageError
-from lib.sampler import Batcher
-from lib.template import Template
+from lib import registry
+from lib.batches.sampler import Batcher
+from lib.models import adapter, model, roles
+from lib.run.errors import StageError
+from lib.text import chat, processor
+from lib.text.template import Template
+from lib.training import loss
 from tests import zoo
 
 NAMES = list(zoo.NAMES)
@@ -476,7 +479,8 @@ def check_export(subject, tmp_path, **changes):
     import transformers
     from peft import PeftModel
 
-    from lib import merge, shards
+    from lib.export import merge
+    from lib.models import shards
     net, folder = subject.adapter(tmp_path, **changes)
     batch = inputs(subject.batch(subject.rows((1, "What is it?", "a red fox"))))
     with torch.no_grad():

@@ -1,8 +1,8 @@
 """What is trained, in every family, of the conversations that break labels elsewhere."""
 import pytest
 
-from lib.errors import RowError
-from lib.processor import special_tokens, tokenizer_of
+from lib.run.errors import RowError
+from lib.text.processor import special_tokens, tokenizer_of
 from tests.test_families import NAMES, REPLIES, SEEING, find, text
 
 

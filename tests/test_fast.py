@@ -5,8 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import adapted, alignment, attention, blocks, fast, last, loss, model, norms
-from lib.roles import Roles
+from lib import fast
+from lib.fast import adapted, alignment, attention, blocks, last, norms
+from lib.models import model
+from lib.models.roles import Roles
+from lib.training import loss
 from tests.test_families import NAMES, find
 from tests.test_packing import REFUSED, gradients, packed_batch, rows_of
 

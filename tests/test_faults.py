@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib import faults, stage, steps
-from lib.chat import Encoder
-from lib.errors import StageError
-from lib.parallel import World
+from lib.run import stage
+from lib.run.errors import StageError
+from lib.text.chat import Encoder
+from lib.training import faults, steps
+from lib.training.parallel import World
 from tests.runner import Run, fork, row, text_rows
 from tests.test_resume import stop_at
 

@@ -4,9 +4,10 @@ import shutil
 import pytest
 import torch
 
-from lib import features, packing, store
-from lib.errors import StageError
-from lib.sampler import Batcher
+from lib.batches import packing
+from lib.batches.sampler import Batcher
+from lib.fast import features, store
+from lib.run.errors import StageError
 from tests import zoo
 from tests.runner import STEMS, Run, colour_rows, text_rows
 from tests.test_families import SEEING, find

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from lib.errors import StageError
-from lib.fetch import Fetcher, FetchError, is_public
+from lib.media.fetch import Fetcher, FetchError, is_public
+from lib.run.errors import StageError
 from tests.test_data import CHAT, REPLACE, TYPED, kit  # noqa: F401 - a fixture
 
 
@@ -58,7 +58,7 @@ def site():
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr("lib.fetch.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("lib.media.fetch.time.sleep", lambda seconds: None)
     Site.asked.clear()
 
 

@@ -10,9 +10,12 @@ import torch
 from transformers import LlamaConfig
 
 from bench.forecast import measure
-from lib import devices, fit, on_cuda, parallel, plan, stage
-from lib.forecast import WORKSPACES, Step
-from lib.sampler import Batcher
+from lib.batches.sampler import Batcher
+from lib.memory import fit, on_cuda
+from lib.memory.forecast import WORKSPACES, Step
+from lib.models import plan
+from lib.run import stage
+from lib.training import devices, parallel
 from tests.runner import Run
 from tests.test_families import find
 

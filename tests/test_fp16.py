@@ -5,9 +5,9 @@ import signal
 import pytest
 from safetensors.torch import load_file
 
-from lib import optim
-from lib.errors import StageError
-from lib.metrics import Log
+from lib.run.errors import StageError
+from lib.training import optim
+from lib.training.metrics import Log
 from tests.runner import Run, fork, ranks
 from tests.test_resume import stop_at
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 import transformers
 
-from lib import logits, loss, trainable
-from lib.errors import StageError
+from lib.models import trainable
+from lib.run.errors import StageError
+from lib.training import logits, loss
 from tests import classify, tiny
 from tests.runner import Run, colour_rows, text_rows
 from tests.test_families import SEEING, picture

@@ -3,8 +3,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lib import alignment, attention, fast, norms, quant
-from lib.on_cuda import taken_on_cuda
+from lib import fast, quant
+from lib.fast import alignment, attention, norms
+from lib.memory.on_cuda import taken_on_cuda
 from tests.test_families import NAMES, find
 from tests.test_packing import REFUSED, gradients, packed_batch, rows_of
 
@@ -119,7 +120,7 @@ def test_an_odd_layer_is_filled_up_where_it_lies():
 
 def test_a_base_in_4_bits_has_pefts_losses_and_gradients(tmp_path_factory, tmp_path):
     pytest.importorskip("bitsandbytes")
-    from lib import adapter, model
+    from lib.models import adapter, model
     subject = find("qwen2_5_vl", tmp_path_factory)
     knobs = subject.knobs(bf16=True, load_in_4bit=True)
     plan = model.make_plan(knobs)

@@ -8,13 +8,15 @@ import torch.nn.functional as F
 from datasets import load_from_disk
 from safetensors import safe_open
 
-from lib import hooks, model, optim, stage
-from lib.chat import Encoder
+from lib.batches.order import Order
 from lib.collator import IGNORE_INDEX
-from lib.errors import StageError
-from lib.evaluate import metrics_of
-from lib.metrics import Log
-from lib.order import Order
+from lib.evaluation.evaluate import metrics_of
+from lib.models import model
+from lib.run import stage
+from lib.run.errors import StageError
+from lib.text.chat import Encoder
+from lib.training import hooks, optim
+from lib.training.metrics import Log
 from tests import harness
 from tests.harness import Bad, bad_input
 from tests.runner import Run, fork

@@ -6,8 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lib import devices, fast, kernels, model, packing, parallel, plan, registry
-from lib.errors import StageError
+from lib import fast, registry
+from lib.batches import packing
+from lib.models import kernels, model, plan
+from lib.run.errors import StageError
+from lib.training import devices, parallel
 from tests.test_families import find
 from tests.test_fast import assert_same
 from tests.test_model import knobs

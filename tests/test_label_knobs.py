@@ -7,8 +7,8 @@ that all end alike (ChatML), a system text inside the first question (Gemma), us
 
 import pytest
 
-from lib.errors import RowError
-from lib.template import Labels
+from lib.run.errors import RowError
+from lib.text.template import Labels
 from tests.test_labels import (  # noqa: F401 - fixtures
     LOOP, PROMPT, STRINGS, TEMPLATES, chat, expected_tokens, family, marked, with_template)
 

@@ -14,12 +14,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from lib import registry
-from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX
-from lib.errors import RowError, StageError
-from lib.messages import normalise
-from lib.processor import load_processor, stop_tokens, tokenizer_of
-from lib.template import Labels, Template
+from lib.data.messages import normalise
+from lib.run.errors import RowError, StageError
+from lib.text.chat import Encoder
+from lib.text.processor import load_processor, stop_tokens, tokenizer_of
+from lib.text.template import Labels, Template
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "smolvlm2", "llama_text")
 SEEING = FAMILIES[:-1]

@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from lib import adapter, model
-from lib.errors import StageError
-from lib.roles import Roles
+from lib.models import adapter, model
+from lib.models.roles import Roles
+from lib.run.errors import StageError
 from tests import harness
 from tests.harness import Bad, bad_input
 from tests.runner import Run, text_rows

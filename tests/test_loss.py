@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
 
-from lib import loss, model
-from lib.chat import Encoder
+from lib.batches.sampler import Batcher
 from lib.collator import IGNORE_INDEX
-from lib.logits import UNCHANGED
-from lib.roles import Roles
-from lib.sampler import Batcher
+from lib.models import model
+from lib.models.roles import Roles
+from lib.text.chat import Encoder
+from lib.training import loss
+from lib.training.logits import UNCHANGED
 from tests.runner import Run, colour_rows, text_rows
 
 FAMILIES = ("llava", "qwen2_5_vl", "gemma3", "smolvlm2", "llama_text")

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import media
-from lib.clips import Clip
-from lib.media import MediaError, Decoding, open_medium, poster, read_medium
+from lib.media import media
+from lib.media.clips import Clip
+from lib.media.media import MediaError, Decoding, open_medium, poster, read_medium
 
 RED, GREEN, WHITE, BLACK, GREY = (255, 0, 0), (0, 255, 0), (255, 255, 255), (0, 0, 0), (128, 128, 128)
 

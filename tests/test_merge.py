@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 from bench import merge as bench
-from lib import merge, shards
-from lib.errors import StageError
+from lib.export import merge
+from lib.models import shards
+from lib.run.errors import StageError
 from tests import zoo as variants
 from tests.runner import Run
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lib.errors import RowError
-from lib.messages import normalise
-from lib.shapes import Shape, tools_of
+from lib.data.messages import normalise
+from lib.data.shapes import Shape, tools_of
+from lib.run.errors import RowError
 
 PNG = b"bytes of a picture"
 QUESTION = {"role": "user", "content": "What is it?"}

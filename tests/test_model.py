@@ -12,12 +12,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib import model, plan, registry, versions
-from lib.errors import StageError
-from lib.loss import forward_loss
+from lib import registry
+from lib.batches.sampler import Batcher
+from lib.models import model, plan
+from lib.models.roles import Roles
 from lib.registry import auto_class
-from lib.roles import Roles
-from lib.sampler import Batcher
+from lib.run import versions
+from lib.run.errors import StageError
+from lib.training.loss import forward_loss
 from tests import harness
 from tests.harness import Bad, bad_input
 from tests.runner import Run, colour_rows, text_rows
@@ -195,7 +197,7 @@ class Checkpointed:
     def __init__(self, name, roles, folder, monkeypatch, zoo):
         from datasets import load_from_disk
 
-        from lib.chat import Encoder
+        from lib.text.chat import Encoder
         run = Run(folder, monkeypatch, zoo(name), val_set_size=0).upto("03_load_model")
         made = run.json("03_load_model/model.json")
         self.roles, self.net = Roles.of_plan(made), model.load(made, CPU)
@@ -312,7 +314,7 @@ def test_a_damaged_checkpoint_ends_in_two_lines_that_name_it(damage, tmp_path, m
     shutil.copytree(zoo("llava"), tmp_path / "base")
     Run(tmp_path, monkeypatch, "base").upto("02_data")
     ruin(tmp_path / "base")
-    monkeypatch.setattr("lib.decision.check_upstream", lambda run, stem: [])  # 02 would notice the config first
+    monkeypatch.setattr("lib.run.decision.check_upstream", lambda run, stem: [])  # 02 would notice the config first
     harness.check(Bad(damage, ["run"], what, fix), "03_load_model", tmp_path,
                   may_write=["run/03_load_model.partial/*"])
 

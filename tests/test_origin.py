@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from lib import origin
-from lib.errors import StageError
-from lib.stage import ROOT
+from lib.models import origin
+from lib.run.errors import StageError
+from lib.run.stage import ROOT
 from tests.harness import Bad, assert_two_lines, process
 from tests.hub import COMMIT, Hub, serve
 from tests.runner import KNOBS, colour_rows, write_rows
 
 BOTH = """
 import importlib, json, sys
-from lib.errors import StageError
+from lib.run.errors import StageError
 for words in json.loads(sys.argv[1]):
     try:
         importlib.import_module(words[0]).main(words[1:])

@@ -6,10 +6,12 @@ import pytest
 import torch
 from datasets import load_from_disk
 
-from lib import loss, packing, registry
-from lib.errors import StageError
-from lib.order import Order, epoch
-from lib.sampler import Batcher
+from lib import registry
+from lib.batches import packing
+from lib.batches.order import Order, epoch
+from lib.batches.sampler import Batcher
+from lib.run.errors import StageError
+from lib.training import loss
 from tests import zoo
 from tests.runner import Run, colour_rows, text_rows
 from tests.test_families import NAMES, find

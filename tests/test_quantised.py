@@ -12,9 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from lib import merge, model, quant
-from lib.errors import StageError
-from lib.loss import forward_loss
+from lib import quant
+from lib.export import merge
+from lib.models import model
+from lib.run.errors import StageError
+from lib.training.loss import forward_loss
 from tests import zoo
 from tests.runner import Run
 from tests.test_families import LLAMA, LORA, NAMES, difference, find, inputs, step

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
-from lib import checkpoint, folder, parallel, stage, steps, store
-from lib.parallel import World, buckets
+from lib.fast import store
+from lib.run import folder, stage
+from lib.training import checkpoint, parallel, steps
+from lib.training.parallel import World, buckets
 from tests import harness
 from tests.runner import assert_trained, child_of, colour_rows, ranks, row, text_rows, torchrun
 from tests.test_resume import after_two, die, stop_at
@@ -159,7 +161,7 @@ def test_a_rank_whose_samples_are_odd_says_so_and_ends_both(make):
     run = make(**TWO)
 
     def odd():
-        from lib.sampler import Samples
+        from lib.batches.sampler import Samples
         original = Samples.__post_init__
 
         def shifted(self):
@@ -233,7 +235,7 @@ def test_ranks_keep_each_pictures_features_once_also_where_one_dies(make):
 # ---- torchrun itself ----
 
 def test_torchrun_leaves_every_flag_of_05_to_05():
-    from lib import stage
+    from lib.run import stage
     flags = ["--check", "--resume", "--force", "--help"]
     documented = set(stage.arguments(importlib.import_module("05_train").__doc__)._option_string_actions) - {"-h"}
     assert documented | {"--check", "--resume"} == set(flags)

@@ -1,7 +1,7 @@
 """Every real chat template gives exact labels or a reject by name: never a mask that trains something else.
 
 The templates are those of two public packages (tests/fetched.py), each with a tokenizer of bytes and of the
-special tokens that it writes. What is expected knows nothing of lib/template.py: each reply of a row has to
+special tokens that it writes. What is expected knows nothing of lib/text/template.py: each reply of a row has to
 be trained once, behind what models write before one (OPENING) and before what ends a turn in that template
 (ENDS), and nothing else may be.
 """
@@ -18,13 +18,13 @@ from PIL import Image
 from transformers.utils import chat_template_utils
 
 from lib import registry
-from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX
-from lib.errors import RowError
-from lib.messages import text_parts
-from lib.processor import tokenizer_of
-from lib.render import stop_clock
-from lib.template import Template
+from lib.data.messages import text_parts
+from lib.run.errors import RowError
+from lib.text.chat import Encoder
+from lib.text.processor import tokenizer_of
+from lib.text.render import stop_clock
+from lib.text.template import Template
 from tests import fetched
 from tests.zoo import VARIANTS
 from tests.zoo.vocabulary import gpt_like

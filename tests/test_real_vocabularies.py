@@ -36,12 +36,12 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from transformers.integrations.mistral import convert_tekken_tokenizer
 
 from lib import registry
-from lib.chat import Encoder
 from lib.collator import IGNORE_INDEX
-from lib.errors import RowError
-from lib.messages import text_parts
-from lib.processor import tokenizer_of
-from lib.template import Template
+from lib.data.messages import text_parts
+from lib.run.errors import RowError
+from lib.text.chat import Encoder
+from lib.text.processor import tokenizer_of
+from lib.text.template import Template
 from tests import fetched
 from tests.zoo.llama import SQUARE
 from tests.zoo.mistral import PATCH

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from lib import registry
-from lib.knobs import knobs_of
-from lib.stage import ROOT
+from lib.config.knobs import knobs_of
+from lib.run.stage import ROOT
 
 config = importlib.import_module("01_config")
 

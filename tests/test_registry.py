@@ -8,10 +8,12 @@ import socket
 import pytest
 import torch
 
-from lib import model, processor, registry
-from lib.errors import StageError
+from lib import registry
+from lib.models import model
 from lib.registry import FAMILIES
-from lib.stage import ROOT
+from lib.run.errors import StageError
+from lib.run.stage import ROOT
+from lib.text import processor
 from tests.runner import Run
 
 load_model = importlib.import_module("03_load_model")

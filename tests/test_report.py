@@ -10,7 +10,7 @@ from html.parser import HTMLParser
 import pytest
 from PIL import Image
 
-from lib import answers, charts, page, tokens
+from lib.pages import answers, charts, page, tokens
 
 HOSTILE = "<script>alert('x')</script> \"&amp; <img src=x onerror=y>"
 VOID = {"meta", "img", "br", "link"}

@@ -6,12 +6,14 @@ import json
 import pytest
 from PIL import Image
 
-from lib import families, pictures, registry
-from lib.budget import largest_budget, set_token_budget
-from lib.errors import StageError
-from lib.media import Decoding, decode, read_medium
-from lib.processor import load_processor
-from lib.resolution import bounds_of, set_budget, with_bounds
+from lib import registry
+from lib.media import pictures
+from lib.media.budget import largest_budget, set_token_budget
+from lib.media.media import Decoding, decode, read_medium
+from lib.media.resolution import bounds_of, set_budget, with_bounds
+from lib.models import families
+from lib.run.errors import StageError
+from lib.text.processor import load_processor
 
 LARGE = Image.new("RGB", (400, 400), "red")
 TYPES = {"smolvlm2": "smolvlm", "pixtral": "llava", "gemma4_e2b": "gemma4", "minicpmv": "minicpmv4_6"}
@@ -126,7 +128,7 @@ def test_the_pictures_of_one_row_are_shrunk_and_no_others(name, processor_of):
 
 
 def test_every_strategy_of_the_families_is_written():
-    from lib.resolution import STRATEGIES
+    from lib.media.resolution import STRATEGIES
     named = {family.pixels for family in families.FAMILIES} - {""}
     assert named == set(STRATEGIES)
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lib import checkpoint, folder, golden, metrics, stage
-from lib.errors import StageError
-from lib.golden import fingerprint
-from lib.metrics import cut_back
+from lib.evaluation import golden
+from lib.evaluation.golden import fingerprint
+from lib.run import folder, stage
+from lib.run.errors import StageError
+from lib.training import checkpoint, metrics
+from lib.training.metrics import cut_back
 from tests.runner import fork
 
 # Two epochs of 7 samples, 4 a step: 4 steps, with a checkpoint after each, and dropout to be repeated.
@@ -220,7 +222,7 @@ def test_a_checkpoint_of_other_tensors_is_refused(make):
     path = one.path / "05_train/checkpoints/step-4"
     training = importlib.import_module("05_train")
     other.chdir(other.folder)
-    from lib.parallel import world
+    from lib.training.parallel import world
     with world() as alone:
         run = training.load(stage.view("05_train", other.path), alone)
         with pytest.raises(StageError, match="4 trained tensors differ from this run's, such as .*project"):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lib import model, plan
-from lib.errors import StageError
+from lib.models import model, plan
+from lib.run.errors import StageError
 from tests.test_model import knobs
 
 CPU = torch.device("cpu")

@@ -17,11 +17,14 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib import answers, card, facts, fresh, model, proof, report, serving, stage
-from lib.chat import Encoder
-from lib.errors import StageError
-from lib.evaluate import anls, contains, edits, exact_match, generate
-from lib.ledger import stamp
+from lib.evaluation.evaluate import anls, contains, edits, exact_match, generate
+from lib.export import card, fresh, proof, serving
+from lib.models import model
+from lib.pages import answers, facts, report
+from lib.run import stage
+from lib.run.errors import StageError
+from lib.run.ledger import stamp
+from lib.text.chat import Encoder
 from tests import harness
 from tests.harness import Bad, bad_input
 from tests.runner import COLOURS, Run, fork, lines, text_rows
@@ -290,7 +293,7 @@ def test_the_card_takes_the_licence_of_the_bases_card(tmp_path, told):
 def test_a_knobs_value_tells_no_folder_of_this_machine():
     value = [{"path": "/home/me/data/rows.jsonl", "name": None, "weight": 2.0}, {"path": "owner/data"}]
     assert facts.without_folders(value) == '\n  - {"path": "rows.jsonl", "weight": 2.0}\n  - {"path": "owner/data"}'
-    assert [facts.without_folders(path) for path in ("/a/b", "~/a/b", "../a/b", "./b", "lib/card.py", "a/b")] == [
+    assert [facts.without_folders(path) for path in ("/a/b", "~/a/b", "../a/b", "./b", "lib/export/card.py", "a/b")] == [
         '"b"', '"b"', '"b"', '"b"', '"card.py"', '"a/b"']
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lib import shards
-from lib.ledger import stamp
+from lib.models import shards
+from lib.run.ledger import stamp
 from tests import harness
 from tests.harness import Bad, bad_input
 from tests.runner import Run, text_rows

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lib import checkpoint, folder, model
+from lib.models import model
+from lib.run import folder
+from lib.training import checkpoint
 from tests.runner import assert_trained, colour_rows, ranks, text_rows
 from tests.test_ranks import ONE, TWO, assert_same
 from tests.test_resume import stop_at

@@ -9,7 +9,8 @@ import sys
 import pytest
 from PIL import Image
 
-from lib import proof, stage
+from lib.export import proof
+from lib.run import stage
 from tests import zoo
 
 NAMES = list(zoo.NAMES)

@@ -21,11 +21,16 @@ import soundfile
 import torch
 from PIL import Image
 
-from lib import chat, loss, media, model, packing, processor, registry, roles
-from lib.clips import Clip
-from lib.errors import RowError
-from lib.sampler import Batcher, SHARING, media_kinds
-from lib.template import Template
+from lib import registry
+from lib.batches import packing
+from lib.batches.sampler import Batcher, SHARING, media_kinds
+from lib.media import media
+from lib.media.clips import Clip
+from lib.models import model, roles
+from lib.run.errors import RowError
+from lib.text import chat, processor
+from lib.text.template import Template
+from lib.training import loss
 from tests import fetched
 
 HEARING = ("voxtral", "gemma3n", "gemma4_e2b")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lib import files, samples, sources
-from lib.errors import StageError
+from lib.data import files, samples, sources
+from lib.run.errors import StageError
 
 NOWHERE = {"path": "", "name": None, "revision": None, "data_files": None, "ds_type": None, "split": None,
            "media_root": None}

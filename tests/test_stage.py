@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from lib import code, folder, ledger, stage
-from lib.errors import StageError
+from lib.run import code, folder, ledger, stage
+from lib.run.errors import StageError
 from tests.minikit import PARTS, Done, start, started
 
 RUN = Path("runs/demo")
@@ -70,8 +70,8 @@ def test_the_ledger_holds_what_was_read_and_what_was_written(kit):
     reads = written["reads"]
     assert reads["knobs"] == {"rows": 2}
     assert reads["upstream"] == {}
-    lib = {f"lib/{part}.py" for part in (*PARTS, "words", "tools")}
-    assert set(reads["source"]) == {"02_data.py", *lib}
+    parts = {f"lib/run/{part}.py" for part in PARTS}
+    assert set(reads["source"]) == {"02_data.py", "lib/__init__.py", "lib/words.py", "lib/tools.py", *parts}
     assert set(reads["outside"]) == {"rows.txt", "images/", "images/one.png"}
     assert set(reads["outside"]["rows.txt"]) == {"bytes", "mtime_ns", "sha256"}
     assert set(written["wrote"]) == {"rows.txt"}
@@ -658,7 +658,7 @@ def test_a_view_of_what_a_stage_wrote_needs_the_stage_and_any_other_needs_true_u
 
 
 def test_stage_imports_neither_torch_nor_transformers_nor_numpy(kit):
-    check = "import sys, lib.stage; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    check = "import sys, lib.run.stage; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
 
 
@@ -669,7 +669,7 @@ def ends(body: str) -> Done:
     """The end of a script with this main()."""
     lines = textwrap.indent(textwrap.dedent(body), "    ")
     guard = "if __name__ == '__main__':\n    stage.run_script(main)\n"
-    Path("07_more.py").write_text(f"import errno\nfrom lib import stage\n\ndef main():\n{lines}\n\n{guard}")
+    Path("07_more.py").write_text(f"import errno\nfrom lib.run import stage\n\ndef main():\n{lines}\n\n{guard}")
     return start("07_more.py")
 
 

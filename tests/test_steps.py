@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from lib import optim, steps
+from lib.training import optim, steps
 from tests.runner import lines
 
 KNOBS = {"num_epochs": 3, "micro_batch_size": 1, "gradient_accumulation_steps": 2, "val_set_size": 2}

@@ -7,7 +7,7 @@ import time
 import pytest
 from rich.console import Console
 
-from lib import terminal
+from lib.run import terminal
 
 ROWS = [["language", 224, 1234567890, True, 0.912345], ["vision [x]", 24, None, False, 0.001]]
 COLUMNS = ["role", "modules", "parameters", "trains", "share"]

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from lib import trackers
-from lib.errors import StageError
+from lib.run.errors import StageError
+from lib.training import trackers
 from tests import zoo
 from tests.runner import Run
 

@@ -14,16 +14,18 @@ import torch.nn.functional as F
 from datasets import load_from_disk
 from safetensors.torch import load_file
 
-from lib import checkpoint, model, optim, rehearsal, sampler
-from lib.chat import Encoder
+from lib.batches import sampler
+from lib.batches.order import Order, balanced, dealt
+from lib.batches.sampler import Samples
 from lib.collator import IGNORE_INDEX
-from lib.errors import StageError
-from lib.golden import fingerprint, read_header
-from lib.metrics import sizes
-from lib.order import Order, balanced, dealt
-from lib.parallel import World
-from lib.sampler import Samples
-from lib.watch import GradientWatch
+from lib.evaluation.golden import fingerprint, read_header
+from lib.models import model
+from lib.run.errors import StageError
+from lib.text.chat import Encoder
+from lib.training import checkpoint, optim, rehearsal
+from lib.training.metrics import sizes
+from lib.training.parallel import World
+from lib.training.watch import GradientWatch
 from tests import harness
 from tests.runner import Run, colour_rows, lines, row, text_rows
 

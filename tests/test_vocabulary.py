@@ -9,13 +9,16 @@ import transformers
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from lib import fast, merge, model, serving, vocabulary
-from lib.chat import Encoder
-from lib.errors import StageError
-from lib.evaluate import stops
-from lib.loss import forward_loss
-from lib.roles import Roles
-from lib.sampler import Batcher
+from lib import fast
+from lib.batches.sampler import Batcher
+from lib.evaluation.evaluate import stops
+from lib.export import merge, serving
+from lib.models import model
+from lib.models.roles import Roles
+from lib.run.errors import StageError
+from lib.text import vocabulary
+from lib.text.chat import Encoder
+from lib.training.loss import forward_loss
 from tests.runner import Run, colour_rows, text_rows
 from tests.test_families import difference, find
 from tests.test_save import prove_here

@@ -13,9 +13,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # the kit's root, two folders above this script
-from lib import terminal  # noqa: E402
-from lib.errors import StageError
-from lib.stage import run_script  # noqa: E402
+from lib.run import terminal
+from lib.run.errors import StageError
+from lib.run.stage import run_script  # noqa: E402
 
 SEED = 0
 SIDE_PIXELS, PATCH_PIXELS = 28, 4          # 7x7 patches

@@ -1,0 +1,1 @@
+"""Answers to held-out rows: generated, scored, compared; golden logits."""

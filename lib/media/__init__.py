@@ -1,0 +1,1 @@
+"""Pictures, sounds and clips: found, fetched, decoded, and bounded in size."""

@@ -1,0 +1,119 @@
+"""budget: the largest pictures that keep to a number of tokens, for all rows or for one; what a cap saves.
+
+A budget is a number of pixels. It is found by trying the processor itself, which alone knows how many tokens
+it makes of a picture.
+
+Fork me to: spend a row's tokens in another way (`largest_budget`).
+"""
+import contextlib
+import math
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+from lib.data.messages import count, texts_of
+from lib.data.samples import rows_of
+from lib.media.resolution import TooFew, bounds_of, require_bounds, with_bounds
+from lib.models.families import Family
+from lib.run import terminal
+from lib.run.errors import StageError
+
+CAPS = [2**power for power in range(6, 14)]    # values of max_image_tokens: 02 says what each would save
+# <box>, <|box_start|>, <point x=…, <loc0123>, bbox, and brackets around two or four numbers.
+COORDINATES = re.compile(r"<\|?(box|point|loc)|\bbbox|[(\[]\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?){1,3}\s*[)\]]",
+                         re.IGNORECASE)
+MOST_PIXELS = 2**24                       # the largest budget that is tried
+SHAPES = (1, 2, 3, 4, 5, 6, 8, 10, 12)    # of pictures tried: width over height, and height over width
+
+
+def set_token_budget(processor, family: Family, most_tokens: int | None) -> None:
+    """Bound pictures so that none becomes more tokens, those that the processor puts around it included.
+
+    Raises StageError where even the smallest picture takes more.
+    """
+    if most_tokens is None:
+        return
+    require_bounds(processor, family, "max_image_tokens")
+
+    def fits(bounded, pixels: int) -> bool:
+        return most_tokens_of(bounded, pixels) <= most_tokens
+
+    pixels = largest_budget(processor, family.pixels, fits)
+    if pixels is None:
+        fewest = fewest_pixels(processor, family.pixels)
+        least = most_tokens_of(with_bounds(processor, bounds_of(processor, family.pixels, fewest)), fewest)
+        raise StageError(f"max_image_tokens: {most_tokens}: base_model's processor makes no fewer than "
+                         f"{least}", f"max_image_tokens: {least}")
+    if pixels < MOST_PIXELS // 2:                                # else it bounds nothing
+        for name, value in bounds_of(processor, family.pixels, pixels).items():
+            setattr(processor.image_processor, name, value)
+    terminal.say(f"max_image_tokens: {most_tokens} means pictures of at most {pixels:,} pixels")
+
+
+def most_tokens_of(processor, pixels: int) -> int:
+    """The most tokens that a processor with this budget of pixels makes of a picture of a usual shape."""
+    lengths = []
+    for wide in (*SHAPES, *(1 / high for high in SHAPES[1:])):
+        size = math.ceil(math.sqrt(1.2 * pixels * wide)), math.ceil(math.sqrt(1.2 * pixels / wide))
+        with contextlib.suppress(ValueError, RuntimeError):      # some refuse what is so wide
+            made = processor(text=[processor.image_token], images=[Image.new("RGB", size)],
+                             add_special_tokens=False)
+            lengths.append(len(made["input_ids"][0]))
+    return max(lengths)
+
+
+def largest_budget(processor, pixels: str, fits: Callable) -> int | None:
+    """The largest budget for which `fits(processor with it, budget)`, to 1 in 4,096; None: none fits."""
+    def tried(most: int) -> bool:
+        return fits(with_bounds(processor, bounds_of(processor, pixels, most)), most)
+
+    fewest, most = fewest_pixels(processor, pixels), MOST_PIXELS
+    if not tried(fewest):
+        return None
+    while most - fewest > max(1, fewest // 4096):
+        middle = (fewest + most) // 2 if most < 2 * fewest else math.isqrt(fewest * most)
+        fewest, most = (middle, most) if tried(middle) else (fewest, middle)
+    return fewest
+
+
+def fewest_pixels(processor, pixels: str) -> int:
+    """The smallest budget of pixels that a processor can keep to."""
+    try:
+        bounds_of(processor, pixels, 1)
+    except TooFew as error:
+        return error.fewest
+    return 1
+
+
+# ---- what is said of it ----------------------------------------------------------------------------------
+
+
+def has_coordinates(messages: list[dict]) -> bool:
+    """Whether a row's texts hold boxes or points."""
+    return any(COORDINATES.search(text) for message in messages for text in texts_of(message))
+
+
+def show_tokens(table: pa.Table, places: np.ndarray, resized: bool) -> None:
+    """Print how many tokens pictures take, what a cap would save, and how many rows hold coordinates.
+
+    resized: whether the recipe changes the size of all pictures. A sample with several pictures counts with
+    their mean.
+    """
+    pictures, media_tokens = (table[name].to_numpy()[places] for name in ("pictures", "media_tokens"))
+    if (shown := pictures > 0).any():
+        pictures, tokens = pictures[shown], media_tokens[shown] / pictures[shown]
+        fewest, most = round(tokens.min()), round(tokens.max())
+        mean = np.average(tokens, weights=pictures)
+        terminal.say(f"tokens per picture: {fewest} to {most}, {mean:.0f} on average")
+        every = table["input_tokens"].to_numpy()[places].sum()
+        saved = [(cap, round((np.maximum(0, tokens - cap) * pictures).sum())) for cap in CAPS if cap < most]
+        if saved:
+            terminal.table("what a cap would save", ["max_image_tokens", "tokens", "of all"],
+                           [[cap, tokens, f"{tokens / every:.0%}"] for cap, tokens in saved])
+    moved = table["coordinates"].to_numpy() & (resized | table["image_bounds"].is_valid().to_numpy())
+    if off := len(np.unique(rows_of(table)[places][moved[places]])):
+        terminal.warn(f"{count(off, 'row')} with boxes or points, and pictures that are resized: "
+                      "coordinates in pixels would be wrong, shares of a side stay right")

@@ -1,0 +1,1 @@
+"""The forecast of a step's memory, on tensors without memory, and what would fit."""

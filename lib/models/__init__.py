@@ -1,0 +1,1 @@
+"""Model and adapter: families, plan, roles, loading; `families.py` has a record for each family."""

@@ -1,0 +1,1 @@
+"""The pages to look at: preview, report, charts, tokens in colour."""

@@ -1,0 +1,1 @@
+"""Processor and chat template: a conversation as text, tokens and labels."""

@@ -1,0 +1,1 @@
+"""The step and what is around it: loss, optimizer, ranks, checkpoints, metrics, faults."""

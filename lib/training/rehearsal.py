@@ -1,0 +1,158 @@
+"""rehearsal: 05's view --check, which takes the loop's own steps but writes nothing.
+
+First the model's own answer: what `generate` writes token by token, the training forward has to predict from
+the same text at once. Then the longest step that the run can meet: does it fit, and how long would all steps
+take? Then up to 100 steps on one batch, which is learnt by heart if labels, gradients and optimizer work
+together.
+"""
+import heapq
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import torch
+
+from lib.batches import packing
+from lib.batches.order import Row, in_turn
+from lib.batches.sampler import loader, to_device
+from lib.collator import collate, is_per_token
+from lib.data.messages import count
+from lib.run import terminal
+from lib.training import devices, optim
+from lib.training.steps import Step, figures_of
+
+RATE = {"adapter": 2e-3, "model": 1e-4}   # learning rates at least, so that STEPS suffice for any recipe
+STEPS, ENOUGH = 100, 0.1                  # steps on one batch at most; a loss per token at which it is learnt
+ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; lead that rounding can't undo; share to be predicted
+
+
+def check(run, optimizer_step: Callable[..., Step]) -> None:
+    """Say what a step costs and that one batch is learnt, or stop and say what is wrong."""
+    config, samples, world = run.work.config, run.samples, run.world
+    own_answer(run)
+    tokens_of = {row: sum(samples.input_tokens[index] for index in row)
+                 for row in in_turn(samples, run.order.room)}
+    longest = sorted(tokens_of, key=tokens_of.get, reverse=True)[:run.order.global_batch_size]
+    rate = optim.learning_rate(config, 0, run.total_steps)
+    figures = figures_of(run, optimizer_step(run, 0, longest, batches(run, longest), rate))
+    tokens, seconds = sum(tokens_of[row] for row in longest), figures["seconds"]
+    peak_gib, at_most = devices.peak_memory_gib(world.device), terminal.duration(seconds * run.total_steps)
+    terminal.say(f"the longest step: {tokens:,} tokens in {terminal.duration(seconds)}, peak memory "
+                 f"{peak_gib:.2f} GiB; the run's {run.total_steps:,} steps take at most {at_most}")
+    few = run.order.of_step(0)[:config.micro_batch_size * world.world_size]
+    rate = max(config.learning_rate, RATE["adapter" if config.adapter else "model"])
+    losses = []
+    with terminal.Progress("one batch", STEPS) as progress:
+        for step in range(1, STEPS + 1):
+            taken = optimizer_step(run, step, few, batches(run, few), rate)
+            losses.append(figures_of(run, taken)["loss"])
+            progress.update(step, loss=f"{losses[-1]:.4f}")
+            if losses[-1] < ENOUGH:
+                break
+    said = (f"{count(len(losses), 'step')} on one batch, at a rate of {rate:g}: "
+            f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    if losses[-1] >= ENOUGH:
+        why = reason(samples, few, losses)
+        world.stop(f"the model doesn't overfit one batch: {why} ({said}, not < {ENOUGH})",
+                   "look at what trains, in 02_data/preview.html and in 04_lora.py's table")
+    terminal.say(f"{said}: labels, gradients and optimizer work together", "green")
+    if config.learning_rate < rate / 1000:
+        terminal.warn(f"learning_rate {config.learning_rate:g} is far below that: the run may learn nothing")
+
+
+@torch.no_grad()
+def own_answer(run) -> None:
+    """Stop the run where the model, reading its own answer in a padded batch, would predict other tokens.
+
+    This needs no labels, and shows wrong positions, token types, placeholders and padding.
+    """
+    samples, first, device = run.samples, run.samples.records[0], run.world.device
+    encoder = samples.encoder.bounded(first["image_bounds"])
+    text, media, _ = encoder.prompt(first)
+    asked = to_device(encoder.encode(text, [], media), device)
+    asked.pop("labels")
+    hidden = [*encoder.never_trained]      # media's own tokens: an untrained model may say them, too
+    run.model.eval()
+    with run.autocast():
+        output = run.model.generate(**asked, do_sample=False, max_new_tokens=ANSWER,
+                                    suppress_tokens=hidden or None, pad_token_id=encoder.pad_id)
+    answer = output[0, asked["input_ids"].shape[1]:].tolist()
+    row = encoder.encode(text, [], media)
+    ids = torch.tensor([answer])                                                 # [1, ANSWER]
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}            # token types: 0, text
+    row |= {key: torch.cat([row[key], more.get(key, torch.zeros_like(ids))], dim=1)
+            for key in row if is_per_token(key)}
+    longer = samples.encoded(max(range(len(samples)), key=samples.input_tokens.__getitem__))
+    batch = collate([row] if encoder.batch != "any" else [row, longer], encoder.pad_id, encoder.collate)
+    batch.pop("labels")
+    with run.autocast():
+        logits = run.model(**to_device(batch, device), use_cache=False).logits
+    end = row["input_ids"].shape[1]
+    logits = logits[0, end - len(answer) - 1:end - 1].float()                    # [ANSWER, V]
+    logits[:, hidden] = -torch.inf
+    first, second = logits.topk(2).values.unbind(-1)
+    clear = (first - second > CLEAR * first.abs()).tolist()                      # else rounding may decide
+    same = [a == b for a, b in zip(logits.argmax(-1).tolist(), answer)]
+    judged = [agrees for agrees, counts in zip(same, clear) if counts]
+    said = f"of its own answer, {sum(same)} of {len(answer)} tokens are predicted again from the text"
+    if sum(judged) < ENOUGH_TOKENS * len(judged):
+        run.world.stop(f"{said}: training reads it otherwise than inference", "choose another base_model")
+    terminal.say(said)
+    run.model.train()
+
+
+def prove_rows_apart(run) -> None:
+    """Stop the run where samples that share a row or a batch change one another on the loaded model.
+
+    Batches are only looked at in a family without a record: those with one are covered by tests.
+    """
+    config, samples = run.work.config, run.samples
+    if config.sample_packing:
+        order = run.order
+        rows = [row for step in range(order.steps_per_epoch) for row in order.of_step(step)]
+        full = sum(samples.input_tokens) / (len(rows) * order.room)
+        terminal.say(f"packed: {len(samples):,} samples in {len(rows):,} rows of at most {order.room:,} "
+                     f"tokens, {1 - full:.1%} of which stay empty")
+        if shared := [row for row in rows if len(row) > 1]:
+            row = max(shared, key=lambda row: sum(samples.media_tokens[index] > 0 for index in row))
+            row = tuple(sorted(row, key=lambda index: -samples.media_tokens[index])[:3])
+            prove_apart(run, row, [row], "samples of a packed row see", "sample_packing: false")
+    elif run.roles.guessed and config.micro_batch_size > 1:
+        count = min(3, config.micro_batch_size)
+        most = heapq.nlargest(count, range(len(samples)), key=samples.media_tokens.__getitem__)
+        prove_apart(run, most, [(index,) for index in most], "rows of one batch change",
+                    "micro_batch_size: 1")
+
+
+def prove_apart(run, indices: Row, rows: list[Row], who: str, fix: str) -> None:
+    """Stop the run where samples have other hidden states in these rows of a batch than alone."""
+    samples, device = run.samples, run.world.device
+    single = replace(samples, positions=None, masks=None)
+    *alone, together = (to_device(next(iter(loader(dealt, [some], 0, device))), device)
+                        for dealt, some in [*((single, [(index,)]) for index in indices), (samples, rows)])
+    run.model.eval()
+    with run.autocast():
+        change, limit = packing.leak(run.model, alone, together, typical=len(rows) > 1)
+    run.model.train()
+    if change > limit:
+        run.world.stop(f"{fix.partition(':')[0]}: {who} one another: hidden states of "
+                       f"{samples.ids[indices[-1]]} change by {change:.0%}", fix)
+
+
+def batches(run, rows: list[Row]) -> Iterator[dict]:
+    """This rank's micro-batches of these rows, encoded in this process."""
+    mine = run.samples.dealt(rows, run.work.config.micro_batch_size, run.world.world_size)[run.world.rank]
+    return iter(loader(run.samples, mine, 0, run.world.device))
+
+
+def reason(samples, rows: list[Row], losses: list[float]) -> str:
+    """The likeliest reason why a batch wasn't learnt, in words."""
+    answers: dict[tuple, int] = {}
+    for index in (index for row in rows for index in row):
+        record = samples.records[index]
+        asked = record["text"][:record["reply"]["start"]], *(m["sha256"] for m in record["media"])
+        other = answers.setdefault(asked, index)
+        if samples.records[other]["text"] != record["text"]:
+            return f"{samples.ids[other]} and {samples.ids[index]} answer the same question differently"
+    if losses[-1] > 0.9 * losses[0]:
+        return "it hardly falls: what trains hardly reaches the answer"
+    return "it falls, but not far enough: raise lora_r or learning_rate, or name more roles"
