@@ -3,7 +3,8 @@
 lib/batches/order.py says which samples, and in which order.
 """
 import itertools
-from collections.abc import Iterable
+import signal
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import pyarrow.compute
@@ -126,6 +127,35 @@ class Batcher:
         return batch
 
 
+class Loader(DataLoader):
+    """A DataLoader that raises for a dead worker where a batch is waited for, and nowhere else.
+
+    torch's handler of SIGCHLD would raise wherever the process is: within a step, a checkpoint or a message.
+    """
+
+    def __iter__(self) -> Iterator:
+        """An iterator over batches, its workers started; the signal's handler is as before."""
+        if not self.num_workers:
+            return super().__iter__()
+        number = getattr(signal, "SIGCHLD", None)                  # not on Windows
+        before = number and signal.getsignal(number)
+        try:
+            return self._received(super().__iter__())
+        finally:
+            if number:
+                signal.signal(number, before)
+
+    @staticmethod
+    def _received(batches: Iterator) -> Iterator:
+        """The batches; RuntimeError where one's tensors can't be had any more from the worker that made it."""
+        try:
+            yield from batches
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            if str(error).startswith("Caught "):                   # a row's own error, from a worker that lives
+                raise
+            raise RuntimeError(f"DataLoader worker gone, and a batch with it ({error})") from error
+
+
 def loader(samples: Samples, batches: Iterable[list[Row]], workers: int, device: torch.device,
            tokens: int = 1) -> DataLoader:
     """A loader of one batch for each list of rows, in that order, made in `workers` processes.
@@ -137,8 +167,8 @@ def loader(samples: Samples, batches: Iterable[list[Row]], workers: int, device:
         processes = {"multiprocessing_context": "spawn", "persistent_workers": True,
                      "prefetch_factor": batches_ahead(samples, workers, tokens)}
     batcher = Batcher(encoder.pad_id, encoder.collate, samples.masks)
-    return DataLoader(samples, batch_sampler=batches, collate_fn=batcher, num_workers=workers,
-                      pin_memory=device.type == "cuda", **processes)
+    return Loader(samples, batch_sampler=batches, collate_fn=batcher, num_workers=workers,
+                  pin_memory=device.type == "cuda", **processes)
 
 
 def batches_ahead(samples: Samples, workers: int, tokens: int) -> int:

@@ -11,6 +11,7 @@ from lib.run.errors import StageError
 from lib.run.ledger import read_json
 
 NO_MEMORY = ("out of memory", "can't allocate memory", "bad_alloc", "ALLOC_FAILED")
+GONE = ("DataLoader worker", "Pin memory thread")
 LOST = ("onnection closed by peer", "onnection reset by peer", "Broken pipe", "NCCL", "Gloo")
 BITS_OF_NF4 = 4.5                         # of a weight, its part of the scales included
 NAMED = 8                                 # samples that a message names at most
@@ -54,8 +55,7 @@ def told(run) -> Iterator[None]:
     except (MemoryError, RuntimeError) as error:                   # torch.OutOfMemoryError is a RuntimeError
         if is_no_memory(error):
             raise out_of_memory(run) from None
-        # torch raises it wherever the loop is when it hears of the death.
-        if "DataLoader worker" in str(error):
+        if any(words in str(error) for words in GONE):
             raise dead_worker(run, str(error)) from None
         if run.world.world_size > 1 and any(words in str(error) for words in LOST):
             raise lost_rank(run) from None
