@@ -147,11 +147,11 @@ class Loader(DataLoader):
 
     @staticmethod
     def _received(batches: Iterator) -> Iterator:
-        """The batches; RuntimeError where one's tensors can't be had any more from the worker that made it."""
+        """The batches; RuntimeError where one's tensors have gone with the worker that made it."""
         try:
             yield from batches
         except (ConnectionError, EOFError, FileNotFoundError) as error:
-            if str(error).startswith("Caught "):                   # a row's own error, from a worker that lives
+            if str(error).startswith("Caught "):  # a row's own error, from a worker that lives
                 raise
             raise RuntimeError(f"DataLoader worker gone, and a batch with it ({error})") from error
 
