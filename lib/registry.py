@@ -5,6 +5,7 @@ The records themselves are in lib/models/families.py.
 import importlib.util
 
 from lib.models.families import FAMILIES, Family
+from lib.run import versions
 from lib.run.errors import StageError
 
 
@@ -39,7 +40,9 @@ def refuse_unloadable(base_model: str) -> None:
 
 
 def require_packages(family: Family) -> None:
-    """Raise StageError, with the pip command, where a family needs a package that is not installed."""
+    """Raise StageError, with the pip command, for a package that a family needs and isn't here."""
+    if family.transformers:
+        versions.require("transformers", family.transformers, family.name)
     missing = [pip for module, pip in family.packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise StageError(f"{family.name} needs {', '.join(missing)}, not installed here",

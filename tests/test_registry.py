@@ -11,6 +11,7 @@ import torch
 from lib import registry
 from lib.models import model
 from lib.registry import FAMILIES
+from lib.run import versions
 from lib.run.errors import StageError
 from lib.run.stage import ROOT
 from lib.text import processor
@@ -63,6 +64,14 @@ def test_the_pip_line_names_the_versions_that_are_tested(family, monkeypatch):
     assert caught.value.fix == f"pip install {' '.join(wanted)}"
 
 
+def test_a_family_that_needs_newer_transformers_is_refused_by_name_on_older_ones(monkeypatch):
+    monkeypatch.setattr(versions, "version", lambda name: "5.22.0")
+    assert registry.require_packages(registry.family_of("llava")) is None
+    with pytest.raises(StageError) as caught:
+        registry.require_packages(registry.family_of("voxtral"))
+    assert caught.value.what == "transformers 5.22.0 is too old: Voxtral needs 5.23 or newer"
+
+
 @pytest.fixture
 def cuda_kernels(zoo, tmp_path, monkeypatch):
     """A package causal_conv1d that can be imported, as on a machine whose GPU is away."""
@@ -89,7 +98,7 @@ def test_kernels_that_need_cuda_are_welcome_on_cuda_and_no_matter_to_other_famil
 def test_a_checkpoint_without_a_template_is_told_that_the_kits_own_serves(zoo, capsys):
     found = processor.complete(processor.load_processor(zoo("magistral")), registry.family_of("mistral3"))
     assert "[INST]" in found.chat_template
-    assert "no chat template: lib/templates/mistral.jinja serves" in capsys.readouterr().out
+    assert "no chat template: lib/text/templates/mistral.jinja serves" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("loss, explained", [(11.0, True), (3.0, False)])

@@ -35,10 +35,11 @@ class Family:
     block_masks: tuple[str, ...] = ()    # kinds of layers where all tokens of a picture see one another
     pixels: str = ""                     # how pictures are bounded: a strategy in lib/media/resolution.py
     unbounded: str = "makes every picture of one size"    # why pictures can't be bounded, without a strategy
-    template: str = ""                   # a file in lib/templates, where the published checkpoint has none
+    template: str = ""                   # a file in text/templates, where the published checkpoint has none
     template_names: tuple[str, ...] = () # what Axolotl's recipes call its own chat template
     special_tokens: dict[str, str] = field(default_factory=dict)    # {name: token} that its tokenizer lacks
     packages: dict[str, str] = field(default_factory=dict)          # {module: pip name and version} it needs
+    transformers: str = ""               # the oldest that it works with, where the kit's own is too old
     absent: dict[str, str] = field(default_factory=dict)  # {module: pip name} of kernels that need CUDA, and
     #                                      that transformers takes wherever they are installed
     unread: tuple[str, ...] = ()         # regexes on tensors of its checkpoints that the class has no use for
@@ -100,7 +101,8 @@ FAMILIES = (
            wrappers=GEMMA_WRAPPERS, longest_sound_seconds=30, no_lora=("altup",),
            no_quant=("altup",),                                     # whose forward reads the weights itself
            new_tokens="ids above its vocabulary mean pictures and sounds to it",
-           packages={"timm": "timm==1.0.31"}, template_names=("gemma3n",), float16=OVERFLOW,
+           packages={"timm": "timm==1.0.31"}, transformers="5.23",  # before, it wrote where it didn't say
+           template_names=("gemma3n",), float16=OVERFLOW,
            first_loss_note="Gemma-3n's loss and gradient are known to start high (Axolotl's guide suspects "
                            "the convolutions of its tower)"),
     Family("Gemma-4", ("gemma4",),
@@ -154,5 +156,6 @@ FAMILIES = (
             "model.language_model": "language"},
            template="mistral.jinja",
            packages={"mistral_common": "mistral-common[audio]==1.13.1", "soundfile": "soundfile==0.14.0"},
+           transformers="5.23",
            note="its processor reads conversations only; here a template of ours writes them as text"),
 )

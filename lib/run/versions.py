@@ -11,12 +11,17 @@ FIX = "pip install -r requirements.txt"
 def check() -> None:
     """Raise StageError for the first library that is missing or too old."""
     for name, oldest in MINIMUM.items():
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            raise StageError(f"the Python package {name} is not installed", FIX) from None
-        if parts(found) < parts(oldest):
-            raise StageError(f"{name} {found} is too old: the kit needs {oldest} or newer", FIX)
+        require(name, oldest, "the kit")
+
+
+def require(name: str, oldest: str, who: str) -> None:
+    """Raise StageError where a library is missing, or older than `who` needs."""
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        raise StageError(f"the Python package {name} is not installed", FIX) from None
+    if parts(found) < parts(oldest):
+        raise StageError(f"{name} {found} is too old: {who} needs {oldest} or newer", FIX)
 
 
 def parts(text: str) -> tuple[int, ...]:

@@ -57,7 +57,7 @@ def complete(processor, family: registry.Family):
     if not processor.chat_template and family.template:
         text = (Path(__file__).with_name("templates") / family.template).read_text(encoding="utf-8")
         processor.chat_template = tokenizer.chat_template = text
-        terminal.say(f"the checkpoint has no chat template: lib/templates/{family.template} serves")
+        terminal.say(f"the checkpoint has no chat template: lib/text/templates/{family.template} serves")
     return processor
 
 
