@@ -431,6 +431,13 @@ def test_settings_that_seldom_work_are_warned_of(folder, capsys, overrides, word
     assert words in warning
 
 
+def test_a_trackers_package_that_is_not_installed_is_warned_of_before_the_work(folder, capsys, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
+    config.main(["r.yaml", "runs/a", "use_tensorboard=true", "wandb_project=mine"])
+    warnings = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+    assert [line.rsplit(": ", 1)[-1] for line in warnings] == ["pip install tensorboard", "pip install wandb"]
+
+
 def test_settings_that_work_are_not_warned_of(folder, capsys):
     config.main(["r.yaml", "runs/a"])
     assert "warning" not in capsys.readouterr().out

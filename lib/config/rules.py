@@ -2,6 +2,7 @@
 
 Fork me to: add a contradiction (a row in RULES) or a warning (a row in WARNINGS). `k` is 01_config's Recipe.
 """
+import importlib.util
 from pathlib import Path
 
 MEDIA_ROLES = ("vision", "audio", "projector")
@@ -15,6 +16,11 @@ def not_both(first: str, second: str, why: str) -> tuple:
 def adapts_experts(k) -> bool:
     """Whether a recipe puts LoRA on experts."""
     return bool(k.lora_target_parameters) or not k.lora_target_modules and "experts" in k.lora_target_roles
+
+
+def is_missing(module: str) -> bool:
+    """Whether a Python package is not installed; no error yet, since 05 may run on another machine."""
+    return importlib.util.find_spec(module) is None
 
 
 RULES = (  # the knobs it is about; when they contradict each other; why; how to mend it
@@ -112,4 +118,8 @@ WARNINGS = (  # when, on a settled recipe; what seldom works about it
      "tf32: without effect, since products are of bfloat16; what stays in float32 keeps its precision"),
     (lambda k: k.revision and Path(k.base_model).is_dir(),
      "revision: without effect, since {base_model} is a folder"),
+    (lambda k: k.use_tensorboard and is_missing("tensorboard"),
+     "use_tensorboard: tensorboard, which 05_train needs, is not installed here: pip install tensorboard"),
+    (lambda k: k.wandb_project and is_missing("wandb"),
+     "wandb_project: wandb, which 05_train needs, is not installed here: pip install wandb"),
 )
