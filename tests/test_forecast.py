@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import LlamaConfig
 
 from bench.forecast import measure
@@ -184,3 +185,15 @@ def test_the_view_needs_no_weights_writes_nothing_and_says_what_to_change(tmp_pa
     assert not (run.path / "03_load_model").exists() and "none fits" in said
     for knob in ("micro_batch_size: 1", "gradient_checkpointing: true", "adapter: qlora, with checkpointing"):
         assert f"  {knob}: " in said
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_row_with_clips_of_several_lengths_has_a_forecast(packs, zoo, tmp_path, monkeypatch):
+    content = [{"type": "video"}, {"type": "video"}, {"type": "text", "text": "Which is longer?"}]
+    messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "the second"}]
+    rows = [{"messages": messages, "images": [], "videos": [["red.png"] * 2, ["red.png"] * frames]}
+            for frames in (3, 4)]
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "red.png")
+    run = Run(tmp_path, monkeypatch, zoo("smolvlm2"), rows, sample_packing=packs, val_set_size=0)
+    run.upto("03_load_model")
+    assert run.json("03_load_model/forecast.json")["kept"]["peak_gib"] > 0

@@ -71,9 +71,22 @@ def longest_row(case: Case, net) -> tuple[dict[str, torch.Tensor], Batcher]:
     rows = in_turn(samples, knobs.sequence_len if packs else None)
     row = samples[max(rows, key=lambda row: [sum(tokens[index] for index in row)
                                              for tokens in (samples.input_tokens, samples.media_tokens)])]
+    row = without_empty_frames(row, encoder.collate)
     row |= {key: value.to("meta") for key, value in row.items()
             if isinstance(value, torch.Tensor) and value.is_floating_point()}
     return row, Batcher(encoder.pad_id, encoder.collate, samples.masks)
+
+
+def without_empty_frames(row: dict[str, torch.Tensor], style: str) -> dict[str, torch.Tensor]:
+    """The row without the all-zero frames that pad its shorter clips, which a "stack" family's model drops.
+
+    Hollow tensors have no values by which it could.
+    """
+    pixels = row.get("pixel_values")
+    if style != "stack" or pixels is None or pixels.dim() != 5:              # [clips, frames, C, H, W]
+        return row
+    real = pixels.flatten(2).any(-1)                                         # [clips, frames]
+    return row | {key: row[key][real][None] for key in ("pixel_values", "pixel_attention_mask") if key in row}
 
 
 # ---- what takes memory ----
