@@ -117,7 +117,7 @@ def held_out_rows(work, encoder: Encoder) -> list[dict]:
 # ---- page ----
 
 def answered(rows: list[dict], answers: list[dict], pictures: bool) -> list[dict]:
-    """Rows as pages/answers.py takes them: pictures, question, reference, both answers, which are right."""
+    """Rows as `answers.cards` takes them: pictures, question, reference, both answers, which are right."""
     return [{"pictures": [media.poster(medium) for medium in row["media"]] if pictures else [],
              "question": last_question(json.loads(row["messages"])), "reference": row["reference"], **found,
              **{f"{which}_right": bool(exact_match([found[which]], [row["reference"]])) for which in found}}

@@ -1,7 +1,7 @@
 """alignment: frozen linear layers of odd sizes, zero-padded so that a GPU's fast kernels can take them.
 
 Unpadded, rows of 3,420 columns in 16 bits, as a tower's layers have them, don't begin at multiples of 16
-bytes, and only slow kernels are left. Used inside lib/fast.py's `paths` only.
+bytes, and only slow kernels are left. Used inside lib/fast's `paths` only.
 """
 from functools import partial
 

@@ -4,7 +4,7 @@ After the last attention no position depends on another, and the loss reads the 
 positions only. So the MLP's output elsewhere changes neither loss nor gradient, and is set to zero. Most of a
 layer's matrix products are the MLP's: the fewer layers a model has, the larger the part that this saves.
 
-Used inside lib/fast.py's `paths` only. Fork me to: do the same with another part of the layer (`parts`).
+Used inside lib/fast's `paths` only. Fork me to: do the same with another part of the layer (`parts`).
 """
 import torch
 

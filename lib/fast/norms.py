@@ -2,7 +2,7 @@
 
 On a GPU torch's fused kernel computes an RMSNorm, and a LayerNorm keeps its input's dtype, which autocast
 would widen. A CPU has no fused kernel: there `Norm` computes an RMSNorm, with its gradient by hand, and keeps
-no float32 tensor for the backward. Used inside lib/fast.py's `paths` only.
+no float32 tensor for the backward. Used inside lib/fast's `paths` only.
 """
 import copy
 import inspect

@@ -35,7 +35,7 @@ class Family:
     block_masks: tuple[str, ...] = ()    # kinds of layers where all tokens of a picture see one another
     pixels: str = ""                     # how pictures are bounded: a strategy in lib/media/resolution.py
     unbounded: str = "makes every picture of one size"    # why pictures can't be bounded, without a strategy
-    template: str = ""                   # a file in text/templates, where the published checkpoint has none
+    template: str = ""                   # in lib/text/templates, where the published checkpoint has none
     template_names: tuple[str, ...] = () # what Axolotl's recipes call its own chat template
     special_tokens: dict[str, str] = field(default_factory=dict)    # {name: token} that its tokenizer lacks
     packages: dict[str, str] = field(default_factory=dict)          # {module: pip name and version} it needs

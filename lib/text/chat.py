@@ -24,7 +24,6 @@ from lib.text.processor import (
 from lib.text.spans import after_replacing, covered, moved, spans_of_tokens, straddled
 
 
-
 @dataclass
 class Encoder:
     """Makes a sample's tensors: `encoder(sample)`. It can be sent to workers: plain data and the processor.

@@ -81,7 +81,7 @@ def in_place_of_logits(model, batch: dict, compute):
         result.append(compute(rows))
         return hidden[..., :0]
 
-    own = vars(head).get("forward")       # set by lib/fast.py, where the head has LoRA
+    own = vars(head).get("forward")       # set by lib/fast, where the head has LoRA
     head.forward = instead
     try:
         model(**inputs, use_cache=False)
