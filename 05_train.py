@@ -19,9 +19,8 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import datasets
 import torch
@@ -57,14 +56,14 @@ def main(argv=None):
     parser.add_argument("--resume", action="store_true", help="go on although something changed")
     args = parser.parse_args(argv)
     with parallel.world() as world:
-        path = Path(world.agree(lambda: stage.resolve_run(args.run)))
+        path = world.agree(lambda: stage.resolve_run(args.run))
         if args.check:
             run = load(stage.view("05_train", path), world)
             with faults.told(run):
                 return rehearsal.check(run, optimizer_step)
         # 1. Rank 0 decides whether to skip, run, resume or refuse; the others do the same.
-        decision = world.agree(lambda: asdict(stage.decide("05_train", path, args.force, args.resume)))
-        work = stage.begin(stage.Decision(**decision), leader=world.is_leader)
+        decision = world.agree(lambda: stage.decide("05_train", path, args.force, args.resume))
+        work = stage.begin(decision, leader=world.is_leader)
         world.barrier()
         if work is None:
             return
@@ -196,7 +195,7 @@ def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
             terminal.say(f"gradient_checkpointing: auto: {share:.0%} of the layers keep their activations "
                          f"(forecast {peak:.2f} GiB, room for {free:.2f} GiB)")
         return share, peak
-    return tuple(world.agree(decide))
+    return world.agree(decide)
 
 
 # ---- the loop ----

@@ -26,10 +26,6 @@ class Decision:
     resumed_over: list[str] = field(default_factory=list)  # the changes that --resume disregards
     checkpoint: Path | None = None  # the one to go on from: every rank takes the same
 
-    def __post_init__(self):
-        """Make paths of texts: rank 0's decision reaches the other ranks as JSON, which has no paths."""
-        self.run, self.checkpoint = Path(self.run), self.checkpoint and Path(self.checkpoint)
-
 
 def decide(stem: str, run: Path, force=False, resume=False, knobs: dict | None = None) -> Decision:
     """The decision on starting a stage now. Only one rank takes it, as it may put a finished folder in place.

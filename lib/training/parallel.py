@@ -3,7 +3,6 @@
 The model needs no wrapper: every rank holds it, and after a step's last micro-batch the gradients are summed
 over ranks, some tensors at a time. A rank whose rows had no picture, or that had no row, adds zeros.
 """
-import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -33,41 +32,34 @@ class World:
         return self.rank == 0
 
     def agree(self, decide: Callable[[], Any]) -> Any:
-        """The result of `decide()` on rank 0, on every rank: as JSON has it, in which a path is a text.
+        """The result of `decide()` on rank 0, on every rank.
 
         Where it raises on rank 0, the others stop, too, instead of waiting for a rank that is gone.
         """
         if self.world_size == 1:
             return decide()
-        found, error = None, None
+        result, error = None, None
         if self.is_leader:
             try:
-                found = decide()
+                result = decide()
             except BaseException as raised:  # raised again below, once the others know
                 error = raised
-        failed, found = self._broadcast([error is not None, found])
+        sent = [error is not None, result]
+        dist.broadcast_object_list(sent, src=0, device=self.device)
         if error is not None:
             raise error
+        failed, result = sent
         if failed:
             sys.exit(1)
-        return found
+        return result
 
-    def everyones(self, found: Any) -> list:
+    def everyones(self, value: Any) -> list:
         """The list of what each rank passes in, in order of ranks, on every rank."""
         if self.world_size == 1:
-            return [found]
-        return [self._broadcast(found, rank) for rank in range(self.world_size)]
-
-    def _broadcast(self, found: Any, source: int = 0) -> Any:
-        """What the source rank passes in, on every rank, as JSON has it."""
-        text = json.dumps(found, default=os.fspath)
-        sent = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
-        size = torch.tensor([len(sent)], device=self.device)
-        dist.broadcast(size, src=source)
-        mine = self.rank == source
-        body = sent if mine else torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-        dist.broadcast(body, src=source)
-        return json.loads(bytes(body.tolist()))
+            return [value]
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def stop(self, what: str, fix: str) -> None:
         """Stop all ranks, which have found the same mistake: rank 0 raises StageError, the others exit."""
@@ -85,9 +77,9 @@ class World:
         """The greatest of the ranks' numbers, a scalar tensor on the device; nobody waits for it yet."""
         if self.world_size == 1:
             return torch.tensor(number)
-        found = torch.full((), number, device=self.device)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return found
+        most = torch.full((), number, device=self.device)
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+        return most
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], some_lack: bool) -> None:
         """Sum .grad over ranks, in the same order on each; where only some have one, the others add zeros.
