@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from lib import fast
 from lib.batches.sampler import to_device
-from lib.fast import attention, features, last
 from lib.models.plan import quiet
 from lib.text.chat import Encoder
 from lib.text.processor import tokenizer_of
@@ -57,8 +57,7 @@ def held_out_answers(run) -> list[dict]:
     mine = chosen[world.rank::world.world_size]
     if samples.even:
         mine += chosen[:math.ceil(count / world.world_size) - len(mine)]
-    for part in (attention, features, last):                            # forget the batch before
-        part.of_batch({})
+    fast.of_batch({})
     run.model.eval()
     found = []
     for index in mine:

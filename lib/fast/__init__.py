@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lib.fast import adapted, alignment, attention, last, norms
+from lib.fast import adapted, alignment, attention, features, last, norms
 from lib.models.adapter import base_name
 from lib.models.roles import Roles
 
@@ -40,6 +40,16 @@ def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
             del module.forward
         for module, forward in own.items():
             module.forward = forward
+
+
+def of_batch(batch: dict) -> dict:
+    """Inputs that the model takes besides the batch's own; what the fast paths need of the batch is noted.
+
+    An empty batch makes them forget the one before.
+    """
+    attention.of_batch(batch)
+    last.of_batch(batch)
+    return features.of_batch(batch)
 
 
 def forward_of(module, cuda: bool):

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from lib import fast
 from lib.collator import IGNORE_INDEX
-from lib.fast import attention, features, last
 from lib.run.errors import StageError
 from lib.training.logits import UNCHANGED, Finish
 
@@ -68,8 +68,7 @@ def in_place_of_logits(model, batch: dict, compute):
     axis. Replacing the head's call, not the model, works for every family, and hooks on the root module
     (FSDP2's, for one) run as in any forward.
     """
-    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS} | features.of_batch(batch)
-    attention.of_batch(batch), last.of_batch(batch)
+    inputs = {key: value for key, value in batch.items() if key not in NOT_INPUTS} | fast.of_batch(batch)
     head, result = model.get_output_embeddings(), []
 
     def instead(hidden):                  # [B, T, D]
