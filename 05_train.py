@@ -59,7 +59,7 @@ def main(argv=None):
         path = world.agree(lambda: stage.resolve_run(args.run))
         if args.check:
             run = load(stage.view("05_train", path), world)
-            with faults.told(run):
+            with faults.explained(run):
                 return rehearsal.check(run, optimizer_step)
         # 1. Rank 0 decides whether to skip, run, resume or refuse; the others do the same.
         decision = world.agree(lambda: stage.decide("05_train", path, args.force, args.resume))
@@ -70,7 +70,7 @@ def main(argv=None):
         # 2. Load model, adapter and samples by the plans of the earlier stages, and the newest checkpoint.
         run = load(work, world)
         # 3. Train.
-        with faults.told(run):
+        with faults.explained(run):
             if work.config.cache_vision_features:
                 keep_features(run)
             gc.collect()
@@ -115,7 +115,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     if config.device_map and world.world_size > 1:
         world.stop(f"device_map: {config.device_map} shares one process's model out, and torchrun gives each "
                    "rank its own GPU", "python 05_train.py, without torchrun; or remove device_map")
-    world.agree(lambda: hooks.look(config))
+    world.agree(lambda: hooks.check(config))
     plan = read_json(work.input("03_load_model") / "model.json")
     what_trains = read_json(work.input("04_lora") / "adapter.json")
     # The model, and what of it trains.

@@ -121,7 +121,7 @@ def test_the_knobs_that_are_named_first_save_most_by_the_forecast():
 
 
 def test_another_error_is_not_taken_for_a_want_of_memory():
-    with pytest.raises(RuntimeError, match="shapes"), faults.told(SimpleNamespace(world=World(0, 1, None))):
+    with pytest.raises(RuntimeError, match="shapes"), faults.explained(SimpleNamespace(world=World(0, 1, None))):
         raise RuntimeError("shapes cannot be multiplied")
 
 

@@ -45,7 +45,7 @@ def names(run, indices: list[int]) -> list[str]:
 
 
 @contextmanager
-def told(run) -> Iterator[None]:
+def explained(run) -> Iterator[None]:
     """Inside, running out of memory, a dead DataLoader worker or a lost rank becomes a StageError.
 
     What is on the disk stays as it is: a checkpoint that is being written is finished first.

@@ -30,7 +30,7 @@ from lib.training import faults
 from lib.training.loss import forward_loss
 
 
-def look(knobs) -> None:
+def check(knobs) -> None:
     """Raise StageError, before weights are loaded, where a function that the recipe names can't be had."""
     named = {"optimizer": [knobs.optimizer], "lr_scheduler": [knobs.lr_scheduler], "loss": [knobs.loss],
              "eval_metrics": knobs.eval_metrics}
@@ -47,17 +47,17 @@ def function(knob: str, text: str) -> Callable:
 
 @functools.cache
 def loaded(knob: str, path: str, name: str) -> Callable:
-    """The function `name` of a user's file, wrapped by `told`; the file is run only once."""
+    """The function `name` of a user's file, wrapped by `guarded`; the file is run only once."""
     spec = importlib.util.spec_from_file_location(f"hook {path}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look there
-    told(knob, path, spec.loader.exec_module)(module)
+    guarded(knob, path, spec.loader.exec_module)(module)
     if not callable(getattr(module, name, None)):
         raise StageError(f"{knob}: {os.path.relpath(path)} has no function {name}",
                          f"write `def {name}(…):` there")
-    return told(knob, path, getattr(module, name))
+    return guarded(knob, path, getattr(module, name))
 
 
-def told(knob: str, path: str, called: Callable) -> Callable:
+def guarded(knob: str, path: str, called: Callable) -> Callable:
     """A function that calls a user's and turns what it raises into a StageError with the user's line.
 
     Out of memory is raised as it is, for lib/training/faults.py to explain.
