@@ -48,7 +48,7 @@ class Reading:
         others = [f"{name}: {source(self.given[name].node)} ({self.given[name].place()})" for name in others]
         defaults = [name for name in names if name not in self.given]
         others += [f"{name}: {written(self.values[name])} (the default)" for name in defaults]
-        return " with ".join([self.given[first].told(), *others])
+        return " with ".join([self.given[first].shown(), *others])
 
 
 def read_knobs(entries: list[Entry], overrides: list[Entry], schema: type) -> Reading:
@@ -69,11 +69,11 @@ def read_knobs(entries: list[Entry], overrides: list[Entry], schema: type) -> Re
                 reading.notes.append((entry.name, "no such knob; it is empty, so nothing is lost"))
                 continue
             fix = nearest(entry.key, [*known, *axolotl.KEYS])
-            reading.problems.append((f"{entry.told()}: no such knob", fix))
+            reading.problems.append((f"{entry.shown()}: no such knob", fix))
         except Wrong as wrong:
             reading.failed.add(entry.key)
             fix = wrong.fix or example_of(entry, *known[entry.key])
-            reading.problems.append((f"{entry.told(wrong.node)} {wrong.words}", fix))
+            reading.problems.append((f"{entry.shown(wrong.node)} {wrong.words}", fix))
     for name in known:
         if reading.values[name] is REQUIRED and name not in reading.failed:
             reading.failed.add(name)

@@ -34,7 +34,7 @@ class Entry:
     node: yaml.Node
     path: str | None
 
-    def told(self, node: yaml.Node | None = None) -> str:
+    def shown(self, node: yaml.Node | None = None) -> str:
         """How a message on the entry, or on a node inside it, begins, as `recipes/demo.yaml:4: lora_r: 0`."""
         if self.path is None:
             return f"on the command line: {self.name}={source(self.node)}"

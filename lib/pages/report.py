@@ -7,9 +7,9 @@ from pathlib import Path
 from lib.data import summary
 from lib.export import serving
 from lib.models.plan import public_name
-from lib.pages import answers, facts, page, tokens
+from lib.pages import answers, page, tokens
 from lib.pages.charts import curve
-from lib.pages.facts import Facts
+from lib.pages.facts import Facts, datasets, licence_in_words, origin, recipe_of
 from lib.run import terminal
 from lib.run.ledger import read_json
 from lib.text.processor import tokenizer_of
@@ -20,25 +20,25 @@ SAME = "max_difference_with_the_same_weights"
 PARTS = ("trained", "gradients", "optimizer")
 
 
-def write_report(work, told: Facts, encoder, rows: list[dict]) -> None:
+def write_report(work, facts: Facts, encoder, rows: list[dict]) -> None:
     """Write report.html, and figure.svg for a README. rows: held-out ones, as `answers.cards` takes them."""
     timings = read_lines(work.input("05_train") / "timings.jsonl")
-    html = page.document(f"{public_name(told.plan)}, fine-tuned", [
-        ("Result", result(told, timings)),
+    html = page.document(f"{public_name(facts.plan)}, fine-tuned", [
+        ("Result", result(facts, timings)),
         ("Answers", answers.cards(rows)),
         ("Curves", curves(work.input("05_train") / "metrics.jsonl", timings)),
-        ("Data", data(told) + learnt(work.input("02_data") / "preview.jsonl", encoder)),
-        ("Recipe", recipe(told)),
-        ("What trained", roles(told)),
+        ("Data", data(facts) + learnt(work.input("02_data") / "preview.jsonl", encoder)),
+        ("Recipe", recipe(facts)),
+        ("What trained", roles(facts)),
         ("Memory", memory(work, timings)),
-        ("Proof", proof(told.check)),
-        ("Use it", use(told)),
-    ], f"{told.plan['family']}, {told.plan['class']}. {facts.licence_in_words(told.plan)}",
+        ("Proof", proof(facts.check)),
+        ("Use it", use(facts)),
+    ], f"{facts.plan['family']}, {facts.plan['class']}. {licence_in_words(facts.plan)}",
         page.MEDIA_SHOWN[work.config.report_media])
     (work.path / "report.html").write_text(html, encoding="utf-8")
     if rows:
         best = sorted(rows, key=lambda row: (row["base_right"], not row["tuned_right"]))
-        caption = f"exact match on {told.check['rows']} rows: {score(told.check)}"
+        caption = f"exact match on {facts.check['rows']} rows: {score(facts.check)}"
         figure = answers.figure(best, "Held-out rows, before and after", caption)
         (work.path / "figure.svg").write_text(figure, encoding="utf-8")
 
@@ -49,17 +49,17 @@ def score(check: dict) -> str:
     return f"{scores['base']:.0%} -> {scores['tuned']:.0%}" if check["rows"] else "no held-out rows"
 
 
-def result(told: Facts, timings: list[dict]) -> str:
+def result(facts: Facts, timings: list[dict]) -> str:
     """HTML: key figures, and which step's weights these are."""
-    seconds, trained = sum(line["seconds"] for line in timings), told.method["trained_parameters"].values()
-    total = sum(told.plan["parameters"].values())
-    kind = next(iter(told.check["exports"]))
+    seconds, trained = sum(line["seconds"] for line in timings), facts.method["trained_parameters"].values()
+    total = sum(facts.plan["parameters"].values())
+    kind = next(iter(facts.check["exports"]))
     return page.tiles([
-        (score(told.check), f"exact match on {told.check['rows']} held-out rows"),
-        (told.data["counts"]["train_samples"], "training samples"),
+        (score(facts.check), f"exact match on {facts.check['rows']} held-out rows"),
+        (facts.data["counts"]["train_samples"], "training samples"),
         (sum(trained), f"trained parameters, {sum(trained) / total:.2%} of the base's"),
-        (terminal.duration(seconds), f"in {told.saved['trained_steps']:,} steps"),
-    ]) + page.note(f"{told.method['method']}. {facts.origin(kind, told)}")
+        (terminal.duration(seconds), f"in {facts.saved['trained_steps']:,} steps"),
+    ]) + page.note(f"{facts.method['method']}. {origin(kind, facts)}")
 
 
 def curves(metrics: Path, timings: list[dict]) -> str:
@@ -76,13 +76,13 @@ def curves(metrics: Path, timings: list[dict]) -> str:
                for key, name in names.items()}, "optimizer step", label) for label, lines, names in small))
 
 
-def data(told: Facts) -> str:
+def data(facts: Facts) -> str:
     """HTML: the data sets, by names without folders, and what was rejected or changed."""
-    counts = told.data["counts"]
+    counts = facts.data["counts"]
     more = [f"{name.replace('_', ' ')}: {counts[name]:,}" for name in
             ("tokens_per_picture", "rows_over_sequence_len", "samples_cut_to_sequence_len",
              "replies_ended_by_the_kit", "rows_that_tell_the_day") if counts[name]]
-    table = page.table(summary.DATASET_COLUMNS, summary.dataset_rows(facts.datasets(told)))
+    table = page.table(summary.DATASET_COLUMNS, summary.dataset_rows(datasets(facts)))
     return table + (page.note("; ".join(more)) if more else "")
 
 
@@ -95,17 +95,17 @@ def learnt(preview: Path, encoder) -> str:
                                                                    ("media", row["media_tokens"])])
 
 
-def recipe(told: Facts) -> str:
+def recipe(facts: Facts) -> str:
     """HTML: what the recipe sets, and folded away all other knobs."""
-    rest = facts.recipe_of(told, given=False)
-    return (page.table(["knob", "value"], facts.recipe_of(told), "ll")
+    rest = recipe_of(facts, given=False)
+    return (page.table(["knob", "value"], recipe_of(facts), "ll")
             + page.folded(f"{len(rest)} more, as they are by default",
                           page.table(["knob", "value"], rest, "ll")))
 
 
-def roles(told: Facts) -> str:
+def roles(facts: Facts) -> str:
     """HTML: parameters by role, how many of them train, and where."""
-    method, parameters = told.method, told.plan["parameters"]
+    method, parameters = facts.method, facts.plan["parameters"]
     rows = [[role, parameters.get(role, 0), method["modules"].get(role, 0), trained,
              ".".join(next(iter(method["first_hits"].get(role, [])), "").split(".")[-4:])]
             for role, trained in method["trained_parameters"].items()]
@@ -156,11 +156,11 @@ def proof(check: dict) -> str:
     return page.paragraph(words) + page.table(PROOF_COLUMNS, proofs(check)) + "".join(map(page.note, same))
 
 
-def use(told: Facts) -> str:
+def use(facts: Facts) -> str:
     """HTML: how each export is loaded and served."""
     html = ""
-    for kind in told.check["exports"]:
-        html += page.heading(f"{kind}/") + page.code(serving.loading(kind, told))
+    for kind in facts.check["exports"]:
+        html += page.heading(f"{kind}/") + page.code(serving.loading(kind, facts))
         html += "".join(page.paragraph(words) + (page.code(command) if command else "")
-                        for words, command in serving.serving(kind, told))
+                        for words, command in serving.serving(kind, facts))
     return html

@@ -131,10 +131,10 @@ class Renderer:
 @functools.cache
 def stopped_clock(day: date) -> str:
     """A line of Jinja that makes `strftime_now(format)` give this day at midnight."""
-    told = {"%-d": str(day.day), "%-m": str(day.month)}      # without a zero: strftime can't everywhere
-    told |= {f"%{code}": day.strftime(f"%{code}") for code in "aAbBcdDeFHIjmMpSuUVwWxXyY"} | {"%%": "%"}
-    said = "".join(f" | replace({code!r}, {words!r})" for code, words in told.items())
-    return f"{{% macro {CLOCK}(format) %}}{{{{ format{said} }}}}{{% endmacro %}}\n"
+    texts = {"%-d": str(day.day), "%-m": str(day.month)}     # without a zero: strftime can't everywhere
+    texts |= {f"%{code}": day.strftime(f"%{code}") for code in "aAbBcdDeFHIjmMpSuUVwWxXyY"} | {"%%": "%"}
+    filters = "".join(f" | replace({code!r}, {text!r})" for code, text in texts.items())
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n"
 
 
 def stop_clock(processor, day: str) -> None:
