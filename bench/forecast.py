@@ -45,11 +45,11 @@ def main(argv=None) -> None:
 
 def compared(name: str, adapter: str, folder: Path) -> list[dict]:
     """A family's forecast and measurement, with and without checkpointing."""
-    from lib.memory.forecast import Step
+    from lib.memory.forecast import HollowStep
     planned, knobs, batch = case(name, adapter, folder)
     found = []
     for checkpointing in (True, False):
-        forecast = Step(planned, knobs, cuda=False).peak(batch, checkpointing)
+        forecast = HollowStep(planned, knobs, cuda=False).peak(batch, checkpointing)
         weights, measured = measure(planned, knobs, batch, checkpointing)
         found.append({"checkpointing": checkpointing, "tokens": batch["input_ids"].numel(),
                       "weights": f"{weights / 2**20:.2f}", "forecast": f"{forecast.of(1) / 2**20:.2f}",

@@ -176,13 +176,13 @@ def off_forecast(found: dict[str, dict]) -> list[str]:
 
 def forecasts(cases: list[tuple[str, str, str]], tiny: bool) -> dict[str, float]:
     """Case of ours -> GiB at the peak of a step, counted without weights."""
-    from lib.memory.forecast import Step
+    from lib.memory.forecast import HollowStep
     found = {}
     for case in cases:
         model, adapter, side = case
         if "ours" in side and not lacks(*case):
             with planned(model, adapter, side, tiny) as (plan, knobs):
-                step = Step(plan, knobs)
+                step = HollowStep(plan, knobs)
                 batch = Made(model, step.net, tiny, side).batches[0]
                 try:
                     found[" | ".join(case)] = step.peak(batch, "kept" not in side).of(1) / 2**30

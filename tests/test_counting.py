@@ -9,7 +9,7 @@ from PIL import Image
 
 from lib import registry
 from lib.collator import IGNORE_INDEX
-from lib.data.counting import ENOUGH, Counter, quick_counts
+from lib.data.counting import ENOUGH, TokenCounter, quick_counts
 from lib.models.plan import load_config
 from lib.text.chat import Encoder
 from lib.text.processor import complete, load_processor, stop_tokens
@@ -56,7 +56,7 @@ def measured(encoder, conversation, sizes) -> tuple | None:
 @pytest.mark.parametrize("name", SEEING)
 def test_counts_of_rows_with_pictures_of_any_size_are_those_of_their_tensors(name, subject):
     encoder, one, two = subject(name)
-    counter = Counter(encoder)
+    counter = TokenCounter(encoder)
     rows = [(one, [size]) for size in USUAL + ODD + USUAL] + [(two, [first, last]) for first, last in zip(ODD, USUAL)]
     found = [counter.row(talk.text, talk.spans, pictures(*sizes)) for talk, sizes in rows]
     assert found == [measured(encoder, talk, sizes) for talk, sizes in rows]
@@ -68,7 +68,7 @@ def test_a_picture_is_prepared_once_for_its_size_and_seldom_where_the_number_is_
     (encoder, one, _), prepared = subject(name), []
     process = Encoder.process
     monkeypatch.setattr(Encoder, "process", lambda *given: prepared.append(given[2][0].size) or process(*given))
-    counter = Counter(encoder)
+    counter = TokenCounter(encoder)
     for size in USUAL + USUAL:
         assert counter.row(one.text, one.spans, pictures(size))
     assert prepared == (USUAL[:ENOUGH] if name in TOLD else USUAL)
@@ -79,7 +79,7 @@ def test_a_number_that_transformers_tells_wrong_is_not_believed(subject, monkeyp
     told = type(encoder.processor)._get_num_multimodal_tokens
     monkeypatch.setattr(type(encoder.processor), "_get_num_multimodal_tokens",
                         lambda self, image_sizes: told(self, image_sizes=[(56, 56) for _ in image_sizes]))
-    counter = Counter(encoder)
+    counter = TokenCounter(encoder)
     for size in USUAL:
         assert counter.row(one.text, one.spans, pictures(size)) == measured(encoder, one, [size])
 
@@ -92,7 +92,7 @@ def test_counts_of_texts_are_those_of_their_tensors(name, zoo):
     family = registry.family_of(load_config(str(zoo(name)), None, False).model_type)
     processor = complete(load_processor(zoo(name)), family)
     template, encoder = Template(processor, stop_tokens(zoo(name), processor)), Encoder.of(processor, family)
-    pick, counter = random.Random(0), Counter(encoder)
+    pick, counter = random.Random(0), TokenCounter(encoder)
     talks = [talk for _ in range(20) for talk in template.conversations(
         chat(*(" ".join(pick.choices(ODD_WORDS, k=5)).strip() for _ in range(2))))]
     found = counter.texts([(talk.text, talk.spans) for talk in talks])
@@ -103,14 +103,14 @@ def test_counts_of_texts_are_those_of_their_tensors(name, zoo):
 
 def test_texts_that_their_tokens_spell_are_tokenized_without_offsets(subject, monkeypatch):
     encoder, one, _ = subject("qwen2_5_vl")
-    counter, asked = Counter(encoder), []
+    counter, asked = TokenCounter(encoder), []
     given = [(text, [(0, len(text))]) for text in ("été 🦊", "e\u0301", "plain")]           # the second one becomes é
-    tokens = Counter._tokens
+    tokens = TokenCounter._tokens
 
     def noted(self, texts, first, placed=True):
         asked.append((texts, placed))
         return tokens(self, texts, first, placed)
-    monkeypatch.setattr(Counter, "_tokens", noted)
+    monkeypatch.setattr(TokenCounter, "_tokens", noted)
     found = counter.texts(given)
     texts = [text for text, _ in given]
     assert asked == [(texts[:1], True), (texts, False), ([texts[1]], True)]               # the first one to see that all do

@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from bench.forecast import measure
 from lib.batches.sampler import Batcher
 from lib.memory import fit, on_cuda
-from lib.memory.forecast import WORKSPACES, Step
+from lib.memory.forecast import WORKSPACES, HollowStep
 from lib.models import plan
 from lib.run import stage
 from lib.training import devices, parallel
@@ -60,14 +60,14 @@ def test_it_is_what_the_same_step_on_real_tensors_holds(name, adapter, checkpoin
     knobs = knobs_for(subject.folder, adapter=adapter, bf16=True)
     planned = plan.make_plan(knobs)
     batch = subject.batch(subject.rows((1, "What is it? " * 12, "a red fox " * 12)))
-    found = Step(planned, knobs, cuda=False).peak(batch, checkpointing).of(1)
+    found = HollowStep(planned, knobs, cuda=False).peak(batch, checkpointing).of(1)
     _, measured = measure(planned, knobs, batch, checkpointing)
     assert found == pytest.approx(measured, rel=0.05) and found >= 0.99 * measured
 
 
 def test_weights_adapter_gradients_and_optimizer_are_those_of_a_sum_by_hand(tmp_path):
     knobs = knobs_for(llama(tmp_path), lora_r=8, bf16=True)
-    peak = Step(plan.make_plan(knobs), knobs, cuda=False).peak(text_batch(32), True)
+    peak = HollowStep(plan.make_plan(knobs), knobs, cuda=False).peak(text_batch(32), True)
     layer = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3              # q, o; k, v; gate, up, down
     adapter = 8 * 2 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     assert peak.weights == {"embedding bfloat16": 2 * 1000 * 64, "head bfloat16": 2 * 1000 * 64,
@@ -77,7 +77,7 @@ def test_weights_adapter_gradients_and_optimizer_are_those_of_a_sum_by_hand(tmp_
 
 def test_four_bits_are_half_a_byte_and_the_scales(tmp_path):
     knobs = knobs_for(llama(tmp_path), adapter="qlora", bf16=True)
-    peak = Step(plan.make_plan(knobs), knobs, cuda=False).peak(text_batch(32), True)
+    peak = HollowStep(plan.make_plan(knobs), knobs, cuda=False).peak(text_batch(32), True)
     elements = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)
     each = 1 / 2 + 1 / 64 + 4 / 64 / 256
     assert peak.weights["language quantised"] == pytest.approx(elements * each, rel=0.01)
@@ -86,7 +86,7 @@ def test_four_bits_are_half_a_byte_and_the_scales(tmp_path):
 def test_full_fine_tuning_holds_sixteen_bytes_for_each_parameter(tmp_path):
     knobs = knobs_for(llama(tmp_path), adapter=None, bf16=True)
     planned = plan.make_plan(knobs)
-    peak = Step(planned, knobs, cuda=False).peak(text_batch(32), True)
+    peak = HollowStep(planned, knobs, cuda=False).peak(text_batch(32), True)
     state = peak.trained + peak.gradients + peak.optimizer
     assert state == 16 * sum(planned["parameters"].values()) and not peak.weights
 
@@ -97,7 +97,7 @@ def test_what_a_gpus_kernels_hold_is_less_than_what_a_cpus_do(name, tmp_path_fac
     knobs = knobs_for(subject.folder, bf16=True)
     planned = plan.make_plan(knobs)
     batch = subject.batch(subject.rows((1, "What is it? " * 12, "a red fox " * 12)))
-    activations = [Step(planned, knobs, cuda).peak(batch, False).activations for cuda in (True, False)]
+    activations = [HollowStep(planned, knobs, cuda).peak(batch, False).activations for cuda in (True, False)]
     assert 0 < activations[0] - WORKSPACES < activations[1]
 
 
@@ -115,7 +115,7 @@ def test_a_model_of_130_billion_parameters_is_forecast_in_less_memory_than_one_o
     knobs = knobs_for(llama(tmp_path, **sizes), bf16=True)
     planned = plan.make_plan(knobs)
     before_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    peak = Step(planned, knobs).peak(text_batch(2048), True)
+    peak = HollowStep(planned, knobs).peak(text_batch(2048), True)
     grown_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20 - before_gib
     assert sum(planned["parameters"].values()) > 128e9 and peak.of(1) > 2 * 128e9
     assert grown_gib < peak.layer / GIB
@@ -125,13 +125,13 @@ def test_a_model_of_130_billion_parameters_is_forecast_in_less_memory_than_one_o
 
 def test_sharding_needs_less_and_summing_gradients_over_ranks_more(tmp_path):
     knobs = knobs_for(llama(tmp_path, num_hidden_layers=16), bf16=True)
-    peak = Step(plan.make_plan(knobs), knobs).peak(text_batch(8), True)
+    peak = HollowStep(plan.make_plan(knobs), knobs).peak(text_batch(8), True)
     assert peak.sharded(8) < peak.sharded(4) < peak.of(4) and peak.of(1) < peak.of(4) == peak.of(8)
 
 
 def test_more_rows_or_kept_activations_take_more(tmp_path):
     knobs = knobs_for(llama(tmp_path), bf16=True)
-    step = Step(plan.make_plan(knobs), knobs)
+    step = HollowStep(plan.make_plan(knobs), knobs)
     peaks = {checkpointing: [step.peak(text_batch(64, rows), checkpointing).of(1) for rows in (1, 2, 4, 8)]
              for checkpointing in (True, False)}
     assert all(sizes == sorted(set(sizes)) for sizes in peaks.values())

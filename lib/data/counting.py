@@ -4,12 +4,12 @@ What a processor writes for a picture follows from the picture's size. So the pr
 size, and not even that where transformers tells the number of tokens and told it right for pictures of
 similar sizes. The counts are those of `Encoder.encode`; where they might differ, the result is None.
 
-Fork me to: count other media (`Counter.row`).
+Fork me to: count other media (`TokenCounter.row`).
 """
 import contextlib
 import operator
 from bisect import bisect_right
-from collections import Counter as Numbers
+from collections import Counter
 from itertools import accumulate
 
 from PIL import Image
@@ -25,7 +25,7 @@ MOST_ROWS = 256                           # rows for whose pictures the processo
 UNTOLD = (AttributeError, KeyError, RuntimeError, TypeError, ValueError)     # raised where no number is told
 
 
-class Counter:
+class TokenCounter:
     """Counts the tokens that an encoder would make: (all tokens, trained tokens, media tokens)."""
 
     def __init__(self, encoder: Encoder):
@@ -155,7 +155,7 @@ class Pictures:
         self.known: dict[tuple, list[str]] = {}          # by the sizes of a row's pictures
         self.tells = True                                # whether transformers tells how many tokens
         self.around: tuple[str, int, str] | None = None  # (text before them, how many more than told, behind)
-        self.right: Numbers = Numbers()                  # {octaves of width and height: times it told right}
+        self.right: Counter = Counter()                  # {octaves of width and height: times it told right}
 
     def written(self, sizes: tuple) -> list[str] | None:
         """The text for each picture's (width, height); None where the processor has to be asked."""

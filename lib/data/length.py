@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lib.data.counting import Counter
+from lib.data.counting import TokenCounter
 from lib.data.messages import count
 from lib.media import media
 from lib.media.budget import largest_budget
@@ -31,7 +31,7 @@ class Length:
     """What measures conversations, and shortens those that are too long."""
     config: object
     encoder: Encoder
-    counter: Counter
+    counter: TokenCounter
 
     def fitted(self, conversation: Conversation, opened: list, counts: tuple | None):
         """(the conversation, its counts), made to fit as excess_length_strategy says, or a RowError.

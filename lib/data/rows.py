@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lib.data import files, sources
-from lib.data.counting import Counter
+from lib.data.counting import TokenCounter
 from lib.data.length import Length, TooLong
 from lib.data.messages import NOUNS, count, normalise
 from lib.data.shapes import ROLES, Shape, shortened, tools_of
@@ -46,8 +46,9 @@ class Rows:
         fetcher = Fetcher(work.run / "media", work.config.url_timeout_seconds,
                           int(work.config.url_max_mib * 2**20), work.config.url_retries,
                           tuple(work.config.url_hosts))
-        return cls(spec, name, work.config, template, encoder, Length(work.config, encoder, Counter(encoder)),
-                   work.uses, Shape.of(spec), labels, sources.root(spec), fetcher)
+        length = Length(work.config, encoder, TokenCounter(encoder))
+        return cls(spec, name, work.config, template, encoder, length, work.uses, Shape.of(spec), labels,
+                   sources.root(spec), fetcher)
 
     def parsed(self, row) -> tuple[list[dict], list, list[dict]]:
         """(messages, media as the row gives them, tools) of a row."""

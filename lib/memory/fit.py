@@ -13,7 +13,7 @@ import torch
 from lib.batches import packing
 from lib.batches.order import in_turn
 from lib.batches.sampler import Batcher, Samples
-from lib.memory.forecast import Peak, Step
+from lib.memory.forecast import HollowStep, Peak
 from lib.models.plan import make_plan
 from lib.registry import family_of
 from lib.run import terminal
@@ -55,7 +55,7 @@ class Case:
 
     def peaks(self, cuda: bool = True) -> Callable[[int, bool], Peak]:
         """A function of (rows of a micro-batch, whether layers are checkpointed) that returns the Peak."""
-        step = Step(self.plan, self.knobs, cuda)
+        step = HollowStep(self.plan, self.knobs, cuda)
         row, batcher = longest_row(self, step.net)
         return functools.cache(lambda rows, checkpointing: step.peak(
             batcher([dict(row) for _ in range(rows)]), checkpointing))

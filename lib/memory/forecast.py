@@ -4,7 +4,7 @@
 shapes but no memory, with the longest row of 02; the bytes that real tensors would take are counted. No
 weights are read and none are made.
 
-Fork me to: forecast another optimizer (`Step.__init__` makes its state), or more kinds of GPUs.
+Fork me to: forecast another optimizer (`HollowStep.__init__` makes its state), or more kinds of GPUs.
 """
 import contextlib
 import functools
@@ -54,7 +54,7 @@ class Peak:
         return self.of(ranks) - self.layers + self.layers // ranks + 2 * self.layer
 
 
-class Step:
+class HollowStep:
     """A plan's training step on hollow tensors, with the knobs of 04 and 05, as a GPU or a CPU runs it."""
 
     def __init__(self, plan: dict, knobs, cuda: bool = True):
