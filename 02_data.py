@@ -22,7 +22,7 @@ from lib.data import samples, sources, summary
 from lib.data.measuring import measured
 from lib.data.messages import count
 from lib.data.rows import Rows
-from lib.media.budget import set_token_budget, show_tokens
+from lib.media.budget import set_token_budget
 from lib.media.resolution import require_bounds, set_budget
 from lib.models import origin
 from lib.models.plan import load_config
@@ -76,7 +76,7 @@ def main(argv=None):
     report = summary.write_report(work.path / "report.json", table, train, held_out, rejects)
     preview.write_previews(work.path, encoder, shown, shown_held_out, report, config)
     summary.say(report)
-    show_tokens(table, np.concatenate([train, held_out]), resized=any(
+    summary.say_tokens_per_picture(table, np.concatenate([train, held_out]), resized=any(
         (config.image_size, config.image_max_pixels, config.image_min_pixels, config.max_image_tokens)))
     preview.show(shown.take(1), encoder.processor)
     work.finish(volatile=("preview.html",))

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 
 from lib.collator import IGNORE_INDEX
-from lib.data import files, measuring, samples
+from lib.data import files, measuring, samples, summary
+from lib.data.rows import has_coordinates
 from lib.export import fresh, proof
 from lib.fast.store import Store
-from lib.media import budget
 from lib.pages.seen import seen
 from lib.run import ledger
 from lib.run.errors import StageError
@@ -583,18 +583,18 @@ def test_a_budget_of_tokens_reaches_the_samples_and_a_family_without_one_is_refu
     ("at [0.1, 0.25, 0.5, 0.75].", True), ("<loc0123>", True), ('<point x="3">', True),
     ("see [1] and f(x, y), in a box", False), ("1, 2, 3, 4", False)])
 def test_boxes_and_points_are_found_in_a_rows_texts(text, found):
-    assert budget.has_coordinates([{"content": [{"type": "image"}, {"type": "text", "text": text}]}]) == found
+    assert has_coordinates([{"content": [{"type": "image"}, {"type": "text", "text": text}]}]) == found
 
 
 def test_rows_with_boxes_whose_pictures_are_resized_are_counted_in_a_warning(capsys):
     sample = {"dataset": "a", "pictures": 2, "media_tokens": 600, "input_tokens": 1000}
     given = table_of([sample | {"row": row, "coordinates": row != 3, "image_bounds": "{}" if row == 1 else None}
                       for row in (0, 1, 2, 2, 3)])
-    budget.show_tokens(given, np.arange(5), resized=True)
+    summary.say_tokens_per_picture(given, np.arange(5), resized=True)
     said = capsys.readouterr().out
     assert "tokens per picture: 300 to 300, 300 on average" in said and "warning: 3 rows with boxes or points" in said
     assert [line.split() for line in said.splitlines() if line.split()[:1] == ["256"]] == [["256", "440", "9%"]]
-    budget.show_tokens(given, np.arange(5), resized=False)
+    summary.say_tokens_per_picture(given, np.arange(5), resized=False)
     assert "warning: 1 row with boxes" in capsys.readouterr().out
 
 

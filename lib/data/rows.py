@@ -1,5 +1,6 @@
 """rows: a data set's rows turned into measured samples, or into rejects that say why they can't be used."""
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,15 +8,18 @@ from pathlib import Path
 from lib.data import files, sources
 from lib.data.counting import TokenCounter
 from lib.data.length import Length, TooLong
-from lib.data.messages import NOUNS, count, normalise
+from lib.data.messages import NOUNS, count, normalise, texts_of
 from lib.data.shapes import ROLES, Shape, shortened, tools_of
 from lib.media import media
-from lib.media.budget import has_coordinates
 from lib.media.fetch import FetchError, Fetcher
 from lib.media.locating import MediaError, url_of
 from lib.run.errors import RowError
 from lib.text.chat import Encoder
 from lib.text.template import Conversation, Labels, Template
+
+# <box>, <|box_start|>, <point x=…, <loc0123>, bbox, and brackets around two or four numbers.
+COORDINATES = re.compile(r"<\|?(box|point|loc)|\bbbox|[(\[]\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?){1,3}\s*[)\]]",
+                         re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -152,3 +156,8 @@ def tried(step: Callable, given):
         return given if isinstance(given, RowError) else step(given)
     except RowError as error:
         return error
+
+
+def has_coordinates(messages: list[dict]) -> bool:
+    """Whether a row's texts hold boxes or points."""
+    return any(COORDINATES.search(text) for message in messages for text in texts_of(message))

@@ -7,11 +7,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.data.messages import shortened
+from lib.data.messages import count
 from lib.data.samples import inner, numbered, rows_of
+from lib.data.shapes import shortened
 from lib.run import terminal
 from lib.run.ledger import in_lines, write_json
 
+CAPS = [2**power for power in range(6, 14)]   # values of max_image_tokens: 02 says what each would save
 MOST_TOO_LONG = 0.1                       # of a data set's rows, from which on it is said aloud
 MOST_WORDS = 20                           # more kinds than these are no template's, they vary with the rows
 SUMS = ("input_tokens", "media_tokens", "supervised_tokens")
@@ -121,3 +123,26 @@ def say(report: dict) -> None:
     if said := report["template_says"]:
         terminal.table("what the chat template says by itself", ["rows", "words"],
                        [[each["rows"], shortened(each["words"])] for each in said])
+
+
+def say_tokens_per_picture(table: pa.Table, places: np.ndarray, resized: bool) -> None:
+    """Print how many tokens pictures take, what a cap would save, and how many rows hold coordinates.
+
+    resized: whether the recipe changes the size of all pictures. A sample with several pictures counts with
+    their mean.
+    """
+    pictures, media_tokens = (table[name].to_numpy()[places] for name in ("pictures", "media_tokens"))
+    if (shown := pictures > 0).any():
+        pictures, tokens = pictures[shown], media_tokens[shown] / pictures[shown]
+        fewest, most = round(tokens.min()), round(tokens.max())
+        mean = np.average(tokens, weights=pictures)
+        terminal.say(f"tokens per picture: {fewest} to {most}, {mean:.0f} on average")
+        every = table["input_tokens"].to_numpy()[places].sum()
+        saved = [(cap, round((np.maximum(0, tokens - cap) * pictures).sum())) for cap in CAPS if cap < most]
+        if saved:
+            terminal.table("what a cap would save", ["max_image_tokens", "tokens", "of all"],
+                           [[cap, tokens, f"{tokens / every:.0%}"] for cap, tokens in saved])
+    moved = table["coordinates"].to_numpy() & (resized | table["image_bounds"].is_valid().to_numpy())
+    if off := len(np.unique(rows_of(table)[places][moved[places]])):
+        terminal.warn(f"{count(off, 'row')} with boxes or points, and pictures that are resized: "
+                      "coordinates in pixels would be wrong, shares of a side stay right")

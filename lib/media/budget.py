@@ -1,4 +1,4 @@
-"""budget: the largest pictures that keep to a number of tokens, for all rows or for one; what a cap saves.
+"""budget: the largest pictures that keep to a number of tokens, for all rows or for one.
 
 A budget is a number of pixels. It is found by trying the processor itself, which alone knows how many tokens
 it makes of a picture.
@@ -7,24 +7,15 @@ Fork me to: spend a row's tokens in another way (`largest_budget`).
 """
 import contextlib
 import math
-import re
 from collections.abc import Callable
 
-import numpy as np
-import pyarrow as pa
 from PIL import Image
 
-from lib.data.messages import count, texts_of
-from lib.data.samples import rows_of
 from lib.media.resolution import TooFew, bounds_of, require_bounds, with_bounds
 from lib.models.families import Family
 from lib.run import terminal
 from lib.run.errors import StageError
 
-CAPS = [2**power for power in range(6, 14)]    # values of max_image_tokens: 02 says what each would save
-# <box>, <|box_start|>, <point x=…, <loc0123>, bbox, and brackets around two or four numbers.
-COORDINATES = re.compile(r"<\|?(box|point|loc)|\bbbox|[(\[]\s*\d+(\.\d+)?(\s*,\s*\d+(\.\d+)?){1,3}\s*[)\]]",
-                         re.IGNORECASE)
 MOST_PIXELS = 2**24                       # the largest budget that is tried
 SHAPES = (1, 2, 3, 4, 5, 6, 8, 10, 12)    # of pictures tried: width over height, and height over width
 
@@ -86,34 +77,3 @@ def fewest_pixels(processor, pixels: str) -> int:
     except TooFew as error:
         return error.fewest
     return 1
-
-
-# ---- what is said of it ----------------------------------------------------------------------------------
-
-
-def has_coordinates(messages: list[dict]) -> bool:
-    """Whether a row's texts hold boxes or points."""
-    return any(COORDINATES.search(text) for message in messages for text in texts_of(message))
-
-
-def show_tokens(table: pa.Table, places: np.ndarray, resized: bool) -> None:
-    """Print how many tokens pictures take, what a cap would save, and how many rows hold coordinates.
-
-    resized: whether the recipe changes the size of all pictures. A sample with several pictures counts with
-    their mean.
-    """
-    pictures, media_tokens = (table[name].to_numpy()[places] for name in ("pictures", "media_tokens"))
-    if (shown := pictures > 0).any():
-        pictures, tokens = pictures[shown], media_tokens[shown] / pictures[shown]
-        fewest, most = round(tokens.min()), round(tokens.max())
-        mean = np.average(tokens, weights=pictures)
-        terminal.say(f"tokens per picture: {fewest} to {most}, {mean:.0f} on average")
-        every = table["input_tokens"].to_numpy()[places].sum()
-        saved = [(cap, round((np.maximum(0, tokens - cap) * pictures).sum())) for cap in CAPS if cap < most]
-        if saved:
-            terminal.table("what a cap would save", ["max_image_tokens", "tokens", "of all"],
-                           [[cap, tokens, f"{tokens / every:.0%}"] for cap, tokens in saved])
-    moved = table["coordinates"].to_numpy() & (resized | table["image_bounds"].is_valid().to_numpy())
-    if off := len(np.unique(rows_of(table)[places][moved[places]])):
-        terminal.warn(f"{count(off, 'row')} with boxes or points, and pictures that are resized: "
-                      "coordinates in pixels would be wrong, shares of a side stay right")
