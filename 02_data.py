@@ -20,7 +20,6 @@ from lib import registry
 from lib.config.paths import OWN_TEMPLATE
 from lib.data import samples, sources, summary
 from lib.data.measuring import measured
-from lib.data.messages import count
 from lib.data.rows import Rows
 from lib.media.budget import set_token_budget
 from lib.media.resolution import require_bounds, set_budget
@@ -115,7 +114,7 @@ def load_templates_and_encoder(work) -> tuple[dict[str, Template], Encoder]:
     options |= config.processor_kwargs
     processor = complete(load_processor(config.base_model, config.processor_type, **options), family)
     if new := add_tokens(processor, config):
-        terminal.say(f"{count(len(new), 'new token')}, from id {new[0]} on")
+        terminal.say(f"{terminal.counted(len(new), 'new token')}, from id {new[0]} on")
     own, specs = processor.chat_template, config.datasets + (config.test_datasets or [])
     named = {template_of(spec, config) for spec in specs}
     texts = {given: jinja_of(given, own, family, work) for given in named}
@@ -193,13 +192,14 @@ def stop_at_rejects(work, rejects: summary.Rejects, kept: int) -> None:
     """Print which rows can't be used; raise StageError where the recipe says so, or no sample is left."""
     rejects.file.close()
     if rejects.kinds:
-        terminal.table(f"{count(rejects.number.total(), 'row')} can't be used", ["rows", "such as", "fix"],
+        title = f"{terminal.counted(rejects.number.total(), 'row')} can't be used"
+        terminal.table(title, ["rows", "such as", "fix"],
                        [list(kind.values()) for kind in rejects.listed()[:8]])
     stops = {True: work.config.excess_length_strategy == "error", False: work.config.on_bad_row == "error"}
     bad = [too_long for too_long in rejects.first if stops[too_long] or not kept]
     if bad:
         first, others = rejects.first[bad[0]], sum(rejects.number[too_long] for too_long in bad) - 1
-        more = f" (and {count(others, 'more bad row')})" if others else ""
+        more = f" (and {terminal.counted(others, 'more bad row')})" if others else ""
         listed = f"; all are in {work.path / 'rejects.jsonl'}" if others else ""
         knob = "excess_length_strategy=drop" if first["too_long"] else "on_bad_row=skip"
         without = f"; or go without: {knob}" if kept else ""

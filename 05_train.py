@@ -29,7 +29,6 @@ from lib import fast
 from lib.batches import packing
 from lib.batches.order import Order, Row, in_turn
 from lib.batches.sampler import Samples, loader, to_device
-from lib.data.messages import count
 from lib.evaluation.evaluate import held_out_answers, held_out_loss, metrics_of
 from lib.evaluation.golden import golden_answers, write_golden
 from lib.fast import features
@@ -219,7 +218,7 @@ def train(run: Run) -> Log:
         for step in range(run.first_step, total):
             if log.patience_is_over(config):
                 best = f"step {log.best(config)['step']} has the best {config.metric_for_best_model}"
-                ago = count(config.early_stopping_patience, "evaluation")
+                ago = terminal.counted(config.early_stopping_patience, "evaluation")
                 terminal.say(f"early stopping: {best}, {ago} ago")
                 break
             rate = optim.learning_rate(config, step, total)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lib.data.counting import TokenCounter
-from lib.data.messages import count
 from lib.media import media
 from lib.media.budget import largest_budget
 from lib.media.resolution import bounds_of, has_bounds
 from lib.run.errors import RowError
+from lib.run.terminal import counted
 from lib.text.chat import Encoder
 from lib.text.processor import placeholders, tokenizer_of
 from lib.text.template import Conversation
@@ -60,7 +60,7 @@ class Length:
             if bounds is not None:
                 encoded, excess = self.encode(conversation, opened, bounds), 0
         if excess > 0:
-            raise self.too_long(f"{count(length, 'token')}, over sequence_len {limit}{smallest}",
+            raise self.too_long(f"{counted(length, 'token')}, over sequence_len {limit}{smallest}",
                                 whole, opened)
         cut_tokens = 0 if bounds else max(0, too_long)
         return conversation, {**self.counts(encoded), "cut_tokens": cut_tokens, "image_bounds": bounds}

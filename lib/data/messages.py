@@ -16,6 +16,7 @@ from lib.data.shapes import (
     EXTRAS, NOTHING, ROLES, Shape, calls_of, conversation_of, first_of, from_json, listed, name_of,
     shortened, strings_in)
 from lib.run.errors import RowError
+from lib.run.terminal import counted
 
 MEDIA_COLUMNS = {"images": "image", "image": "image", "audios": "audio", "audio": "audio",
                  "videos": "video", "video": "video"}
@@ -139,20 +140,20 @@ def fill(messages: list[dict], kind: str, listed: list) -> None:
     if listed and not parts:
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is None:
-            raise RowError(f"{count(len(listed), NOUNS[kind])}, but no user message to stand in",
+            raise RowError(f"{counted(len(listed), NOUNS[kind])}, but no user message to stand in",
                            "add a user message")
         place = next((n for n, part in enumerate(first["content"]) if part["type"] == "text"), 0)
         first["content"][place:place] = parts = [{"type": kind, "source": medium} for medium in listed]
     elif len(bare) != len(listed):
-        raise RowError(f"{count(len(bare), f'{kind} placeholder')}, but "
-                       f"{count(len(listed), f'listed {NOUNS[kind]}')}",
+        raise RowError(f"{counted(len(bare), f'{kind} placeholder')}, but "
+                       f"{counted(len(listed), f'listed {NOUNS[kind]}')}",
                        f'write one {{"type": "{kind}"}} part for each entry of the {kind} column')
     else:
         named = [part.pop("index", None) for part in bare]
         places = range(len(bare)) if named == [None] * len(bare) else named
         if any(place not in places for place in range(len(listed))):
             raise RowError(f"the {kind} parts have the indices {shortened(str(named))}, for "
-                           f"{count(len(listed), f'listed {NOUNS[kind]}')}",
+                           f"{counted(len(listed), f'listed {NOUNS[kind]}')}",
                            f"name each entry of the {kind} column once, from 0, or remove every index")
         for part, place in zip(bare, places):
             part["source"] = listed[int(place)]
@@ -176,8 +177,3 @@ def texts_of(message: dict) -> list[str]:
 def has_media(message: dict) -> bool:
     """Whether a message has a part that is not text."""
     return any(part["type"] != "text" for part in message["content"])
-
-
-def count(number: int, word: str) -> str:
-    """A number with its noun: "1 picture", "2 pictures"."""
-    return f"{number} {word}{'' if number == 1 else 's'}"

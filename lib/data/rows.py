@@ -8,12 +8,14 @@ from pathlib import Path
 from lib.data import files, sources
 from lib.data.counting import TokenCounter
 from lib.data.length import Length, TooLong
-from lib.data.messages import NOUNS, count, normalise, texts_of
+from lib.data.messages import normalise, texts_of
+from lib.data.parts import NOUNS
 from lib.data.shapes import ROLES, Shape, shortened, tools_of
 from lib.media import media
 from lib.media.fetch import FetchError, Fetcher
 from lib.media.locating import MediaError, url_of
 from lib.run.errors import RowError
+from lib.run.terminal import counted
 from lib.text.chat import Encoder
 from lib.text.template import Conversation, Labels, Template
 
@@ -94,7 +96,7 @@ class Rows:
         messages, given, _ = row
         pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
         if self.config.max_images is not None and pictures > self.config.max_images:
-            raise RowError(f"{count(pictures, 'picture')}, over max_images {self.config.max_images}",
+            raise RowError(f"{counted(pictures, 'picture')}, over max_images {self.config.max_images}",
                            "raise max_images, or remove some with their parts")
         records, opened = self.read_media(messages, given)
         if isinstance(talk, RowError):

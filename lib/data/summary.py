@@ -7,7 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lib.data.messages import count
 from lib.data.samples import inner, numbered, rows_of
 from lib.data.shapes import shortened
 from lib.run import terminal
@@ -144,5 +143,5 @@ def say_tokens_per_picture(table: pa.Table, places: np.ndarray, resized: bool) -
                            [[cap, tokens, f"{tokens / every:.0%}"] for cap, tokens in saved])
     moved = table["coordinates"].to_numpy() & (resized | table["image_bounds"].is_valid().to_numpy())
     if off := len(np.unique(rows_of(table)[places][moved[places]])):
-        terminal.warn(f"{count(off, 'row')} with boxes or points, and pictures that are resized: "
+        terminal.warn(f"{terminal.counted(off, 'row')} with boxes or points, and pictures that are resized: "
                       "coordinates in pixels would be wrong, shares of a side stay right")

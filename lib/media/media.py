@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lib.data.messages import NOUNS
+from lib.data.parts import NOUNS
 from lib.media import clips, sounds
 from lib.media.locating import MediaError, locate, read_file
 from lib.media.pictures import fitted, to_rgb

@@ -78,6 +78,11 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
+def counted(number: int, word: str) -> str:
+    """A number with its noun: "1 picture", "2 pictures"."""
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
 class Progress:
     """A progress bar with the time left and named figures; without a terminal, a line every `every_seconds`.
 

@@ -14,7 +14,7 @@ import torch
 
 from lib import registry
 from lib.collator import IGNORE_INDEX, goes_along
-from lib.data.messages import NOUNS
+from lib.data.parts import NOUNS
 from lib.media.media import Decoding, kind_of, open_medium
 from lib.media.resolution import with_bounds
 from lib.run.errors import RowError, StageError

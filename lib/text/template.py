@@ -10,9 +10,11 @@ import functools
 import re
 from dataclasses import dataclass, replace
 
-from lib.data.messages import NOUNS, count, texts_of
+from lib.data.messages import texts_of
+from lib.data.parts import NOUNS
 from lib.data.shapes import calls_in, name_in, strings_in
 from lib.run.errors import RowError
+from lib.run.terminal import counted
 from lib.text.render import MARK, lost, stands_in
 from lib.text.turns import Turn, Turns
 
@@ -166,7 +168,7 @@ class Template(Turns):
         for kind in sorted(set(kinds)):
             shown = text.count(self.placeholders[kind])
             if shown != kinds.count(kind):
-                raise RowError(f"{count(kinds.count(kind), kind)} in the messages, {shown} in the render",
+                raise RowError(f"{counted(kinds.count(kind), kind)} in the messages, {shown} in the render",
                                f"name a chat_template that shows every {kind}, or remove them from the row")
         return len(kinds)
 

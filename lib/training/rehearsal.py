@@ -15,7 +15,6 @@ from lib.batches import packing
 from lib.batches.order import Row, in_turn
 from lib.batches.sampler import loader, to_device
 from lib.collator import collate, is_per_token
-from lib.data.messages import count
 from lib.run import terminal
 from lib.training import devices, optim
 from lib.training.steps import Step, figures_of
@@ -48,7 +47,7 @@ def check(run, optimizer_step: Callable[..., Step]) -> None:
             progress.update(step, loss=f"{losses[-1]:.4f}")
             if losses[-1] < ENOUGH:
                 break
-    said = (f"{count(len(losses), 'step')} on one batch, at a rate of {rate:g}: "
+    said = (f"{terminal.counted(len(losses), 'step')} on one batch, at a rate of {rate:g}: "
             f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     if losses[-1] >= ENOUGH:
         why = reason(samples, few, losses)
