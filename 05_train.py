@@ -132,7 +132,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
         model.train_roles(net, roles, config.train_roles, config.unfrozen_parameters)
     parameters = model.trained_parameters(net)
     model.compare(parameters, roles, what_trains["trained_parameters"])
-    role_of = {name: roles.of(model.base_name(name)) for name in parameters}
+    role_of = {name: roles.of(name) for name in parameters}
     if config.gradient_checkpointing:
         model.checkpoint_trained_layers(net, roles, set(role_of.values()), kept_share,
                                         offload=config.gradient_checkpointing == "offload")

@@ -109,7 +109,7 @@ def measure(planned: dict, knobs, batch: dict, checkpointing: bool) -> tuple[int
     roles = Roles.of_plan(planned)
     net, _ = adapter.put_on(model.load(planned, torch.device("cpu")), planned, knobs)
     trained = model.trained_parameters(net.train())
-    role_of = {name: roles.of(model.base_name(name)) for name in trained}
+    role_of = {name: roles.of(name) for name in trained}
     if checkpointing:
         model.checkpoint_trained_layers(net, roles, set(role_of.values()))
     optimizer, count = make_optimizer(trained, role_of, knobs), hollow.Count()

@@ -324,7 +324,7 @@ def with_ours(net, roles, made: Made, knobs, world) -> dict:
     from lib.training.watch import GradientWatch
     train = importlib.import_module("05_train")
     parameters = model.trained_parameters(net)
-    role_of = {name: roles.of(model.base_name(name)) for name in parameters}
+    role_of = {name: roles.of(name) for name in parameters}
     if knobs.gradient_checkpointing:
         model.checkpoint_trained_layers(net, roles, set(role_of.values()))
     every_step = SimpleNamespace(of_step=lambda step: made.rows)

@@ -8,7 +8,6 @@ not as work.
 """
 import ctypes
 import gc
-import importlib
 import json
 import platform
 import re
@@ -50,7 +49,6 @@ def products(net, roles, batch: dict, trained_roles: set[str]) -> Counter:
     The head counts for supervised positions alone. Adapters' own products don't count.
     """
     from lib.training.loss import forward_loss
-    from lib.models.model import base_name
     found, head = Counter(), net.get_output_embeddings()
 
     def note(module, output, role):
@@ -60,7 +58,7 @@ def products(net, roles, batch: dict, trained_roles: set[str]) -> Counter:
         found[Product(rows, weight[0].numel(), weight.shape[0], passes, role)] += 1
 
     kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
-    counted = [(roles.of(base_name(name)), module) for name, module in net.named_modules()
+    counted = [(roles.of(name), module) for name, module in net.named_modules()
                if isinstance(module, kinds) and "lora_" not in name and module is not head]
     hooks = [module.register_forward_hook(lambda module, _, output, role=role: note(module, output, role))
              for role, module in counted]
@@ -198,8 +196,7 @@ def main(run_path: str, out: str | None = None) -> None:
     train, run = loaded(Path(run_path))
     plan = json.loads((run.work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))
     roles, batches, found = Roles.of_plan(plan), train.micro_batches(run), Counter()
-    base_name = importlib.import_module("lib.models.model").base_name
-    trained = {roles.of(base_name(name)) for name in run.parameters}
+    trained = {roles.of(name) for name in run.parameters}
     for _ in range(run.work.config.gradient_accumulation_steps):
         with run.autocast():
             found += products(run.model, roles, to_device(next(batches), run.world.device), trained)

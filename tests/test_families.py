@@ -430,7 +430,7 @@ def tower_calls(net, roles):
     What is inside a layer is watched: recomputing in the backward pass goes around the hooks of the layer itself.
     """
     calls = []
-    inner = {name: module for name, module in net.named_modules() if roles.of(model.base_name(name)) in ("vision", "audio")
+    inner = {name: module for name, module in net.named_modules() if roles.of(name) in ("vision", "audio")
              and isinstance(module, (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d))}
     handles = [module.register_forward_hook(lambda module, given, result, name=name:
                                             calls.append((name, result.requires_grad)))

@@ -16,14 +16,13 @@ import torch.nn.functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lib.fast import adapted, alignment, attention, features, last, norms
-from lib.models.adapter import base_name
 from lib.models.roles import Roles
 
 
 @contextlib.contextmanager
 def paths(model, roles: Roles, cuda: bool | None = None) -> Iterator[None]:
     """Inside, the model takes the fast paths. cuda: those of a GPU; None: if the model is on one."""
-    language = {module for name, module in model.named_modules() if roles.of(base_name(name)) == "language"}
+    language = {module for name, module in model.named_modules() if roles.of(name) == "language"}
     cuda = next(model.parameters()).is_cuda if cuda is None else cuda
     fast = {module: forward for module in model.modules() if (forward := forward_of(module, cuda))}
     fast |= {part: partial(last.forward, fast.get(part, part.forward)) for part in last.parts(model, roles)}

@@ -20,7 +20,7 @@ from lib.fast import adapted, attention, blocks
 from lib.memory import hollow, on_cuda
 from lib.models import adapter, model, saved
 from lib.models.plan import on_meta, quiet
-from lib.models.roles import Roles
+from lib.models.roles import Roles, base_name
 from lib.training import loss, parallel
 
 FLOAT32 = 4                               # bytes
@@ -82,7 +82,7 @@ class HollowStep:
     def _watch(self) -> None:
         """Set hooks that tell the phases of a step apart, and note when gradients are made."""
         for name, module in self.net.named_modules():
-            role = self.roles.paths.get(model.base_name(name))
+            role = self.roles.paths.get(base_name(name))
             if role in TOWERS:
                 self.count.watch(module, f"{role} forward")
         self.count.watch(self.net.get_output_embeddings(), "loss")
@@ -96,7 +96,7 @@ class HollowStep:
 
     def peak(self, batch: dict[str, torch.Tensor], checkpointing: bool) -> Peak:
         """The peak of a step with this batch: the second step, when the optimizer has its state."""
-        count, roles = self.count, {self.roles.of(model.base_name(name)) for name in self.trained}
+        count, roles = self.count, {self.roles.of(name) for name in self.trained}
         for _, layer in self.roles.layers(self.net):
             layer.gradient_checkpointing = False
         if checkpointing:
@@ -130,7 +130,7 @@ class HollowStep:
         for name, p in self.net.named_parameters():
             if not p.requires_grad:
                 kind = "quantised" if p.dtype == torch.uint8 else str(p.dtype).removeprefix("torch.")
-                weights[f"{self.roles.of(model.base_name(name))} {kind}"] += taken(p.nbytes)
+                weights[f"{self.roles.of(name)} {kind}"] += taken(p.nbytes)
         moments, held = taken(self.moments.nbytes), sum(weights.values()) + trained
         sizes = [sum(taken(p.nbytes) for p in layer.parameters() if not p.requires_grad)
                  for role, layer in self.roles.layers(self.net) if role == "language"]

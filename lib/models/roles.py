@@ -50,8 +50,11 @@ class Roles:
         return any(name == path or name.startswith(path + ".") for path in self.idle)
 
     def of(self, name: str) -> str | None:
-        """The role of a module or parameter, by its name; None where no path covers it."""
-        parts = name.split(".")
+        """The role of a module or parameter, by its name; None where no path covers it.
+
+        The name may have PEFT's wrapping.
+        """
+        parts = base_name(name).split(".")
         for length in range(len(parts), -1, -1):
             role = self.paths.get(".".join(parts[:length]))
             if role == "language":
@@ -64,13 +67,13 @@ class Roles:
         """{role: number of elements} of (name, parameter) pairs."""
         counts = Counter()
         for name, parameter in parameters:
-            counts[self.of(base_name(name))] += parameter.numel()
+            counts[self.of(name)] += parameter.numel()
         return counts
 
     def layers(self, model) -> list[tuple[str, torch.nn.Module]]:
         """(role, layer) of each layer of a model that transformers can run again in the backward."""
         from transformers.modeling_layers import GradientCheckpointingLayer
-        return [(self.of(base_name(name)), module) for name, module in model.named_modules()
+        return [(self.of(name), module) for name, module in model.named_modules()
                 if isinstance(module, GradientCheckpointingLayer)]
 
 

@@ -3,7 +3,7 @@ import re
 
 import torch
 
-from lib.models.roles import Roles, base_name
+from lib.models.roles import Roles
 from lib.run import terminal
 from lib.training.parallel import World
 
@@ -20,7 +20,7 @@ def waits_for(model, roles: Roles, role_of: dict[str, str]) -> dict[str, str]:
     That is its own, but in a layer with cross-attention, which rows without media skip as a whole.
     """
     crossed = {LAYER.match(name)[0] for name, _ in model.named_parameters()
-               if roles.of(base_name(name)) == "cross_attention" and LAYER.match(name)}
+               if roles.of(name) == "cross_attention" and LAYER.match(name)}
     return {name: "cross_attention" if (layer := LAYER.match(name)) and layer[0] in crossed else role
             for name, role in role_of.items()}
 
