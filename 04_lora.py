@@ -15,6 +15,7 @@ from lib.models import model
 from lib.models.adapter import adapted_experts
 from lib.models.plan import on_meta
 from lib.models.roles import Roles
+from lib.models.saved import save_adapter
 from lib.run import stage, terminal
 from lib.run.errors import StageError
 from lib.run.ledger import read_json, write_json
@@ -48,7 +49,7 @@ def adapter(plan: dict, work) -> dict:
     if not hits.keys() & LEARNS_WORDS:
         where = ", ".join(f"{role} ({len(names)})" for role, names in hits.items())
         terminal.warn(f"the adapter is on {where} alone: the language model stays as it is")
-    model.save_adapter(peft_model, work.path / "adapter")
+    save_adapter(peft_model, work.path / "adapter")
     trained = Roles.of_plan(plan).count(model.trained_parameters(peft_model).items())
     config = peft_model.peft_config["default"]
     method = "DoRA" if config.use_dora else "rsLoRA" if config.use_rslora else "LoRA"

@@ -36,6 +36,7 @@ from lib.fast.store import keep_features
 from lib.memory import fit
 from lib.models import model
 from lib.models.roles import Roles
+from lib.models.saved import save_adapter
 from lib.registry import family_of
 from lib.run import folder, stage, terminal
 from lib.run.ledger import read_json, write_json
@@ -385,7 +386,7 @@ def save(run: Run, log: Log) -> None:
         if config.adapter is None:
             weights = model.save_full(net, path / "model")
         else:
-            weights = model.save_adapter(net, path / "adapter")
+            weights = save_adapter(net, path / "adapter")
         write_json(path / "trained.json", origin | {"best": log.best(config)})
         write_golden(answers, weights, rows.ids[:config.golden_rows], path / "golden.safetensors")
         run.work.finish(volatile=("checkpoints", "timings.jsonl"))

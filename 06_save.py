@@ -29,6 +29,7 @@ from lib.media import media
 from lib.media.locating import MediaError
 from lib.models import model
 from lib.models.plan import public_name, quiet
+from lib.models.saved import attach
 from lib.pages import page, report
 from lib.pages.facts import Facts
 from lib.run import stage, terminal
@@ -182,7 +183,7 @@ def ask(work, files: list[str], question: str) -> None:
     with quiet():
         answers.append(["before", generate(base, encoder, text, opened, most) or "(nothing)"])
         tuned = trained_model(work, plan) if work.config.adapter is None else \
-            model.attach(base, work.input("05_train") / "adapter", trainable=False).eval()
+            attach(base, work.input("05_train") / "adapter", trainable=False).eval()
         answers.append(["after", generate(tuned, encoder, text, opened, most) or "(nothing)"])
     terminal.table(question, ["model", "answer"], answers)
 

@@ -84,6 +84,7 @@ def adapt_wide(folder: Path) -> dict:
 
     from lib.models import model
     from lib.models.plan import make_plan
+    from lib.models.saved import save_adapter
     LlamaConfig(architectures=["LlamaForCausalLM"], **WIDE).save_pretrained(folder / "wide")
     given = MODEL | LORA | {"peft_init_lora_weights": True, "base_model": str(folder / "wide")}
     knobs = SimpleNamespace(**given)
@@ -91,7 +92,7 @@ def adapt_wide(folder: Path) -> dict:
     began = time.monotonic()
     with Memory() as memory:
         adapter, _ = model.new_adapter(plan, knobs)
-        model.save_adapter(adapter, folder / "wide-adapter")
+        save_adapter(adapter, folder / "wide-adapter")
     return {"parameters": sum(plan["parameters"].values()), "seconds": time.monotonic() - began,
             "peak_bytes": memory.most}
 

@@ -40,6 +40,7 @@ def prepare(folder: Path, gib: float, shards: int) -> int:
 
     from lib.models import model
     from lib.models.plan import make_plan
+    from lib.models.saved import save_adapter
     from lib.models.shards import INDEX, Place, cut, write_index
     layer_bytes = 2 * HIDDEN * HIDDEN * (4 + 3 * 4)
     config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_attention_heads=20,
@@ -58,7 +59,7 @@ def prepare(folder: Path, gib: float, shards: int) -> int:
     write_index(base / INDEX, files)
     knobs = SimpleNamespace(base_model=str(base), **MODEL, **LORA)
     plan = make_plan(knobs)
-    model.save_adapter(model.new_adapter(plan, knobs)[0], folder / "adapter")
+    save_adapter(model.new_adapter(plan, knobs)[0], folder / "adapter")
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     return total
 

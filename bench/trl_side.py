@@ -106,13 +106,14 @@ def main(run_path: str, batches_path: str, out: str, options: str, steps: str | 
 def trained(run_path: Path, batches_path: Path, options: dict, steps: int | None = None) -> tuple:
     """(the trained model, what its steps took)."""
     from lib.models import model
+    from lib.models.saved import attach
     from lib.run import stage
     from lib.text.chat import Encoder
     from lib.training.devices import pick_device
     work = stage.view("05_train", run_path)
     device = pick_device()
     plan = json.loads((work.input("03_load_model") / "model.json").read_text(encoding="utf-8"))
-    net = model.attach(model.load(plan, device), work.input("04_lora") / "adapter")
+    net = attach(model.load(plan, device), work.input("04_lora") / "adapter")
     processor = Encoder.load(work.input("02_data") / "processor").processor
     by_step = batch_files(batches_path)[:steps]
     files = [path for step in by_step for path in step]

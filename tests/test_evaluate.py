@@ -8,6 +8,7 @@ from datasets import load_from_disk
 
 from lib.evaluation.evaluate import METRICS, generate, json_f1
 from lib.models import model
+from lib.models.saved import attach
 from lib.text.chat import Encoder
 from lib.training.metrics import Log
 from tests.runner import Run, colour_rows, fork, lines, ranks, text_rows
@@ -49,7 +50,7 @@ def test_an_evaluation_answers_as_the_saved_weights_do_and_loses_by_data_set(nam
     assert [row["sample_id"] for row in answers] == 3 * ["texts-0", "texts-1", "colours-1"]
     assert [row["step"] for row in answers] == [line["step"] for line in evaluations(run) for _ in range(3)]
     net, encoder = model.load(run.json("03_load_model/model.json"), CPU), Encoder.load(run.path / "02_data/processor")
-    net = model.attach(net, run.path / "05_train/adapter", trainable=False).eval()
+    net = attach(net, run.path / "05_train/adapter", trainable=False).eval()
     records = load_from_disk(run.path / "02_data/eval")
     for row, place in zip(answers[-3:], (0, 1, 3)):
         text, shown, reference = encoder.prompt(records[place])

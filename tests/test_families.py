@@ -21,6 +21,8 @@ from PIL import Image
 from lib import registry
 from lib.batches.sampler import Batcher
 from lib.models import adapter, model, roles
+from lib.models.plan import make_plan
+from lib.models.saved import attach, save_adapter
 from lib.run.errors import StageError
 from lib.text import chat, processor
 from lib.text.template import Template
@@ -121,7 +123,7 @@ class Subject:
 
     @cached_property
     def plan(self):
-        return model.make_plan(self.knobs())
+        return make_plan(self.knobs())
 
     @cached_property
     def roles(self):
@@ -177,9 +179,9 @@ class Subject:
             if "lora_B" in name:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
         folder = tmp_path / "adapter"
-        model.save_adapter(peft_model, folder)
+        save_adapter(peft_model, folder)
         loaded = model.load(self.plan, torch.device("cpu"))
-        return model.attach(loaded, folder), folder
+        return attach(loaded, folder), folder
 
 
 NEEDS = {"gemma3n": "timm", "voxtral": "mistral_common", "smolvlm2": "num2words"}

@@ -121,9 +121,10 @@ def test_an_odd_layer_is_filled_up_where_it_lies():
 def test_a_base_in_4_bits_has_pefts_losses_and_gradients(tmp_path_factory, tmp_path):
     pytest.importorskip("bitsandbytes")
     from lib.models import adapter, model
+    from lib.models.plan import make_plan
     subject = find("qwen2_5_vl", tmp_path_factory)
     knobs = subject.knobs(bf16=True, load_in_4bit=True)
-    plan = model.make_plan(knobs)
+    plan = make_plan(knobs)
     net, _ = adapter.put_on(model.load(plan, CUDA), plan, knobs)
     net = net.to(CUDA).eval()
     assert len(quant.found_linears(net)) == len(plan["quantisation"]["linears"])

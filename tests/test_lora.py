@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lib.models import adapter, model
 from lib.models.roles import Roles
+from lib.models.saved import attach
 from lib.run.errors import StageError
 from tests import harness
 from tests.harness import Bad, bad_input
@@ -227,7 +228,7 @@ def test_a_missing_adapter_tensor_is_an_error_and_not_a_random_one(make):
     del kept[gone]
     save_file(kept, path)
     with pytest.raises(StageError, match=f"1 tensors don't fit the model, such as {re.escape(gone)}"):
-        model.attach(model.load(run.json("03_load_model/model.json"), CPU), path.parent)
+        attach(model.load(run.json("03_load_model/model.json"), CPU), path.parent)
 
 
 @pytest.mark.parametrize("knobs, name", [

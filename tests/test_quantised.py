@@ -15,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from lib import quant
 from lib.export import merge
 from lib.models import model
+from lib.models.plan import make_plan
+from lib.models.saved import attach
 from lib.run.errors import StageError
 from lib.training.loss import forward_loss
 from tests import zoo
@@ -45,7 +47,7 @@ def subject(request, tmp_path_factory):
 
 
 def planned(subject, bits, **changes):
-    return model.make_plan(subject.knobs(bf16=True, **BITS[bits], **changes))
+    return make_plan(subject.knobs(bf16=True, **BITS[bits], **changes))
 
 
 def quantised(net, bits):
@@ -130,7 +132,7 @@ def test_without_the_defence_an_evaluation_would_change_the_gradients(monkeypatc
 def with_adapter(subject, plan, tmp_path):
     """The plan's model with an adapter whose B matrices are not zero."""
     _, folder = subject.adapter(tmp_path)
-    return model.attach(model.load(plan, CPU), folder)
+    return attach(model.load(plan, CPU), folder)
 
 
 def gradients_around_an_evaluation(subject, net):
@@ -163,7 +165,7 @@ def stored(subject, folder, bits):
 def test_a_checkpoint_of_bitsandbytes_is_trained_on_as_it_is(bits, tmp_path_factory, tmp_path):
     subject = find("llava", tmp_path_factory)
     folder = stored(subject, tmp_path / "stored", bits)
-    plan = model.make_plan(subject.knobs(base_model=str(folder), bf16=True))
+    plan = make_plan(subject.knobs(base_model=str(folder), bf16=True))
     assert plan["stored_as"] == "bitsandbytes" and plan["quantisation"]["bits"] == bits
     assert quant.in_words(plan) == [f"28 linear layers in {bits} bits: language 14, projector 2, vision 12"]
     net = with_adapter(subject, plan, tmp_path)
@@ -180,7 +182,7 @@ def test_settings_that_such_a_checkpoint_has_already_are_refused(tmp_path_factor
     for changes in ({"load_in_8bit": True}, {"load_in_4bit": True, "quantize_roles": ["vision"]},
                     {"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}):
         with pytest.raises(StageError, match="its weights are 4 bits already, by settings of their own"):
-            model.make_plan(subject.knobs(base_model=str(folder), bf16=True, **changes))
+            make_plan(subject.knobs(base_model=str(folder), bf16=True, **changes))
 
 
 def in_floats_of_8_bits(folder, name="llava", part="language_model.model.layers"):
@@ -209,7 +211,7 @@ def tell(folder, quantisation):
 def test_floats_of_8_bits_are_read_as_the_plans_dtype(tmp_path_factory, tmp_path):
     subject = find("llava", tmp_path_factory)
     folder = in_floats_of_8_bits(tmp_path / "fp8")
-    plan = model.make_plan(subject.knobs(base_model=str(folder), bf16=True))
+    plan = make_plan(subject.knobs(base_model=str(folder), bf16=True))
     net = model.load(plan, CPU)
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16}
     name = "model.language_model.layers.0.self_attn.q_proj.weight"
@@ -217,15 +219,15 @@ def test_floats_of_8_bits_are_read_as_the_plans_dtype(tmp_path_factory, tmp_path
     assert 0 < difference(ours.float(), whole) < 2**-4                 # e4m3 has 3 bits behind the point
     assert quant.in_words(plan) == ["stored in 8-bit floats, read as bfloat16"]
     with pytest.raises(StageError, match="its weights are 8-bit floats, of which no load makes 4 bits"):
-        model.make_plan(subject.knobs(base_model=str(folder), load_in_4bit=True, bf16=True))
+        make_plan(subject.knobs(base_model=str(folder), load_in_4bit=True, bf16=True))
     with pytest.raises(StageError, match="bf16: false: .* what it holds whole is bfloat16"):
-        model.make_plan(subject.knobs(base_model=str(folder)))
+        make_plan(subject.knobs(base_model=str(folder)))
 
 
 def test_experts_in_floats_of_8_bits_are_rescaled_one_by_one(tmp_path_factory, tmp_path):
     subject, folder = find("qwen3_5_moe", tmp_path_factory), tmp_path / "fp8"
     in_floats_of_8_bits(folder, "qwen3_5_moe", part=".experts.")
-    net = model.load(model.make_plan(subject.knobs(base_model=str(folder), bf16=True)), CPU)
+    net = model.load(make_plan(subject.knobs(base_model=str(folder), bf16=True)), CPU)
     for name, ours in net.named_parameters():
         assert difference(ours.float(), subject.base.get_parameter(name)) < 2**-4, name
 
@@ -234,7 +236,7 @@ def test_experts_in_floats_of_8_bits_that_are_one_tensor_are_refused(tmp_path_fa
     subject, folder = find("qwen3_vl_moe", tmp_path_factory), tmp_path / "fp8"
     in_floats_of_8_bits(folder, "qwen3_vl_moe", part=".experts.")
     with pytest.raises(StageError, match="passes over 4 scales of 8-bit floats, such as .*_scale_inv"):
-        model.load(model.make_plan(subject.knobs(base_model=str(folder), bf16=True)), CPU)
+        model.load(make_plan(subject.knobs(base_model=str(folder), bf16=True)), CPU)
 
 
 def in_gptqs_integers(folder, name, bits, layout="gptq", group=32):
@@ -272,7 +274,7 @@ def words(integers, bits):
 def test_gptqs_integers_are_read_as_the_weights_that_they_mean(bits, layout, tmp_path_factory, tmp_path):
     subject = find("llava", tmp_path_factory)
     folder, meant = in_gptqs_integers(tmp_path / "base", "llava", bits, layout)
-    plan = model.make_plan(subject.knobs(base_model=str(folder), bf16=True))
+    plan = make_plan(subject.knobs(base_model=str(folder), bf16=True))
     net = model.load(plan, CPU, mode="reference")
     assert quant.in_words(plan) == ["stored by GPTQ, read as bfloat16"] and len(meant) == 14
     for layer, weight in meant.items():
@@ -297,7 +299,7 @@ def test_a_packed_layer_without_its_scales_is_named(tmp_path_factory, tmp_path):
     del tensors[f"{layer}.scales"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(StageError, match=f"there is no {layer}.scales"):
-        model.load(model.make_plan(subject.knobs(base_model=str(folder), bf16=True)), CPU)
+        model.load(make_plan(subject.knobs(base_model=str(folder), bf16=True)), CPU)
 
 
 @pytest.mark.parametrize("changes, words", [({"bits": 3}, "GPTQ in 3 bits, laid out as gptq"),
@@ -307,7 +309,7 @@ def test_a_layout_of_gptq_that_isnt_read_is_named(changes, words, tmp_path_facto
     shutil.copytree(subject.folder, tmp_path / "base")
     tell(tmp_path / "base", {"quant_method": "gptq", "bits": 4} | changes)
     with pytest.raises(StageError, match=words):
-        model.make_plan(subject.knobs(base_model=str(tmp_path / "base"), bf16=True))
+        make_plan(subject.knobs(base_model=str(tmp_path / "base"), bf16=True))
 
 
 @pytest.mark.parametrize("method", ["awq", "compressed-tensors", "mxfp4"])
@@ -316,7 +318,7 @@ def test_other_ways_to_quantise_are_refused_by_name(method, tmp_path_factory, tm
     shutil.copytree(subject.folder, tmp_path / "base")
     tell(tmp_path / "base", {"quant_method": method, "bits": 4})
     with pytest.raises(StageError, match=f"quantised by {method}, which isn't trained here") as refusal:
-        model.make_plan(subject.knobs(base_model=str(tmp_path / "base")))
+        make_plan(subject.knobs(base_model=str(tmp_path / "base")))
     assert refusal.value.fix == "name the unquantised checkpoint; adapter: qlora makes 4 bits of it"
 
 

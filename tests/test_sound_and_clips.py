@@ -27,6 +27,8 @@ from lib.batches.sampler import Batcher, SHARING, media_kinds
 from lib.media import media
 from lib.media.clips import Clip
 from lib.models import model, roles
+from lib.models.plan import make_plan
+from lib.models.saved import attach, save_adapter
 from lib.run.errors import RowError
 from lib.text import chat, processor
 from lib.text.template import Template
@@ -81,7 +83,7 @@ class Subject:
 
     @cached_property
     def plan(self):
-        return model.make_plan(self.knobs())
+        return make_plan(self.knobs())
 
     @cached_property
     def family(self):
@@ -211,8 +213,8 @@ def test_the_gradient_reaches_every_tensor_of_the_tower_that_trains(name, kind, 
     for tensor_name, parameter in model.trained_parameters(fresh).items():
         if "lora_B" in tensor_name:                     # zero at first, and then A would have no gradient
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
-    model.save_adapter(fresh, tmp_path)
-    net = model.attach(model.load(subject.plan, torch.device("cpu")), tmp_path)
+    save_adapter(fresh, tmp_path)
+    net = attach(model.load(subject.plan, torch.device("cpu")), tmp_path)
     model.checkpoint_trained_layers(net, roles.Roles.of_plan(subject.plan), {tower})
     total, _ = loss.forward_loss(net, subject.batch([subject.row(kind), subject.row()]))
     total.backward()

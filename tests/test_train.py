@@ -20,6 +20,7 @@ from lib.batches.sampler import Samples
 from lib.collator import IGNORE_INDEX
 from lib.evaluation.golden import fingerprint, read_header
 from lib.models import model
+from lib.models.saved import attach
 from lib.run.errors import StageError
 from lib.text.chat import Encoder
 from lib.training import checkpoint, optim, rehearsal
@@ -416,7 +417,7 @@ def test_the_evaluation_loss_is_the_mean_over_all_held_out_tokens(make):
     run = make(micro_batch_size=1, val_set_size=3)
     run("05_train")
     net = model.load(run.json("03_load_model/model.json"), CPU)
-    net = model.attach(net, run.path / "05_train/adapter", trainable=False).eval()
+    net = attach(net, run.path / "05_train/adapter", trainable=False).eval()
     encoder = encoder_of(run)
     with torch.no_grad():
         pairs = [sum_of_losses(net, encoder(record)) for record in load_from_disk(run.path / "02_data/eval")]
@@ -433,7 +434,7 @@ def test_golden_holds_what_the_saved_weights_answer(make):
     assert header["sample_ids"] == held_out["sample_id"][:]
     assert header["sha256"] == {name: fingerprint(tensor) for name, tensor in trained(run).items()}
     net = model.load(run.json("03_load_model/model.json"), CPU)
-    net = model.attach(net, run.path / "05_train/adapter", trainable=False).eval()
+    net = attach(net, run.path / "05_train/adapter", trainable=False).eval()
     for number, record in enumerate(held_out):
         row = encoder_of(run)(record)
         supervised = torch.nonzero(row.pop("labels")[0, 1:] != IGNORE_INDEX).flatten()

@@ -14,6 +14,7 @@ from lib.batches.sampler import Batcher
 from lib.evaluation.evaluate import stops
 from lib.export import merge, serving
 from lib.models import model
+from lib.models.plan import make_plan, on_meta
 from lib.models.roles import Roles
 from lib.run.errors import StageError
 from lib.text import vocabulary
@@ -133,7 +134,7 @@ def test_the_fast_path_computes_what_peft_does(case):
 def test_the_fast_path_scales_new_rows_where_the_embedding_does(tmp_path_factory):
     subject = find("gemma3", tmp_path_factory)
     knobs = subject.knobs(tokens=["<left>"])
-    plan = model.make_plan(knobs)
+    plan = make_plan(knobs)
     net, _ = model.new_adapter(plan, knobs)
     vocabulary.add_tokens(subject.processor, knobs)
     batch = subject.batch(subject.rows((1, "What is <left>?", "a red fox")))
@@ -198,14 +199,14 @@ def test_full_fine_tuning_exports_a_model_with_more_tokens(tmp_path, monkeypatch
 def test_tokens_that_the_tokenizer_has_make_no_row(tmp_path_factory):
     subject = find("llava", tmp_path_factory)
     known = subject.processor.tokenizer.convert_ids_to_tokens(5)
-    plan = model.make_plan(subject.knobs(tokens=[known], special_tokens={"pad_token": "</s>"}))
+    plan = make_plan(subject.knobs(tokens=[known], special_tokens={"pad_token": "</s>"}))
     assert plan["new_rows"] == [] and plan["grown_to"] is None
     assert plan == subject.plan
 
 
 def test_rows_that_an_embedding_has_to_spare_train_without_growing(tmp_path_factory):
     subject = find("llava", tmp_path_factory)
-    net = model.on_meta(subject.plan)
+    net = on_meta(subject.plan)
     with torch.device("meta"):
         net.resize_token_embeddings(len(net.get_input_embeddings().weight) + 10, mean_resizing=False)
     rows = vocabulary.new_rows(net, subject.knobs(tokens=["<left>"]))
@@ -224,7 +225,7 @@ def test_new_tokens_that_could_not_be_learnt_are_refused(name, tmp_path_factory)
     family, changes, what = REFUSED[name]
     knobs = find(family, tmp_path_factory).knobs(tokens=["<left>"], **changes)
     with pytest.raises(StageError, match=what.removesuffix("…")):
-        model.new_adapter(model.make_plan(knobs), knobs)
+        model.new_adapter(make_plan(knobs), knobs)
 
 
 def test_an_answer_ends_at_a_recipes_own_eos_too(tmp_path_factory):

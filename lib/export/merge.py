@@ -19,6 +19,7 @@ from lib import quant, registry
 from lib.models import model, shards
 from lib.models.plan import check_weight_files, on_meta, planned_config, quiet
 from lib.models.roles import base_name
+from lib.models.saved import attach
 from lib.run import terminal
 
 FILES_AT_A_TIME = 2                                  # one is computed while another is written
@@ -62,7 +63,7 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
 def write_from_memory(whole: dict, dtype: str, adapter_path: Path, folder: Path, max_shard_size: str | None):
     """Write the merged model from a whole one in float32, where files and model don't share their tensors."""
     base = model.load(whole, torch.device("cpu"))
-    merged = model.attach(base, adapter_path, trainable=False).merge_and_unload()
+    merged = attach(base, adapter_path, trainable=False).merge_and_unload()
     for parameter in merged.parameters():
         parameter.checkpoint_dtype = getattr(torch, dtype)
     merged.config.dtype = getattr(torch, dtype)
@@ -89,7 +90,7 @@ class Sums:
         self.waiting: dict[str, torch.Tensor] = {}   # {tensor: what is added to it}, until it is its turn
         self.rows: dict[str, object] = {}            # {tensor: layer with rows of new tokens}
         self.refusal, self.lock = "", Lock()
-        for path, layer in model.attach(base, adapter_path, trainable=False).named_modules():
+        for path, layer in attach(base, adapter_path, trainable=False).named_modules():
             if isinstance(layer, TrainableTokensLayer):
                 parts = self.in_files(f"{base_name(path)}.weight", torch.empty(0, device="meta"))
                 self.rows |= {part: layer for part in parts if part in tensors}

@@ -14,17 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import quant, registry
 from lib.models import adapter, gptq, kernels, origin, shards
-from lib.models.plan import check_weight_files, load_config, make_plan, on_meta, planned_config, quiet
+from lib.models.plan import check_weight_files, on_meta, planned_config, quiet
 from lib.models.roles import Roles
-from lib.models.saved import attach, continued, save_adapter
+from lib.models.saved import attach, continued
 from lib.run import terminal
 from lib.run.errors import StageError, first_line
 from lib.text import vocabulary
 from lib.training import devices
-
-__all__ = ["attach", "checkpoint_trained_layers", "compare", "load", "load_config", "make_plan"]
-__all__ += ["new_adapter", "on_meta", "save_adapter", "save_full", "train_roles", "trained_parameters"]
-__all__ += ["as_stored", "trains"]
 
 
 # ---- loading ----
