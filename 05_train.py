@@ -117,28 +117,11 @@ def load(work: stage.Work, world: parallel.World) -> Run:
                    "rank its own GPU", "python 05_train.py, without torchrun; or remove device_map")
     world.agree(lambda: hooks.check(config))
     plan = read_json(work.input("03_load_model") / "model.json")
-    what_trains = read_json(work.input("04_lora") / "adapter.json")
     # The model, and what of it trains.
-    if plan["dtype"] == "bfloat16":
-        devices.ask_for_bf16(config.bf16, world.device)
     shards = config.fsdp_version is not None and world.world_size > 1
-    kept_share, forecast_gib = kept_layers(work, world, plan, shards)
-    at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
-    adapter_path = work.input("04_lora") / "adapter" if config.adapter else None
-    net = model.load(plan, at, "train", adapter_path, devices.spread(config, at))
-    if world.device.type == "cpu":
-        devices.keep_freed_memory()
-    roles = Roles.of_plan(plan)
-    if config.adapter is None:
-        model.train_roles(net, roles, config.train_roles, config.unfrozen_parameters)
+    net, roles, forecast_gib = load_model(work, world, plan, shards)
     parameters = model.trained_parameters(net)
-    model.compare(parameters, roles, what_trains["trained_parameters"])
     role_of = {name: roles.of(name) for name in parameters}
-    if config.gradient_checkpointing:
-        model.checkpoint_trained_layers(net, roles, set(role_of.values()), kept_share,
-                                        offload=config.gradient_checkpointing == "offload")
-    if shards:
-        sharding.shard(net, roles, world)
     autocast = partial(torch.autocast, world.device.type, getattr(torch, plan["dtype"]),
                        enabled=plan["dtype"] != "float32")
     # The samples.
@@ -149,16 +132,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     watch = GradientWatch(waits_for(net, roles, role_of), set().union(*samples.media))
     # The optimizer, the checkpoint to go on from, and the order of the samples, which it fixes.
     optimizer = optim.make_optimizer(parameters, role_of, config)
-    per_rank = config.micro_batch_size * config.gradient_accumulation_steps
-    state = {"step": 0, "global_batch_size": per_rank * world.world_size, "scaler": None}
-    if work.checkpoint:
-        state = checkpoint.read_state(work.checkpoint)     # the step's rows hold on any number of ranks
-        if per_rank != state["per_rank"]:
-            world.stop(f"micro_batch_size x gradient_accumulation_steps is {per_rank}; the checkpoint was "
-                       f"made with {state['per_rank']}", "change them back, or start over with --force")
-        checkpoint.load(work.checkpoint, parameters, optimizer)
-        for group, numbers in zip(optimizer.param_groups, state["groups"]):
-            group.update(numbers)
+    state = resume(work, world, parameters, optimizer)
     scaler = optim.Scaler(plan["dtype"], world.device, state["scaler"])
     room = config.sequence_len if config.sample_packing else None
     order = Order(samples.input_tokens, state["global_batch_size"], config.seed, room, config.group_by_length,
@@ -168,6 +142,49 @@ def load(work: stage.Work, world: parallel.World) -> Run:
                watch=watch, optimizer=optimizer, autocast=autocast, samples=samples, held_out=held_out,
                order=order, first_step=state["step"], total_steps=total_steps, loss=hooks.loss_of(config),
                scaler=scaler, forecast_gib=forecast_gib)
+
+
+def load_model(work: stage.Work, world: parallel.World, plan: dict,
+               shards: bool) -> tuple[torch.nn.Module, Roles, float | None]:
+    """(the model, with what trains as 04 planned it; its roles; the forecast of the peak in GiB or None).
+
+    shards: whether the frozen base is sharded over ranks.
+    """
+    config, roles = work.config, Roles.of_plan(plan)
+    if plan["dtype"] == "bfloat16":
+        devices.ask_for_bf16(config.bf16, world.device)
+    kept_share, forecast_gib = kept_layers(work, world, plan, shards)
+    at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
+    adapter_path = work.input("04_lora") / "adapter" if config.adapter else None
+    net = model.load(plan, at, "train", adapter_path, devices.spread(config, at))
+    if world.device.type == "cpu":
+        devices.keep_freed_memory()
+    if config.adapter is None:
+        model.train_roles(net, roles, config.train_roles, config.unfrozen_parameters)
+    parameters = model.trained_parameters(net)
+    model.compare(parameters, roles, read_json(work.input("04_lora") / "adapter.json")["trained_parameters"])
+    if config.gradient_checkpointing:
+        model.checkpoint_trained_layers(net, roles, set(map(roles.of, parameters)), kept_share,
+                                        offload=config.gradient_checkpointing == "offload")
+    if shards:
+        sharding.shard(net, roles, world)
+    return net, roles, forecast_gib
+
+
+def resume(work: stage.Work, world: parallel.World, parameters: dict[str, torch.nn.Parameter],
+           optimizer: torch.optim.Optimizer) -> dict:
+    """The loop's state, of the newest checkpoint, whose weights and moments are loaded, or of a start."""
+    per_rank = work.config.micro_batch_size * work.config.gradient_accumulation_steps
+    if not work.checkpoint:
+        return {"step": 0, "global_batch_size": per_rank * world.world_size, "scaler": None}
+    state = checkpoint.read_state(work.checkpoint)         # the step's rows hold on any number of ranks
+    if per_rank != state["per_rank"]:
+        world.stop(f"micro_batch_size x gradient_accumulation_steps is {per_rank}; the checkpoint was "
+                   f"made with {state['per_rank']}", "change them back, or start over with --force")
+    checkpoint.load(work.checkpoint, parameters, optimizer)
+    for group, numbers in zip(optimizer.param_groups, state["groups"]):
+        group.update(numbers)
+    return state
 
 
 def kept_layers(work: stage.Work, world: parallel.World, plan: dict,
