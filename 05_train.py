@@ -281,7 +281,7 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
     began, waited = time.monotonic(), 0.0
     shares = samples.dealt(rows, config.micro_batch_size, world.world_size)
     sizes = metrics.sizes(samples, rows, shares)
-    found = torch.zeros(len(shares), max(map(len, shares)), 2, device=world.device)  # [rank, batch, figure]
+    losses = torch.zeros(len(shares), max(map(len, shares)), 2, device=world.device)  # [rank, batch, figure]
     torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)   # dropout repeats when resumed
     for number, micro_batch in enumerate(shares[world.rank]):
         run.now, asked = (step, micro_batch), time.monotonic()
@@ -290,12 +290,12 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
         with run.autocast():
             loss, right = run.loss(run.model, to_device(batch, world.device))
         run.scaler.scale(loss / sizes["supervised_tokens"]).backward()
-        found[world.rank, number] = torch.stack([loss.detach(), right])
-    world.sum(found)
+        losses[world.rank, number] = torch.stack([loss.detach(), right])
+    world.sum(losses)
     world.sum_gradients(run.parameters.values(), run.watch.some_lack)
     run.scaler.unscale_(run.optimizer)
     norms = optim.clip_gradients(run.parameters, run.role_of, config.max_grad_norm)
-    finite = found.isfinite().all() & norms["grad_norm"].isfinite().to(world.device)
+    finite = losses.isfinite().all() & norms["grad_norm"].isfinite().to(world.device)
     if run.watch.waiting and finite:      # asking a GPU waits for it: only in the first two steps or so
         kinds = {kind for row in rows for index in row for kind in samples.media[index]}
         run.watch.look(run.parameters, world, kinds)
@@ -305,7 +305,7 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
     optim.update(run.optimizer, finite)
     run.scaler.update()
     run.optimizer.zero_grad(set_to_none=True)
-    return Step(step, shares, sizes, optim.rates(config, rate), Sent(scale), Sent(found),
+    return Step(step, shares, sizes, optim.rates(config, rate), Sent(scale), Sent(losses),
                 {name: Sent(norm) for name, norm in norms.items()}, began, waited)
 
 
@@ -350,18 +350,18 @@ def evaluate(run: Run, batches: Callable[[], Iterable[tuple[str, dict]]], log: L
     if not len(run.held_out) or not (config.evals_per_epoch or config.eval_steps):
         return
     began, answers = time.monotonic(), []
-    found = held_out_loss(run, batches())
+    figures = held_out_loss(run, batches())
     seconds = {"losses": time.monotonic() - began}
     if config.eval_answer_rows:
         answers = held_out_answers(run)
         seconds["answers"] = time.monotonic() - began - seconds["losses"]
         texts = [[row[side] for row in answers] for side in ("answer", "reference")]
-        found |= run.world.agree(lambda: {
+        figures |= run.world.agree(lambda: {
             f"eval_{name}": metric(*texts) for name, metric in metrics_of(config.eval_metrics).items()})
-    if config.metric_for_best_model not in found:
+    if config.metric_for_best_model not in figures:
         run.world.stop(f"metric_for_best_model: {config.metric_for_best_model} is no evaluation's figure",
-                       f"in 01_config.py: metric_for_best_model={' or '.join(found)}")
-    log.evaluation(step, found, answers, seconds)
+                       f"in 01_config.py: metric_for_best_model={' or '.join(figures)}")
+    log.evaluation(step, figures, answers, seconds)
 
 
 # ---- saving ----

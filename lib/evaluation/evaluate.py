@@ -37,11 +37,11 @@ def held_out_loss(run, batches: Iterable[tuple[str, dict]]) -> dict[str, float]:
     run.model.train()
     of_each = world.sum(totals)
     loss, right, tokens = of_each.sum(0).tolist()
-    found = {"eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
+    figures = {"eval_loss": loss / tokens, "eval_token_accuracy": right / tokens}
     if len(names) > 1:
         pairs = zip(names, of_each.tolist())
-        found |= {f"eval_{name}_loss": loss / tokens for name, (loss, _, tokens) in pairs}
-    return found
+        figures |= {f"eval_{name}_loss": loss / tokens for name, (loss, _, tokens) in pairs}
+    return figures
 
 
 @torch.no_grad()
@@ -59,7 +59,7 @@ def held_out_answers(run) -> list[dict]:
         mine += chosen[:math.ceil(count / world.world_size) - len(mine)]
     fast.of_batch({})
     run.model.eval()
-    found = []
+    answers = []
     for index in mine:
         record = samples.records[index]
         text, shown, reference = samples.encoder.prompt(record)
@@ -67,9 +67,9 @@ def held_out_answers(run) -> list[dict]:
         with quiet(), run.autocast():
             answer = generate(run.model, encoder, text, shown, run.work.config.eval_max_new_tokens,
                               together=samples.even)
-        found.append({"sample_id": samples.ids[index], "answer": answer, "reference": reference})
+        answers.append({"sample_id": samples.ids[index], "answer": answer, "reference": reference})
     run.model.train()
-    shares = world.everyones(found)
+    shares = world.everyones(answers)
     return [shares[place % world.world_size][place // world.world_size] for place in range(count)]
 
 

@@ -17,14 +17,14 @@ BITS_OF_NF4 = 4.5                         # of a weight, its part of the scales 
 NAMED = 8                                 # samples that a message names at most
 
 
-def not_finite(run, step: int, shares: list, found: list, norm: float) -> list[str]:
+def not_finite(run, step: int, shares: list, losses: list, norm: float) -> list[str]:
     """The ids of the samples behind a loss or gradient that isn't finite; [] where all are finite.
 
     Such a step is skipped. Once there are more of them than skip_nonfinite, this stops all ranks and names
     the samples.
     """
-    bad = [index for share, losses in zip(shares, found)
-           for batch, (loss, _) in zip(share, losses) if not math.isfinite(loss)
+    bad = [index for share, of_share in zip(shares, losses)
+           for batch, (loss, _) in zip(share, of_share) if not math.isfinite(loss)
            for row in batch for index in row]
     if not bad and math.isfinite(norm):
         return []

@@ -83,22 +83,22 @@ class Log:
         if "loss" not in row:
             self.notable.append(row)
 
-    def evaluation(self, step: int, found: dict, answers: list[dict], seconds: dict[str, float]) -> None:
+    def evaluation(self, step: int, figures: dict, answers: list[dict], seconds: dict[str, float]) -> None:
         """Write an evaluation's figures and answers, which no tracker gets; say the figures and the time."""
-        self.write({"step": step, **found})
+        self.write({"step": step, **figures})
         if answers and self.world.is_leader:
             with (self.folder / "answers.jsonl").open("a", encoding="utf-8") as file:
                 file.write(ledger.in_lines({"step": step, **row} for row in answers))
             ledger.sync(self.folder / "answers.jsonl")             # a checkpoint must not outlive its lines
-        figures = ", ".join(f"{name} {figure:.4f}" for name, figure in found.items())
+        words = ", ".join(f"{name} {figure:.4f}" for name, figure in figures.items())
         took = ", ".join(f"{terminal.duration(value)} for {what}" for what, value in seconds.items())
-        terminal.say(f"step {step}: {figures} ({took})")
+        terminal.say(f"step {step}: {words} ({took})")
 
     def best(self, knobs) -> dict | None:
         """The first evaluation with the best metric so far, without the one before training; None: none."""
         metric, sign = knobs.metric_for_best_model, 1 if knobs.greater_is_better else -1
-        found = [row for row in self.notable if row["step"] and math.isfinite(row.get(metric, math.nan))]
-        return max(found, key=lambda row: sign * row[metric], default=None)
+        judged = [row for row in self.notable if row["step"] and math.isfinite(row.get(metric, math.nan))]
+        return max(judged, key=lambda row: sign * row[metric], default=None)
 
     def patience_is_over(self, knobs) -> bool:
         """Whether the last `early_stopping_patience` evaluations were no better than an earlier one."""

@@ -21,8 +21,8 @@ def make_optimizer(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
     for name, p in parameters.items():
         share, decay = rate_share(name, roles[name], knobs), of_role(roles[name], knobs)[1]
         groups.setdefault((share, decay if p.dim() >= 2 else 0.0), []).append(p)
-    groups = [{"params": found, "share": share, "weight_decay": decay}
-              for (share, decay), found in groups.items()]
+    groups = [{"params": members, "share": share, "weight_decay": decay}
+              for (share, decay), members in groups.items()]
     if HOOK.fullmatch(knobs.optimizer):
         return hooked_optimizer(groups, knobs)
     options = {"lr": knobs.learning_rate, "betas": (knobs.adam_beta1, knobs.adam_beta2),
@@ -106,9 +106,9 @@ class Scaler(torch.amp.GradScaler):
         """What a checkpoint holds of the scaler, in plain numbers; {} for other dtypes than float16."""
         return super().state_dict() | {"overflows": self.overflows} if self.is_enabled() else {}
 
-    def overflowed(self, scale: float, found: list, norm: float) -> bool:
+    def overflowed(self, scale: float, losses: list, norm: float) -> bool:
         """Whether only the scale made the gradient infinite: losses are finite, and the scale can shrink."""
-        finite = all(math.isfinite(loss) for share in found for loss, _ in share)
+        finite = all(math.isfinite(loss) for share in losses for loss, _ in share)
         over = self.is_enabled() and finite and not math.isfinite(norm) and scale > 1
         self.overflows += over
         return over
@@ -152,7 +152,7 @@ def clip_gradients(parameters: dict[str, torch.nn.Parameter], roles: dict[str, s
     gradients: dict[str, list] = {}
     for name, p in parameters.items():
         gradients.setdefault(roles[name], []).append(p.new_zeros(()) if p.grad is None else p.grad)
-    norms = {f"grad_norm_{role}": torch.nn.utils.get_total_norm(found) for role, found in gradients.items()}
+    norms = {f"grad_norm_{role}": torch.nn.utils.get_total_norm(own) for role, own in gradients.items()}
     first = next(iter(norms.values())).device                      # device_map: they are on several GPUs
     total = torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms.values()]))
     torch.nn.utils.clip_grads_with_norm_(parameters.values(), max_norm, total)
