@@ -26,17 +26,29 @@ ANSWER, CLEAR, ENOUGH_TOKENS = 16, 0.02, 0.9   # tokens; lead that rounding can'
 
 def check(run, optimizer_step: Callable[..., Step]) -> None:
     """Say what a step costs and that one batch is learnt, or stop and say what is wrong."""
-    config, samples, world = run.work.config, run.samples, run.world
     own_answer(run)
+    longest_step(run, optimizer_step)
+    one_batch(run, optimizer_step)
+
+
+def longest_step(run, optimizer_step: Callable[..., Step]) -> None:
+    """Take the longest step that the run can meet; say what it costs, and how long all steps take at most."""
+    samples = run.samples
     tokens_of = {row: sum(samples.input_tokens[index] for index in row)
                  for row in in_turn(samples, run.order.room)}
     longest = sorted(tokens_of, key=tokens_of.get, reverse=True)[:run.order.global_batch_size]
-    rate = optim.learning_rate(config, 0, run.total_steps)
+    rate = optim.learning_rate(run.work.config, 0, run.total_steps)
     figures = figures_of(run, optimizer_step(run, 0, longest, batches(run, longest), rate))
     tokens, seconds = sum(tokens_of[row] for row in longest), figures["seconds"]
-    peak_gib, at_most = devices.peak_memory_gib(world.device), terminal.duration(seconds * run.total_steps)
+    peak_gib = devices.peak_memory_gib(run.world.device)
+    at_most = terminal.duration(seconds * run.total_steps)
     terminal.say(f"the longest step: {tokens:,} tokens in {terminal.duration(seconds)}, peak memory "
                  f"{peak_gib:.2f} GiB; the run's {run.total_steps:,} steps take at most {at_most}")
+
+
+def one_batch(run, optimizer_step: Callable[..., Step]) -> None:
+    """Learn one batch by heart; stop the run, with the likeliest reason, where that fails."""
+    config, world = run.work.config, run.world
     few = run.order.of_step(0)[:config.micro_batch_size * world.world_size]
     rate = max(config.learning_rate, RATE["adapter" if config.adapter else "model"])
     losses = []
@@ -47,13 +59,13 @@ def check(run, optimizer_step: Callable[..., Step]) -> None:
             progress.update(step, loss=f"{losses[-1]:.4f}")
             if losses[-1] < ENOUGH:
                 break
-    said = (f"{terminal.counted(len(losses), 'step')} on one batch, at a rate of {rate:g}: "
-            f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
+    result = (f"{terminal.counted(len(losses), 'step')} on one batch, at a rate of {rate:g}: "
+              f"loss {losses[0]:.3f} -> {losses[-1]:.3f}")
     if losses[-1] >= ENOUGH:
-        why = reason(samples, few, losses)
-        world.stop(f"the model doesn't overfit one batch: {why} ({said}, not < {ENOUGH})",
+        why = reason(run.samples, few, losses)
+        world.stop(f"the model doesn't overfit one batch: {why} ({result}, not < {ENOUGH})",
                    "look at what trains, in 02_data/preview.html and in 04_lora.py's table")
-    terminal.say(f"{said}: labels, gradients and optimizer work together", "green")
+    terminal.say(f"{result}: labels, gradients and optimizer work together", "green")
     if config.learning_rate < rate / 1000:
         terminal.warn(f"learning_rate {config.learning_rate:g} is far below that: the run may learn nothing")
 
@@ -64,22 +76,18 @@ def own_answer(run) -> None:
 
     This needs no labels, and shows wrong positions, token types, placeholders and padding.
     """
-    samples, first, device = run.samples, run.samples.records[0], run.world.device
-    encoder = samples.encoder.bounded(first["image_bounds"])
-    text, media, _ = encoder.prompt(first)
-    asked = to_device(encoder.encode(text, [], media), device)
-    asked.pop("labels")
-    hidden = [*encoder.never_trained]      # media's own tokens: an untrained model may say them, too
+    samples, record, device = run.samples, run.samples.records[0], run.world.device
+    encoder = samples.encoder.bounded(record["image_bounds"])
+    text, media, _ = encoder.prompt(record)
+    row = encoder.encode(text, [], media)
+    asked = to_device({key: value for key, value in row.items() if key != "labels"}, device)
+    media_ids = [*encoder.never_trained]   # an untrained model may say them, too
     run.model.eval()
     with run.autocast():
         output = run.model.generate(**asked, do_sample=False, max_new_tokens=ANSWER,
-                                    suppress_tokens=hidden or None, pad_token_id=encoder.pad_id)
+                                    suppress_tokens=media_ids or None, pad_token_id=encoder.pad_id)
     answer = output[0, asked["input_ids"].shape[1]:].tolist()
-    row = encoder.encode(text, [], media)
-    ids = torch.tensor([answer])                                                 # [1, ANSWER]
-    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}            # token types: 0, text
-    row |= {key: torch.cat([row[key], more.get(key, torch.zeros_like(ids))], dim=1)
-            for key in row if is_per_token(key)}
+    row = followed_by(row, answer)
     longer = samples.encoded(max(range(len(samples)), key=samples.input_tokens.__getitem__))
     batch = collate([row] if encoder.batch != "any" else [row, longer], encoder.pad_id, encoder.collate)
     batch.pop("labels")
@@ -87,16 +95,24 @@ def own_answer(run) -> None:
         logits = run.model(**to_device(batch, device), use_cache=False).logits
     end = row["input_ids"].shape[1]
     logits = logits[0, end - len(answer) - 1:end - 1].float()                    # [ANSWER, V]
-    logits[:, hidden] = -torch.inf
-    first, second = logits.topk(2).values.unbind(-1)
-    clear = (first - second > CLEAR * first.abs()).tolist()                      # else rounding may decide
+    logits[:, media_ids] = -torch.inf
+    largest, second = logits.topk(2).values.unbind(-1)
+    clear = (largest - second > CLEAR * largest.abs()).tolist()                  # else rounding may decide
     same = [a == b for a, b in zip(logits.argmax(-1).tolist(), answer)]
     judged = [agrees for agrees, counts in zip(same, clear) if counts]
-    said = f"of its own answer, {sum(same)} of {len(answer)} tokens are predicted again from the text"
+    result = f"of its own answer, {sum(same)} of {len(answer)} tokens are predicted again from the text"
     if sum(judged) < ENOUGH_TOKENS * len(judged):
-        run.world.stop(f"{said}: training reads it otherwise than inference", "choose another base_model")
-    terminal.say(said)
+        run.world.stop(f"{result}: training reads it otherwise than inference", "choose another base_model")
+    terminal.say(result)
     run.model.train()
+
+
+def followed_by(row: dict[str, torch.Tensor], answer: list[int]) -> dict[str, torch.Tensor]:
+    """An encoded prompt with an answer's ids behind it, which are text and all attended to."""
+    ids = torch.tensor([answer])                                                 # [1, ANSWER]
+    more = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}            # token types: 0, text
+    return row | {key: torch.cat([row[key], more.get(key, torch.zeros_like(ids))], dim=1)
+                  for key in row if is_per_token(key)}
 
 
 def prove_rows_apart(run) -> None:
@@ -116,8 +132,8 @@ def prove_rows_apart(run) -> None:
             row = tuple(sorted(row, key=lambda index: -samples.media_tokens[index])[:3])
             prove_apart(run, row, [row], "samples of a packed row see", "sample_packing: false")
     elif run.roles.guessed and config.micro_batch_size > 1:
-        count = min(3, config.micro_batch_size)
-        most = heapq.nlargest(count, range(len(samples)), key=samples.media_tokens.__getitem__)
+        number = min(3, config.micro_batch_size)
+        most = heapq.nlargest(number, range(len(samples)), key=samples.media_tokens.__getitem__)
         prove_apart(run, most, [(index,) for index in most], "rows of one batch change",
                     "micro_batch_size: 1")
 
