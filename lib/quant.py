@@ -131,7 +131,7 @@ def refuse_unread_scales(path: str, extra: list[str]) -> None:
                          f"floats, such as {scales[0]}", "name the bfloat16 checkpoint")
 
 
-def whole(plan: dict) -> dict:
+def unquantised(plan: dict) -> dict:
     """The plan without quantisation, for a merge; StageError where the base has no unquantised weights."""
     if plan["stored_as"] == "bitsandbytes":
         raise StageError(f"merge: the weights of {plan['base_model']} are stored quantised, so sums can't be",

@@ -47,7 +47,7 @@ def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dic
     golden, base = work.input("05_train") / "golden.safetensors", Path(plan["base_model"])
     if plan["stored_as"] == "gptq":                      # plain transformers reads it by other packages only
         base = scratch / "base"
-        model.save_full(model.load(quant.whole(plan), torch.device("cpu"), "inference"), base)
+        model.save_full(model.load(quant.unquantised(plan), torch.device("cpu"), "inference"), base)
     merged = str(exports[1].absolute()) if len(exports) > 1 else None
     facts, device = ("revision", "trust_remote_code", "class", "dtype", "text_config"), devices.pick_device()
     spread = devices.spread(work.config, device)

@@ -32,15 +32,15 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
     max_shard_size: the largest file, in place of the base's own files. A base that is quantised for training
     is merged into its original weights.
     """
-    whole = quant.whole(plan) | {"dtype": "float32"}
-    check_weight_files(Path(whole["base_model"]))
-    files = {path.name: shards.places(path) for path in shards.weight_files(whole)}
+    dtype, plan = plan["dtype"], quant.unquantised(plan) | {"dtype": "float32"}
+    check_weight_files(Path(plan["base_model"]))
+    files = {path.name: shards.places(path) for path in shards.weight_files(plan)}
     tensors = {name: place for held in files.values() for name, place in held.items()}
-    reason = f"its weights become {plan['dtype']}" if whole["stored_as"] else ""
-    sums = None if reason else Sums(whole, adapter_path, tensors)
+    reason = f"its weights become {dtype}" if plan["stored_as"] else ""
+    sums = None if reason else Sums(plan, adapter_path, tensors)
     if reason := reason or sums.refusal:
         terminal.say(f"merging in memory, the model as a whole: {reason}")
-        return write_from_memory(whole, plan["dtype"], adapter_path, folder, max_shard_size)
+        return write_from_memory(plan, dtype, adapter_path, folder, max_shard_size)
     folder.mkdir()
     files = {file: {name: sums.place(name) for name in held} for file, held in files.items()}
     if max_shard_size:
@@ -48,21 +48,21 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
     # Each adds up in one thread: so the sums are the same to the bit, however many cores there are.
     with ThreadPoolExecutor(FILES_AT_A_TIME, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         list(pool.map(lambda name: shards.write(folder / name, files[name], sums.content), files))
-    beside = [shards.base_file(whole, name) for name in BESIDE]
-    code = beside[0].parent.glob("*.py") if whole["trust_remote_code"] else ()
+    beside = [shards.base_file(plan, name) for name in BESIDE]
+    code = beside[0].parent.glob("*.py") if plan["trust_remote_code"] else ()
     for path in filter(None, (*beside, *code)):
         shutil.copyfile(path, folder / path.name)
-    if max_shard_size or whole["grown_to"]:
+    if max_shard_size or plan["grown_to"]:
         shards.write_index(folder / shards.INDEX, files)
-    if whole["text_config"] or whole["grown_to"]:        # the base's own would be read as if unchanged
-        config = planned_config(whole)
-        config.get_text_config().vocab_size = whole["grown_to"] or config.get_text_config().vocab_size
+    if plan["text_config"] or plan["grown_to"]:        # the base's own would be read as if unchanged
+        config = planned_config(plan)
+        config.get_text_config().vocab_size = plan["grown_to"] or config.get_text_config().vocab_size
         config.save_pretrained(folder)
 
 
-def write_from_memory(whole: dict, dtype: str, adapter_path: Path, folder: Path, max_shard_size: str | None):
+def write_from_memory(plan: dict, dtype: str, adapter_path: Path, folder: Path, max_shard_size: str | None):
     """Write the merged model from a whole one in float32, where files and model don't share their tensors."""
-    base = model.load(whole, torch.device("cpu"))
+    base = model.load(plan, torch.device("cpu"))
     merged = attach(base, adapter_path, trainable=False).merge_and_unload()
     for parameter in merged.parameters():
         parameter.checkpoint_dtype = getattr(torch, dtype)
@@ -81,10 +81,10 @@ class Sums:
     refusal: why sums can't be made tensor by tensor; "" where they can.
     """
 
-    def __init__(self, whole: dict, adapter_path: Path, tensors: dict[str, shards.Place]):
+    def __init__(self, plan: dict, adapter_path: Path, tensors: dict[str, shards.Place]):
         from peft.tuners.lora import LoraLayer
         from peft.tuners.trainable_tokens import TrainableTokensLayer
-        base, self.stored, self.tensors = hollow(whole), as_stored(whole, tensors), tensors
+        base, self.stored, self.tensors = without_memory(plan), loaded_on_meta(plan, tensors), tensors
         names = {id(parameter): name for name, parameter in base.named_parameters()}
         self.layers: dict[str, tuple] = {}           # {tensor: (layer, its parameter's name, if unconverted)}
         self.waiting: dict[str, torch.Tensor] = {}   # {tensor: what is added to it}, until it is its turn
@@ -125,7 +125,7 @@ class Sums:
         else:
             with self.lock:                                     # a layer holds one weight at a time
                 before = shards.whole(place)
-                total = self.whole(layer, part, before.float()).to(before.dtype)
+                total = self.sum_of(layer, part, before.float()).to(before.dtype)
             yield total
 
     def place(self, part: str) -> shards.Place:
@@ -135,7 +135,7 @@ class Sums:
         return place if rows is None else replace(place, shape=[rows, *place.shape[1:]],
                                                   bytes=place.bytes // place.shape[0] * rows)
 
-    def whole(self, layer, part: str, before: torch.Tensor) -> torch.Tensor:
+    def sum_of(self, layer, part: str, before: torch.Tensor) -> torch.Tensor:
         """The sum of a tensor, given in float32, and what the adapter adds to it."""
         _, name, as_it_is = self.layers[part]
         if as_it_is:
@@ -145,21 +145,21 @@ class Sums:
         return before + self.waiting.pop(part)
 
 
-def as_stored(whole: dict, tensors: dict[str, shards.Place]):
+def loaded_on_meta(plan: dict, tensors: dict[str, shards.Place]):
     """The model on meta as transformers loads it from these tensors; it remembers how they were converted."""
-    config = planned_config(whole)
+    config = planned_config(plan)
     empty = {name: torch.empty(place.shape, device="meta") for name, place in tensors.items()}
     with quiet():
-        stored, info = registry.model_class(config, whole["class"]).from_pretrained(
+        stored, info = registry.model_class(config, plan["class"]).from_pretrained(
             None, config=config, state_dict=empty, device_map={"": "meta"}, dtype=torch.float32,
             ignore_mismatched_sizes=True, output_loading_info=True)
-    model.check_loaded(whole, info)
+    model.check_loaded(plan, info)
     return stored
 
 
-def hollow(whole: dict):
+def without_memory(plan: dict):
     """The model on the CPU with weights of full shape but no memory: each is a single zero, expanded."""
-    return on_meta(whole)._apply(lambda tensor: tensor.new_zeros((), device="cpu").expand(tensor.shape))
+    return on_meta(plan)._apply(lambda tensor: tensor.new_zeros((), device="cpu").expand(tensor.shape))
 
 
 def weight_of(layer) -> torch.nn.Parameter:
