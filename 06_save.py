@@ -73,8 +73,8 @@ def main(argv=None):
     exports = export(work, plan, encoder)
     # 3. Prove it in a process that knows nothing of the kit, which also answers held-out rows.
     rows = held_out_rows(work, encoder)
-    found = fresh.prove(work, plan, encoder, exports, rows)
-    check = fresh.checked(found, rows, plan)
+    proved = fresh.prove(work, plan, encoder, exports, rows)
+    check = fresh.checked(proved, rows, plan)
     write_json(work.path / "check.json", check)
     # 4. Describe it: a model card in every export, one page for people.
     facts = Facts.of(work, plan, check)
@@ -82,7 +82,7 @@ def main(argv=None):
         (folder / "README.md").write_text(model_card(folder.name, facts), encoding="utf-8")
     shutil.copy(exports[0] / "README.md", work.path)
     pictures = page.may_show(work.config.report_media, held_out=True)
-    report.write_report(work, facts, encoder, answered(rows, found["answers"], pictures))
+    report.write_report(work, facts, encoder, answered(rows, proved["answers"], pictures))
     say_results(check)
     work.finish(volatile=("report.html", "figure.svg"))
     if work.config.adapter and Path(plan["base_model"]).is_dir():
@@ -120,9 +120,9 @@ def held_out_rows(work, encoder: Encoder) -> list[dict]:
 def answered(rows: list[dict], answers: list[dict], pictures: bool) -> list[dict]:
     """Rows as `answers.cards` takes them: pictures, question, reference, both answers, which are right."""
     return [{"pictures": [media.poster(medium) for medium in row["media"]] if pictures else [],
-             "question": last_question(json.loads(row["messages"])), "reference": row["reference"], **found,
-             **{f"{which}_right": bool(exact_match([found[which]], [row["reference"]])) for which in found}}
-            for row, found in zip(rows, answers, strict=True)]
+             "question": last_question(json.loads(row["messages"])), "reference": row["reference"], **both,
+             **{f"{which}_right": bool(exact_match([both[which]], [row["reference"]])) for which in both}}
+            for row, both in zip(rows, answers, strict=True)]
 
 
 def last_question(messages: list[dict]) -> str:

@@ -75,7 +75,8 @@ class Template(Turns):
             raise RowError(f"nothing to learn: no {who} message has a text",
                            "write what the assistant should answer, or remove the row")
         full, shape = self.render(messages), self.skeleton(messages)
-        said = self._own_words(messages, full, shape), self.tells_day(messages, full)
+        notes = {"put_in": self._own_words(messages, full, shape),
+                 "tells_day": self.tells_day(messages, full)}
         shared, apart = [], []
         for place, message in enumerate(messages):
             last = place == len(messages) - 1
@@ -91,13 +92,13 @@ class Template(Turns):
                 shared.append(replace(turn, **learnt))
             elif turn and learnt["text_trained"]:       # learnt as it was written, before they rewrote it
                 learnt["end_trained"] = labels.end_of(message, last=True)
-                apart.append(self._sample(messages[:place + 1], upto, [replace(turn, **learnt)], said))
+                apart.append(self._sample(messages[:place + 1], upto, [replace(turn, **learnt)], notes))
             if learnt["text_trained"]:
                 thought = message.get("reasoning_content", "")
                 if not stands_in(thought, upto[turn.spans[0][0]:turn.end] if turn else ""):
                     raise lost(thought)
         whole = any(turn.text_trained for turn in shared)
-        return [self._sample(messages, full, shared, said), *apart] if whole else apart
+        return [self._sample(messages, full, shared, notes), *apart] if whole else apart
 
     # ---- what can go wrong with a text ----
 
@@ -134,8 +135,11 @@ class Template(Turns):
 
     # ---- turns to a sample ----
 
-    def _sample(self, messages: list[dict], text: str, turns: list[Turn], said: tuple) -> Conversation:
-        """The Conversation of these turns, with an end added to each trained reply that has none."""
+    def _sample(self, messages: list[dict], text: str, turns: list[Turn], notes: dict) -> Conversation:
+        """The Conversation of these turns, with an end added to each trained reply that has none.
+
+        notes: what the render says by itself, as a Conversation has it.
+        """
         spans, added, replies = [], 0, []
         for turn in sorted(turns, key=lambda turn: turn.end):
             shift = added * len(self.closing) if added else 0
@@ -151,7 +155,7 @@ class Template(Turns):
             last = (first, end if turn.end_trained else stop)
             spans += [*(whole if turn.text_trained else ()), *([last] if first < last[1] else ())]
         reply = max(replies)[1] if replies else self._untrained_reply(messages, text) or spans[-1]
-        return Conversation(text, spans, reply, self._count_media(messages, text), added, *said)
+        return Conversation(text, spans, reply, self._count_media(messages, text), added, **notes)
 
     def _untrained_reply(self, messages: list[dict], text: str) -> tuple[int, int] | None:
         """The characters of the last reply in a text; None where none can be told exactly."""
