@@ -289,7 +289,8 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
         waited += time.monotonic() - asked
         with run.autocast():
             loss, right = run.loss(run.model, to_device(batch, world.device))
-        run.scaler.scale(loss / sizes["supervised_tokens"]).backward()
+        if loss.requires_grad:                # without media, nothing leads to a tower that trains alone
+            run.scaler.scale(loss / sizes["supervised_tokens"]).backward()
         losses[world.rank, number] = torch.stack([loss.detach(), right])
     world.sum(losses)
     world.sum_gradients(run.parameters.values(), run.watch.some_lack)

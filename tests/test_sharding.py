@@ -39,6 +39,7 @@ def train_on(number, run, **more):
     ("qwen2_5_vl", "float32", ONE, TWO, PACKED),
     ("qwen3_vl_moe", "float32", ONE, TWO, {}),
     ("llava", "float32", ONE, TWO, {"tokens": ["colour", "number"]}),            # rows that train
+    ("qwen3_vl", "float32", BY_ONE, FOUR, {"lora_target_roles": ["vision"]}),    # some ranks have no picture
 ])
 def test_a_sharded_base_trains_as_a_whole_one(name, dtype, one, cut, knobs, make):
     whole, parts = make(name, dtype=dtype, **one, **knobs), make(name, dtype=dtype, fsdp_version=2, **cut, **knobs)

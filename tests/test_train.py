@@ -85,6 +85,16 @@ def test_how_a_step_is_cut_into_micro_batches_changes_nothing(adapter, make):
     assert_same_training(runs[0], runs[2])
 
 
+@pytest.mark.parametrize("knobs", [{"adapter": None, "train_roles": ["projector"], "learning_rate": 1e-4},
+                                   {"lora_target_roles": ["vision"]}])
+def test_what_sees_pictures_trains_alone_past_micro_batches_without_one(knobs, make):
+    knobs |= dict(rows=[*colour_rows(4), *text_rows(5)], num_epochs=2, val_set_size=0)
+    whole, single = (make(micro_batch_size=size, gradient_accumulation_steps=accumulated, **knobs)
+                     for size, accumulated in ((4, 1), (1, 4)))
+    whole("05_train"), single("05_train")
+    assert_same_training(whole, single)
+
+
 def test_the_first_loss_is_the_sum_of_token_losses_over_the_tokens_of_the_step(make):
     run = make(num_epochs=1)
     net = model.load(run.json("03_load_model/model.json"), CPU)

@@ -7,7 +7,7 @@ sharding: so a rank without pictures runs the same collectives as the others, an
 Source: PyTorch FSDP2, torch.distributed.fsdp.fully_shard; ZeRO-3 (arXiv 1910.02054).
 Fork me to: shard other roles, or keep layers gathered between forward and backward.
 """
-from lib.models.roles import Roles
+from lib.models.roles import Roles, base_name
 from lib.run import terminal
 from lib.training.parallel import World
 
@@ -21,7 +21,10 @@ def shard(model, roles: Roles, world: World) -> None:
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor
     mesh = init_device_mesh(world.device.type, (world.world_size,))
-    whole = {p for p in model.parameters() if p.requires_grad}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not {roles.of(base_name(name)) for name in trained} & {"language", "cross_attention", "experts"}:
+        model.get_input_embeddings().register_forward_hook(with_gradient)
+    whole = {*trained.values()}
     layers = [layer for role, layer in roles.layers(model) if role == "language"]
     for layer in layers:                  # one after the other: no device ever holds two whole layers
         fully_shard(layer, mesh=mesh, ignored_params=whole)
@@ -33,3 +36,11 @@ def shard(model, roles: Roles, world: World) -> None:
         own, every = (sum(p.to_local().nbytes for p in parts), sum(p.nbytes for p in parts))
         terminal.say(f"{len(layers)} layers sharded over {world.world_size} ranks: "
                      f"{own / 2**20:,.2f} of {every / 2**20:,.2f} MiB here")
+
+
+def with_gradient(module, inputs, embedded):
+    """A hook: embeddings that ask for a gradient, so that every rank's backward gathers every layer.
+
+    Where a tower trains alone, a rank without pictures would have no backward, and the others would wait.
+    """
+    return embedded if embedded.requires_grad else embedded.requires_grad_().clone()  # no leaf: written into
