@@ -66,7 +66,8 @@ class HollowStep:
         if knobs.adapter is None:
             model.train_roles(net, self.roles, knobs.train_roles, knobs.unfrozen_parameters)
         else:
-            net, _ = adapter.put_on(net, plan, saved.continued(knobs), real=False)
+            with doras_weights():
+                net, _ = adapter.put_on(net, plan, saved.continued(knobs), real=False)
             for parameter in model.trained_parameters(net).values():
                 parameter.data = parameter.data.float()
         pack(few_bits)
@@ -148,6 +149,7 @@ class HollowStep:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(patch.multiple(adapted, dequantised=unpacked))
+            stack.enter_context(doras_weights())
             if self.cuda:
                 stack.enter_context(on_cuda.cuda_kernels())
                 stack.enter_context(patch.multiple(attention, flash_is_on=lambda device: True))
@@ -212,6 +214,17 @@ def packed_forward(layer, shape: tuple[int, int], x: torch.Tensor) -> torch.Tens
     wide = (layer.compute_dtype if four else None) or x.dtype
     out = on_cuda.FewBits.apply(x.to(wide), layer.weight, shape, not four)
     return (out if layer.bias is None else out + layer.bias.to(wide)).to(x.dtype)
+
+
+def doras_weights():
+    """Inside, DoRA, which asks for norms of the base's weights, gets quantised ones as empty matrices."""
+    from peft.tuners.lora import dora
+
+    def weight_of(layer) -> torch.Tensor:
+        if not isinstance(packing := getattr(layer, "quant_state", None), tuple):     # not packed (yet)
+            return layer.weight.data if layer.weight.is_floating_point() else layer.weight.data.bfloat16()
+        return layer.weight.new_empty(packing[0], dtype=packing[1] or torch.bfloat16)
+    return patch.multiple(dora, dequantize_module_weight=weight_of, deepcopy=lambda layer: layer)
 
 
 def unpacked(weight: torch.Tensor, packing: tuple) -> torch.Tensor:
