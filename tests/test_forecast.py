@@ -79,7 +79,7 @@ def test_weights_adapter_gradients_and_optimizer_are_those_of_a_sum_by_hand(tmp_
 def test_dora_on_a_quantised_base_adds_its_magnitudes(bits, tmp_path):
     plain, dora = (knobs_for(llama(tmp_path), bf16=True, **bits, **more) for more in ({}, {"peft_use_dora": True}))
     batch, planned = text_batch(32), plan.make_plan(plain)
-    without, found = (Step(planned, knobs, cuda=False).peak(batch, True) for knobs in (plain, dora))
+    without, found = (HollowStep(planned, knobs, cuda=False).peak(batch, True) for knobs in (plain, dora))
     outputs = 2 * (2 * 64 + 2 * 32 + 64 + 2 * 128)                # of q, o; k, v; down; gate, up
     assert (found.weights, found.trained) == (without.weights, without.trained + 4 * outputs)
     assert found.activations > without.activations

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from lib.run.errors import StageError
 from lib.training import optim
 from lib.training.metrics import Log
-from tests.runner import Run, fork, ranks
+from tests.runner import Run, colour_rows, fork, ranks, text_rows
 from tests.test_resume import stop_at
 
 KNOBS = {"num_epochs": 4, "save_steps": 1, "fp16": True, "bf16": "auto", "warmup_steps": 0}   # 8 steps
@@ -28,6 +28,13 @@ def make(tmp_path, monkeypatch, zoo):
 
 def steps(run):
     return [line for line in run.metrics() if "loss" in line]
+
+
+def test_a_step_without_a_gradient_leaves_the_scale_as_it_is(make):
+    run = make(lora_target_roles=["vision"], rows=[*text_rows(6), *colour_rows(2)], val_set_size=0, micro_batch_size=1,
+               gradient_accumulation_steps=1, num_epochs=1)
+    run("05_train")
+    assert {line["grad_norm"] for line in steps(run)} >= {0.0}
 
 
 def test_overflowing_steps_are_left_out_and_counted_until_the_scale_fits(make):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import load_from_disk
+from PIL import Image
 from safetensors.torch import load_file
 
 from lib.batches import sampler
@@ -489,6 +490,19 @@ def test_a_sample_that_isnt_as_02_measured_it_stops_with_both_numbers(make):
         samples.encoded(0)
     assert caught.value.what.startswith(f"sample {samples.ids[0]} has {tokens - 1} tokens, ")
     assert f"02 measured {tokens} and" in caught.value.what
+
+
+def test_pictures_that_are_others_than_02_read_or_gone_are_named_wherever_training_starts(make, tmp_path, monkeypatch):
+    run = make()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)                                   # where the samples' relative paths mean others
+    with pytest.raises(StageError, match="png: no such file"):
+        importlib.import_module("05_train").main([str(run.path)])
+    for path in run.folder.glob("*.png"):
+        Image.new("RGB", (40, 32), "gray").save(elsewhere / path.name)
+    with pytest.raises(StageError, match=r"\w+.png: not the file that 02_data read"):
+        importlib.import_module("05_train").main([str(run.path)])
 
 
 def test_training_other_than_04_planned_names_both_sides(make):

@@ -66,9 +66,14 @@ def read_medium(source, root: Path, kind: str = "image", decoding=Decoding()) ->
 
 
 def open_medium(record: dict, decoding: Decoding):
-    """The decoded medium of a media record: an RGB image, a sound's samples [N] in float32, or a Clip."""
+    """The decoded medium of a media record: an RGB image, a sound's samples [N] in float32, or a Clip.
+
+    Raises MediaError where its file holds something else than when the record was made.
+    """
     path, data = record["path"], record["bytes"]
     raw = data if data is not None else read_file(Path(path))
+    if hashlib.sha256(raw).hexdigest() != record["sha256"]:
+        raise MediaError(path, "not the file that 02_data read")
     return decode(raw, path or record["sha256"], record["kind"], decoding)
 
 

@@ -120,7 +120,7 @@ def of_run(run: Path, plan: dict, device: str) -> dict | None:
         if asked(case.knobs, device).items() <= written.items():
             return written
         return facts(case, case.peaks(device == "cuda"), device)
-    except (StageError, RuntimeError) as error:      # a user's mistake: 04 or 05 says it, and its fix
+    except (StageError, RuntimeError, ValueError) as error:  # 04 or 05 says it, and its fix
         terminal.warn(f"no forecast of memory: {first_line(error)}")
         return None
 

@@ -15,6 +15,7 @@ import torch
 from lib import registry
 from lib.collator import IGNORE_INDEX, goes_along
 from lib.data.parts import NOUNS
+from lib.media.locating import MediaError
 from lib.media.media import Decoding, kind_of, open_medium
 from lib.media.resolution import with_bounds
 from lib.run.errors import RowError, StageError
@@ -94,8 +95,15 @@ class Encoder:
         return replace(self, processor=with_bounds(self.processor, json.loads(bounds))) if bounds else self
 
     def open(self, records: list[dict]) -> list:
-        """The decoded media of a sample's media records: RGB pictures, sounds as arrays, clips."""
-        return [open_medium(record, self.decoding) for record in records]
+        """The decoded media of a sample's media records: RGB pictures, sounds as arrays, clips.
+
+        Raises StageError for a file that is gone since 02 read it, or holds something else.
+        """
+        try:
+            return [open_medium(record, self.decoding) for record in records]
+        except MediaError as error:
+            raise StageError(str(error), "where a path is relative, start in the folder in which 02_data ran; "
+                                         "else run 02_data.py again with --force") from None
 
     def encode(self, text: str, spans: list[tuple[int, int]], media: list) -> dict[str, torch.Tensor]:
         """The tensors of a text; spans: its trained characters; media: in the order of their placeholders."""

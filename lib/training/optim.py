@@ -101,6 +101,19 @@ class Scaler(torch.amp.GradScaler):
         if state and self.is_enabled():
             self.load_state_dict({key: value for key, value in state.items() if key != "overflows"})
         self.scale(torch.zeros((), device=device))       # a rank may have no row in its first step
+        self.has_gradients = False
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide the gradients by the scale. A step may have none: one of texts, if only a tower trains."""
+        self.has_gradients = any(parameter.grad is not None
+                                 for group in optimizer.param_groups for parameter in group["params"])
+        if self.has_gradients:
+            super().unscale_(optimizer)
+
+    def update(self) -> None:
+        """Adapt the scale to the step, if it had gradients."""
+        if self.has_gradients:
+            super().update()
 
     def state_dict(self) -> dict:
         """What a checkpoint holds of the scaler, in plain numbers; {} for other dtypes than float16."""
