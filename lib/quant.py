@@ -161,3 +161,13 @@ def keep_gradients(model) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def refuse_dora_on_cpu(peft_model) -> None:
+    """Raise StageError for DoRA on 8-bit weights on a CPU: reading them there, peft loses their scales."""
+    for module in peft_model.modules():
+        base = getattr(module, "base_layer", None)
+        if (type(base).__name__ == "Linear8bitLt" and base.weight.device.type == "cpu"
+                and any(module.use_dora.values())):
+            raise StageError("peft_use_dora: on a CPU, peft can't compute it for weights of load_in_8bit",
+                             "load_in_4bit in place of load_in_8bit, peft_use_dora: false, or a GPU")

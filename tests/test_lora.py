@@ -297,7 +297,8 @@ ELSE = "name the base_model that it was trained on, and its tokens if it has any
 MISFITS = {
     "an adapter of a model with other layers": (
         like(renamed), "an adapter of another model: LlavaForConditionalGeneration has no layer for "
-        "base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_A.weight", ELSE),
+        "base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_A.weight",
+        f"{ELSE}; other versions of transformers may have named its layers otherwise"),
     "an adapter of a wider model": (
         like(widened), f"an adapter of another model: {FIRST} is [4, 96], base_model takes [4, 64]", ELSE),
     "an adapter without one of its tensors": (

@@ -343,6 +343,12 @@ def test_a_checkpoint_in_floats_of_8_bits_goes_through_all_scripts(tmp_path, mon
     assert "quantization_config" not in run.json("06_save/merged/config.json")
 
 
+def test_dora_on_8_bits_is_refused_on_a_cpu(tmp_path, monkeypatch, zoo):
+    run = Run(tmp_path, monkeypatch, zoo("llava"), load_in_8bit=True, peft_use_dora=True).upto("04_lora")
+    with pytest.raises(StageError, match="peft_use_dora: on a CPU"):
+        run("05_train")
+
+
 def test_weights_of_few_bits_are_no_base_for_full_fine_tuning(tmp_path, monkeypatch, tmp_path_factory):
     base = stored(find("llava", tmp_path_factory), tmp_path / "stored", 4)
     run = Run(tmp_path, monkeypatch, base, bf16=True, adapter=None).upto("03_load_model")

@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from lib import quant
 from lib.models.plan import quiet
 from lib.models.roles import base_name
 from lib.run import terminal
@@ -30,6 +31,7 @@ def attach(model, folder: Path, trainable: bool = True):
     from peft import PeftModel
     with quiet():
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+    quant.refuse_dora_on_cpu(peft_model)
     with safe_open(folder / WEIGHTS, "pt") as file:
         odd = tensors_of(peft_model).keys() ^ set(file.keys())
     if odd:
@@ -98,7 +100,8 @@ def refuse_foreign(model, folder: Path) -> None:
     with safe_open(folder / WEIGHTS, "pt") as file:
         for name in sorted(file.keys()):
             if base_name(name).removesuffix(".weight") not in there:
-                raise foreign(folder, f"{type(model).__name__} has no layer for {name}")
+                raise foreign(folder, f"{type(model).__name__} has no layer for {name}",
+                              "; other versions of transformers may have named its layers otherwise")
 
 
 def fill(peft_model, folder: Path) -> None:
@@ -111,7 +114,7 @@ def fill(peft_model, folder: Path) -> None:
         ours[name].copy_(theirs[name])
 
 
-def foreign(folder: Path, words: str) -> StageError:
+def foreign(folder: Path, words: str, hint: str = "") -> StageError:
     """The StageError for an adapter that doesn't fit the model."""
     return StageError(f"lora_model_dir: {folder} is an adapter of another model: {words}",
-                      "name the base_model that it was trained on, and its tokens if it has any")
+                      f"name the base_model that it was trained on, and its tokens if it has any{hint}")
