@@ -17,7 +17,6 @@ Fork me to: change the step (`optimizer_step`), the loss (lib/training/loss.py),
 import gc
 import math
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -44,7 +43,7 @@ from lib.text.chat import Encoder
 from lib.training import checkpoint, devices, faults, hooks, metrics, optim, parallel, rehearsal, sharding
 from lib.training.loss import forward_loss
 from lib.training.metrics import Log
-from lib.training.steps import LATE, Sent, Step, figures_of
+from lib.training.steps import Results, Sent, Step
 from lib.training.trackers import trackers_of
 from lib.training.watch import GradientWatch, waits_for
 
@@ -107,6 +106,10 @@ class Run:
     skipped: int = 0                                               # steps whose loss was not finite
     now: tuple[int, list[Row]] = (0, ())                           # step and micro-batch now, for messages
     read_at: float = 0.0                                           # when a step's figures were last read
+
+    def shares(self, rows: list[Row]) -> list[list[list[Row]]]:
+        """Each rank's micro-batches of a step's rows."""
+        return self.samples.dealt(rows, self.work.config.micro_batch_size, self.world.world_size)
 
 
 def load(work: stage.Work, world: parallel.World) -> Run:
@@ -228,8 +231,7 @@ def train(run: Run) -> Log:
     batches, held_out = micro_batches(run), held_out_batches(run)
     progress = terminal.Progress("training", total, done=run.first_step)
     saves = checkpoint.Writer(run.work.path, config.save_total_limit)
-    late = LATE.get(run.world.device.type, 0)
-    unread, signals = deque(), deque()                            # results that a GPU may still be computing
+    results = Results(run, log, progress)                         # of steps that a GPU may still be computing
     with stage.asked_to_stop() as asked, progress, saves:         # noted also while a checkpoint is written
         if run.first_step == 0:
             evaluate(run, held_out, log, step=0)
@@ -240,34 +242,24 @@ def train(run: Run) -> Log:
                 terminal.say(f"early stopping: {best}, {ago} ago")
                 break
             rate = optim.learning_rate(config, step, total)
-            unread.append(optimizer_step(run, step, run.order.of_step(step), batches, rate))
-            done, evaluates_now = step + 1, evaluates(step + 1, total)
-            write_down(run, unread, 0 if evaluates_now else late, log, progress)
-            if evaluates_now:
+            results.add(optimizer_step(run, step, run.order.of_step(step), batches, rate))
+            done = step + 1
+            if evaluates(done, total):
+                results.read_all()
                 evaluate(run, held_out, log, done)
             saves.look()
-            signals.append(Sent(run.world.most(asked.signal)))
-            stop = signals.popleft().read() if len(signals) > late else 0
+            stop = results.agreed(asked.signal)
             end = done if log.patience_is_over(config) else total
             if keeps(done, end) or stop or done in to_keep(run, log):
-                write_down(run, unread, 0, log, progress)
+                results.read_all()
                 save_checkpoint(run, saves, log, done)
             if stop:
                 saves.wait()
                 run.world.barrier()
                 raise KeyboardInterrupt(stop)
-        write_down(run, unread, 0, log, progress)
+        results.read_all()
     log.draw()
     return log
-
-
-def write_down(run: Run, unread: deque[Step], left: int, log: Log, progress: terminal.Progress) -> None:
-    """Read the figures of all unread steps but the last `left`, write them into the log and show them."""
-    while len(unread) > left:
-        step = unread.popleft()
-        log.step(step.number + 1, figures_of(run, step))
-        if log.steps % run.work.config.logging_steps == 0 or log.steps == run.total_steps:
-            progress.update(log.steps, **log.line())
 
 
 def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict], rate: float) -> Step:
@@ -279,7 +271,7 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
     """
     config, world, samples = run.work.config, run.world, run.samples
     began, waited = time.monotonic(), 0.0
-    shares = samples.dealt(rows, config.micro_batch_size, world.world_size)
+    shares = run.shares(rows)
     sizes = metrics.sizes(samples, rows, shares)
     losses = torch.zeros(len(shares), max(map(len, shares)), 2, device=world.device)  # [rank, batch, figure]
     torch.manual_seed((config.seed * 1_000_003 + step) * 4096 + world.rank)   # dropout repeats when resumed
@@ -312,11 +304,10 @@ def optimizer_step(run: Run, step: int, rows: list[Row], batches: Iterator[dict]
 
 def micro_batches(run: Run) -> Iterator[dict]:
     """An iterator over this rank's micro-batches, of all steps from the first one to do."""
-    config, world = run.work.config, run.world
     steps = map(run.order.of_step, range(run.first_step, run.total_steps))
-    mine = (batch for rows in steps
-            for batch in run.samples.dealt(rows, config.micro_batch_size, world.world_size)[world.rank])
-    return iter(loader(run.samples, mine, config.dataloader_num_workers, world.device, longest_batch(run)))
+    mine = (batch for rows in steps for batch in run.shares(rows)[run.world.rank])
+    return iter(loader(run.samples, mine, run.work.config.dataloader_num_workers, run.world.device,
+                       longest_batch(run)))
 
 
 def longest_batch(run: Run) -> int:

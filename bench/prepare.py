@@ -77,7 +77,7 @@ def write_batches(run_path: Path, folder: Path) -> None:
 def shortest(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """A batch [B, T] as long as its longest row: what this kit pads beyond that is its own affair."""
     from lib.collator import is_per_token
-    from lib.training.loss import supervised_positions
+    from lib.collator import supervised_positions
     tokens = int(batch["attention_mask"].sum(-1).max())
     cut = {name: tensor[:, :tokens].contiguous() for name, tensor in batch.items() if is_per_token(name)}
     positions, targets = supervised_positions(cut["labels"])

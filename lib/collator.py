@@ -19,6 +19,15 @@ MULTIPLE = 8                              # of tokens
 PER_TOKEN = ("input_ids", "attention_mask", "labels", "position_ids")     # and all token_type_ids
 
 
+def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(positions [N] in the flattened [B*T] hidden states, targets [N]); hidden state t predicts token t+1.
+
+    It runs on the CPU, when a batch is made: on a GPU, the host would have to wait for the result.
+    """
+    rows, columns = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
+    return rows * labels.shape[1] + columns, labels[rows, columns + 1]
+
+
 def collate(rows: list[dict[str, torch.Tensor]], pad_id: int, style: str = "cat") -> dict[str, torch.Tensor]:
     """One batch {name: tensor} of encoded samples; tensors with one entry per token are [B, T]."""
     lengths = [row["input_ids"].shape[1] for row in rows]

@@ -25,11 +25,10 @@ import torch.nn.functional as F
 import transformers
 
 from lib import registry
-from lib.batches import packing
 from lib.models import model, plan, roles, trainable
 from lib.run.errors import RowError, StageError
 from lib.text.processor import tokenizer_of
-from lib.training import loss
+from lib.training import loss, rehearsal
 from tests import tiny, zoo
 from tests.test_families import SEEING, Subject, difference, inputs, picture, text
 from tests.zoo.checkpoint import write
@@ -138,7 +137,7 @@ class Try(Subject):
 
     def batches_of_several_are_refused(self, rows):
         """By lib/training/rehearsal.py, before the first step."""
-        change, limit = packing.leak(self.base, [self.batch([row]) for row in rows], self.batch(rows), typical=True)
+        change, limit = rehearsal.leak(self.base, [self.batch([row]) for row in rows], self.batch(rows), typical=True)
         hold(change > limit, "a row's logits depend on its batch")
         self.notes.append("its rows change one another, so that 05 stops unless micro_batch_size is 1")
 

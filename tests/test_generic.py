@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from lib.collator import supervised_positions
 from lib.models import trainable
 from lib.run.errors import StageError
 from lib.training import logits, loss
@@ -155,7 +156,7 @@ def test_what_a_model_makes_of_its_logits_its_loss_does_too(name, options):
     net.lm_head.weight.data = torch.randn_like(net.lm_head.weight)
     trainable.refuse_other_losses(net)
     ids = torch.arange(12).view(2, 6)
-    positions, targets = loss.supervised_positions(ids)
+    positions, targets = supervised_positions(ids)
     hidden = net.model.embed_tokens.weight
     own = net(input_ids=ids, labels=ids, use_cache=False).loss * 10
     (wanted,) = torch.autograd.grad(own, hidden)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from datasets import load_from_disk
 
 from lib.batches.sampler import Batcher
+from lib import collator
 from lib.collator import IGNORE_INDEX
 from lib.models import model
 from lib.models.roles import Roles
@@ -190,7 +191,7 @@ def test_the_loss_of_an_evaluation_makes_no_gradient(subject):
 
 def test_hidden_state_t_predicts_token_t_plus_one():
     labels = torch.tensor([[5, -100, 7, 8], [-100, -100, -100, 9]])  # [B, T]; a first token is no target
-    positions, targets = loss.supervised_positions(labels)
+    positions, targets = collator.supervised_positions(labels)
     assert positions.tolist() == [1, 2, 6] and targets.tolist() == [7, 8, 9]
 
 

@@ -11,7 +11,7 @@ from lib.batches import packing
 from lib.batches.order import Order, epoch
 from lib.batches.sampler import Batcher
 from lib.run.errors import StageError
-from lib.training import loss
+from lib.training import loss, rehearsal
 from tests import zoo
 from tests.runner import Run, colour_rows, text_rows
 from tests.test_families import NAMES, find
@@ -59,7 +59,7 @@ def test_a_packed_sample_has_the_loss_and_gradients_that_it_has_alone(subject, t
     net.eval()
     rows = rows_of(subject)
     alone, packed = [subject.batch([row]) for row in rows], packed_batch(subject, net, rows)
-    assert packing.leak(net, alone, packed)[0] < 1e-4
+    assert rehearsal.leak(net, alone, packed)[0] < 1e-4
     (loss_alone, wanted), (loss_packed, found) = gradients(net, alone), gradients(net, [packed])
     assert loss_packed == pytest.approx(loss_alone, rel=1e-5)
     assert found.keys() == wanted.keys() and len(found) > 0
@@ -82,7 +82,7 @@ def test_the_refused_families_leak_indeed(tmp_path_factory):
     needs = {"positions": packing.Positions.of(subject.base)}
     joined = packing.join(rows, needs["positions"], subject.encoder.collate)
     packed = Batcher(subject.encoder.pad_id, subject.encoder.collate)([joined])
-    change, limit = packing.leak(subject.base, [subject.batch([row]) for row in rows], packed)
+    change, limit = rehearsal.leak(subject.base, [subject.batch([row]) for row in rows], packed)
     assert change > 10 * limit
 
 

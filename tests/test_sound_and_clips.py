@@ -32,7 +32,7 @@ from lib.models.saved import attach, save_adapter
 from lib.run.errors import RowError
 from lib.text import chat, processor
 from lib.text.template import Template
-from lib.training import loss
+from lib.training import loss, rehearsal
 from tests import fetched
 
 HEARING = ("voxtral", "gemma3n", "gemma4_e2b")
@@ -188,7 +188,7 @@ def test_packed_sounds_and_clips_are_heard_and_seen_as_alone(name, subject_of):
     needs = packing.needs(subject.net, subject.family)
     joined = packing.join(rows, needs["positions"], subject.encoder.collate)
     packed = Batcher(subject.encoder.pad_id, subject.encoder.collate, needs["masks"])([joined])
-    assert packing.leak(subject.net, [subject.batch([row]) for row in rows], packed)[0] < 1e-4
+    assert rehearsal.leak(subject.net, [subject.batch([row]) for row in rows], packed)[0] < 1e-4
 
 
 @pytest.mark.parametrize("name, kind", DIFFERENT)

@@ -3,8 +3,7 @@
 Batches of short samples are mostly padding, and single ones leave a GPU idle. A packed row is samples one
 after the other. Position ids start again at each of them, and without an attention mask transformers takes
 every such start for a border (masking_utils.find_packed_sequence_indices). Where the tokens of a family's
-pictures see one another in both directions, the mask is made here. `leak` measures on the loaded model that
-no sample sees another.
+pictures see one another in both directions, the mask is made here.
 
 Fork me to: pack another way (`fill`).
 """
@@ -19,7 +18,6 @@ from lib.collator import IGNORE_INDEX, cat_padded, end_to_end, is_per_token
 from lib.fast import features
 from lib.registry import Family
 from lib.run.errors import StageError
-from lib.training.loss import supervised_states
 
 
 def fill(order: list[int], lengths: list[int], room: int) -> list[tuple[int, ...]]:
@@ -179,19 +177,3 @@ def needs(model, family: Family) -> dict:
         raise StageError(f"sample_packing: {family.name}'s packed rows need masks that flex_attention can't "
                          "take", "attn_implementation: sdpa, or sample_packing: false")
     return {"positions": Positions.of(model), "masks": masks}
-
-
-def leak(model, alone: list[dict[str, torch.Tensor]], together: dict[str, torch.Tensor],
-         typical: bool = False) -> tuple[float, float]:
-    """(largest relative change of a supervised hidden state when samples share a batch, limit for rounding).
-
-    typical: take each sample's median change, not its largest, since rounding may change a router's choices.
-    The limit is well above rounding: bfloat16's is around a hundredth, float32's a hundred-thousandth.
-    """
-    apart = [supervised_states(model, batch) for batch in alone]                 # [N, D] each
-    one_by_one = torch.cat(apart)
-    limit = 1e-3 if one_by_one.dtype == torch.float32 else 5e-2
-    change = (supervised_states(model, together) - one_by_one).float().norm(dim=-1)
-    change /= one_by_one.float().norm(dim=-1)
-    of_samples = change.split([len(states) for states in apart])
-    return float(max(each.median() if typical else each.max() for each in of_samples)), limit

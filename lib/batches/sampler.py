@@ -13,12 +13,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from lib.batches import packing
 from lib.batches.order import Row, dealt, sample_of
-from lib.collator import IGNORE_INDEX, collate
+from lib.collator import IGNORE_INDEX, collate, supervised_positions
 from lib.fast import features
 from lib.fast.store import Store
 from lib.run.errors import StageError
 from lib.text.chat import Encoder
-from lib.training.loss import supervised_positions
 
 TOWER = 0.5                               # a frozen tower's FLOPs per media token, over a token's: 0.2 to 0.8
 AHEAD_BYTES = 2**31                       # of the batches that wait for the model at most, over all workers

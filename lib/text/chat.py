@@ -102,8 +102,8 @@ class Encoder:
         try:
             return [open_medium(record, self.decoding) for record in records]
         except MediaError as error:
-            raise StageError(str(error), "where a path is relative, start in the folder in which 02_data ran; "
-                                         "else run 02_data.py again with --force") from None
+            raise StageError(str(error), "where a path is relative, start in the folder in which 02_data ran;"
+                                         " else run 02_data.py again with --force") from None
 
     def encode(self, text: str, spans: list[tuple[int, int]], media: list) -> dict[str, torch.Tensor]:
         """The tensors of a text; spans: its trained characters; media: in the order of their placeholders."""

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from lib import fast
-from lib.collator import IGNORE_INDEX
 from lib.run.errors import StageError
 from lib.training.logits import UNCHANGED, Finish
 
@@ -22,15 +21,6 @@ CHUNK = 256                               # rows (positions) of logits in a chun
 CHUNK_LOGITS = {"cpu": 2**23}             # logits in a chunk at most, by device: 16 MiB in bfloat16
 ELSEWHERE = 2**25                         # on other devices, 64 MiB: a GPU reads the head for each chunk
 WIDE_LOGITS = {"cpu": 2**19}              # logits of a chunk in float32 at once: 2 MiB; elsewhere, all of it
-
-
-def supervised_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions [N] in the flattened [B*T] hidden states, targets [N]); hidden state t predicts token t+1.
-
-    It runs on the CPU, when a batch is made: on a GPU, the host would have to wait for the result.
-    """
-    rows, columns = torch.nonzero(labels[:, 1:] != IGNORE_INDEX, as_tuple=True)
-    return rows * labels.shape[1] + columns, labels[rows, columns + 1]
 
 
 def forward_loss(model, batch: dict, of_chunk: Callable | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import torch
 
-from lib.batches import packing
 from lib.batches.order import Row, in_turn
 from lib.batches.sampler import loader, to_device
 from lib.collator import collate, is_per_token
 from lib.run import terminal
 from lib.training import devices, optim
+from lib.training.loss import supervised_states
 from lib.training.steps import Step, figures_of
 
 RATE = {"adapter": 2e-3, "model": 1e-4}   # learning rates at least, so that STEPS suffice for any recipe
@@ -146,16 +146,32 @@ def prove_apart(run, indices: Row, rows: list[Row], who: str, fix: str) -> None:
                         for dealt, some in [*((single, [(index,)]) for index in indices), (samples, rows)])
     run.model.eval()
     with run.autocast():
-        change, limit = packing.leak(run.model, alone, together, typical=len(rows) > 1)
+        change, limit = leak(run.model, alone, together, typical=len(rows) > 1)
     run.model.train()
     if change > limit:
         run.world.stop(f"{fix.partition(':')[0]}: {who} one another: hidden states of "
                        f"{samples.ids[indices[-1]]} change by {change:.0%}", fix)
 
 
+def leak(model, alone: list[dict[str, torch.Tensor]], together: dict[str, torch.Tensor],
+         typical: bool = False) -> tuple[float, float]:
+    """(largest relative change of a supervised hidden state when samples share a batch, limit for rounding).
+
+    typical: take each sample's median change, not its largest, since rounding may change a router's choices.
+    The limit is well above rounding: bfloat16's is around a hundredth, float32's a hundred-thousandth.
+    """
+    apart = [supervised_states(model, batch) for batch in alone]                 # [N, D] each
+    one_by_one = torch.cat(apart)
+    limit = 1e-3 if one_by_one.dtype == torch.float32 else 5e-2
+    change = (supervised_states(model, together) - one_by_one).float().norm(dim=-1)
+    change /= one_by_one.float().norm(dim=-1)
+    of_samples = change.split([len(states) for states in apart])
+    return float(max(each.median() if typical else each.max() for each in of_samples)), limit
+
+
 def batches(run, rows: list[Row]) -> Iterator[dict]:
     """This rank's micro-batches of these rows, encoded in this process."""
-    mine = run.samples.dealt(rows, run.work.config.micro_batch_size, run.world.world_size)[run.world.rank]
+    mine = run.shares(rows)[run.world.rank]
     return iter(loader(run.samples, mine, 0, run.world.device))
 
 

@@ -4,12 +4,15 @@ A GPU works through what the host has queued, and never idles as long as the hos
 So a step's results are copied to the host without waiting, and read once the next step is queued.
 """
 import time
+from collections import deque
 from dataclasses import dataclass
 
 import torch
 
 from lib.batches.order import Row
+from lib.run import terminal
 from lib.training import faults
+from lib.training.metrics import Log
 
 LATE = {"cuda": 1}                        # steps by which results are read late; elsewhere 0
 
@@ -41,6 +44,38 @@ class Step:
     norms: dict[str, Sent]                # of gradients, before clipping
     began: float                          # on time.monotonic's clock
     waited: float                         # seconds, for batches
+
+
+class Results:
+    """What steps found, written into the log and shown, `late` steps after they were queued."""
+
+    def __init__(self, run, log: Log, progress: terminal.Progress):
+        self.run, self.log, self.progress = run, log, progress
+        self.late = LATE.get(run.world.device.type, 0)
+        self.steps: deque[Step] = deque()
+        self.signals: deque[Sent] = deque()
+
+    def add(self, step: Step) -> None:
+        """Keep a step that was queued, and read those that are done by now."""
+        self.steps.append(step)
+        self._read(self.late)
+
+    def read_all(self) -> None:
+        """Read all steps, also the one that the device is at."""
+        self._read(0)
+
+    def agreed(self, signal: int) -> int:
+        """The signal by which any rank was asked to stop, the same for all, as many steps late; 0: none."""
+        self.signals.append(Sent(self.run.world.most(signal)))
+        return self.signals.popleft().read() if len(self.signals) > self.late else 0
+
+    def _read(self, left: int) -> None:
+        while len(self.steps) > left:
+            step = self.steps.popleft()
+            self.log.step(step.number + 1, figures_of(self.run, step))
+            is_last = self.log.steps == self.run.total_steps
+            if self.log.steps % self.run.work.config.logging_steps == 0 or is_last:
+                self.progress.update(self.log.steps, **self.log.line())
 
 
 def figures_of(run, step: Step) -> dict:
