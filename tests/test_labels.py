@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from lib import registry
 from lib.collator import IGNORE_INDEX
 from lib.data.messages import normalise
+from lib.media.media import read_medium
 from lib.run.errors import RowError, StageError
 from lib.text.chat import Encoder
 from lib.text.processor import load_processor, stop_tokens, tokenizer_of
@@ -527,7 +528,7 @@ def test_the_prompt_for_an_answer_ends_where_the_last_reply_starts(family, tmp_p
     template, encoder = family("llava")
     picture().save(tmp_path / "a.png")
     (conversation,) = template.conversations(chat("▣one", "two", "▣three", " four \n"))
-    media = [{"kind": "image", "path": str(tmp_path / "a.png"), "bytes": None}] * 2
+    media = [read_medium("a.png", tmp_path)[0]] * 2
     text, images, reply = encoder.prompt({"text": conversation.text, "reply": reply_of(conversation), "media": media})
     assert text.endswith("three ASSISTANT:") and len(images) == 2 and reply == "four"
 
