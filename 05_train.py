@@ -30,7 +30,7 @@ from lib.batches.order import Order, Row, in_turn
 from lib.batches.sampler import Samples, loader, to_device
 from lib.evaluation.evaluate import held_out_answers, held_out_loss, metrics_of
 from lib.evaluation.golden import golden_answers, write_golden
-from lib.fast import features
+from lib.fast import features, products
 from lib.fast.store import keep_features
 from lib.memory import fit
 from lib.models import model
@@ -58,7 +58,7 @@ def main(argv=None):
         path = world.agree(lambda: stage.resolve_run(args.run))
         if args.check:
             run = load(stage.view("05_train", path), world)
-            with faults.explained(run):
+            with faults.explained(run), products.paths(run.dtype, world.device):
                 return rehearsal.check(run, optimizer_step)
         # 1. Rank 0 decides whether to skip, run, resume or refuse; the others do the same.
         decision = world.agree(lambda: stage.decide("05_train", path, args.force, args.resume))
@@ -70,14 +70,17 @@ def main(argv=None):
         run = load(work, world)
         # 3. Train.
         with faults.explained(run):
-            if work.config.cache_vision_features:
-                keep_features(run)
-            gc.collect()
-            gc.freeze()                   # the garbage collector no longer looks at what stays for all steps
-            with fast.paths(run.model, run.roles), features.replayed(run.model), devices.tf32(
+            with products.paths(run.dtype, world.device) as speed, devices.tf32(
                     work.config.tf32 and work.config.bf16 is False):
-                rehearsal.prove_rows_apart(run)
-                log = train(run)
+                if speed > 1 and world.is_leader:
+                    terminal.say(f"this CPU is slow in {run.dtype}: products are computed in float32")
+                if work.config.cache_vision_features:
+                    keep_features(run)
+                gc.collect()
+                gc.freeze()               # the garbage collector no longer looks at what stays for all steps
+                with fast.paths(run.model, run.roles), features.replayed(run.model):
+                    rehearsal.prove_rows_apart(run)
+                    log = train(run)
             log.say_peak(run.forecast_gib)
             # 4. Save what was trained, and what a fresh process has to reproduce.
             save(run, log)
@@ -94,7 +97,7 @@ class Run:
     role_of: dict[str, str]                                        # {name of a parameter: its role}
     watch: GradientWatch
     optimizer: torch.optim.Optimizer
-    autocast: Callable
+    dtype: torch.dtype                                             # of matrix products
     samples: Samples
     held_out: Samples
     order: Order
@@ -106,6 +109,10 @@ class Run:
     skipped: int = 0                                               # steps whose loss was not finite
     now: tuple[int, list[Row]] = (0, ())                           # step and micro-batch now, for messages
     read_at: float = 0.0                                           # when a step's figures were last read
+
+    def autocast(self) -> torch.autocast:
+        """The context of each forward, where `dtype` has 16 bits."""
+        return torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def shares(self, rows: list[Row]) -> list[list[list[Row]]]:
         """Each rank's micro-batches of a step's rows."""
@@ -125,8 +132,6 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     net, roles, forecast_gib = load_model(work, world, plan, shards)
     parameters = model.trained_parameters(net)
     role_of = {name: roles.of(name) for name in parameters}
-    autocast = partial(torch.autocast, world.device.type, getattr(torch, plan["dtype"]),
-                       enabled=plan["dtype"] != "float32")
     # The samples.
     encoder = Encoder.load(data / "processor", config.trust_remote_code)
     packed = packing.needs(net, family_of(plan["model_type"])) if config.sample_packing else {}
@@ -142,9 +147,9 @@ def load(work: stage.Work, world: parallel.World) -> Run:
                   samples.kinds)
     total_steps = order.total_steps(config.num_epochs, config.max_steps)
     return Run(work=work, world=world, model=net, roles=roles, parameters=parameters, role_of=role_of,
-               watch=watch, optimizer=optimizer, autocast=autocast, samples=samples, held_out=held_out,
-               order=order, first_step=state["step"], total_steps=total_steps, loss=hooks.loss_of(config),
-               scaler=scaler, forecast_gib=forecast_gib)
+               watch=watch, optimizer=optimizer, dtype=getattr(torch, plan["dtype"]), samples=samples,
+               held_out=held_out, order=order, first_step=state["step"], total_steps=total_steps,
+               loss=hooks.loss_of(config), scaler=scaler, forecast_gib=forecast_gib)
 
 
 def load_model(work: stage.Work, world: parallel.World, plan: dict,

@@ -16,6 +16,7 @@ from statistics import median
 from bench import prepare, shapes
 from bench.ours import take
 from lib import fast
+from lib.fast import products
 from lib.batches.sampler import Batcher
 
 WARM_UP = 2
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     with contextlib.chdir(args.folder):   # where the paths of the run's recipe start
         train, run = prepare.loaded(Path("padded"))
         encoding, collating = zip(*(prepared(run, step) for step in range(args.steps + WARM_UP)))
-        with fast.paths(run.model, run.roles):
+        with products.paths(run.dtype, run.world.device), fast.paths(run.model, run.roles):
             meter = take(train, run, args.steps + WARM_UP, train.micro_batches(run))
     seconds = {"encoding": encoding, "collating": collating, "training": [step["seconds"] for step in meter.steps]}
     found = {name: median(each[WARM_UP:]) for name, each in seconds.items()}

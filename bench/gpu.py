@@ -28,7 +28,6 @@ import time
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -333,8 +332,7 @@ def with_ours(net, roles, made: Made, knobs, world) -> dict:
         role_of=role_of,
         watch=GradientWatch(role_of, {"image"}),
         optimizer=optim.make_optimizer(parameters, role_of, knobs),
-        autocast=partial(torch.autocast, world.device.type, torch.bfloat16), samples=made, held_out=made,
-        order=every_step, first_step=0, total_steps=STEPS)
+        dtype=torch.bfloat16, samples=made, held_out=made, order=every_step, first_step=0, total_steps=STEPS)
     with fast.paths(net, roles):
         return take(train, run, STEPS, itertools.cycle(made.batches)).result()
 

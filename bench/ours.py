@@ -17,7 +17,7 @@ from pathlib import Path
 from bench.machine import Meter, now
 from bench.prepare import loaded
 from lib import fast
-from lib.fast import features
+from lib.fast import features, products
 from lib.training import optim, parallel
 from lib.training.steps import figures_of
 
@@ -42,12 +42,13 @@ def trained(run_path: Path, steps: int | None = None, after: Callable = nothing,
     shutil.rmtree(run_path / "features", ignore_errors=True)           # what an earlier round kept
     train, run = loaded(run_path, world)
     began, cpu = now(run.world.device), time.process_time()
-    if run.work.config.cache_vision_features:
-        train.keep_features(run)
-    seconds, cpu_seconds = now(run.world.device) - began, time.process_time() - cpu
-    steps = min(steps or run.total_steps, run.total_steps)
-    with fast.paths(run.model, run.roles), features.replayed(run.model):
-        meter = take(train, run, steps, train.micro_batches(run), after)
+    with products.paths(run.dtype, run.world.device):
+        if run.work.config.cache_vision_features:
+            train.keep_features(run)
+        seconds, cpu_seconds = now(run.world.device) - began, time.process_time() - cpu
+        steps = min(steps or run.total_steps, run.total_steps)
+        with fast.paths(run.model, run.roles), features.replayed(run.model):
+            meter = take(train, run, steps, train.micro_batches(run), after)
     return meter.result() | {"before_seconds": seconds, "before_cpu_seconds": cpu_seconds}
 
 

@@ -4,8 +4,10 @@ attention.py computes attention (on a CPU blocks.py), adapted.py LoRA layers, no
 out of the last layer what nothing depends on, alignment.py pads layers that a GPU would be slow at, and
 features.py and store.py keep a frozen tower's features.
 `rows_forward` stands in for peft's layers with some rows that train, which copy the whole matrix each time.
+products.py, which has its own `paths`, is for CPUs that are slow at products in 16 bits.
 
-All are used inside `paths(model, roles)` only: what is saved, shown and compared the libraries compute.
+All others are used inside `paths(model, roles)` only: what is saved, shown and compared, the libraries
+compute.
 """
 import contextlib
 from collections.abc import Iterator
