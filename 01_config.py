@@ -13,26 +13,23 @@ Fork me to: add a knob (a line in Recipe); a contradiction or a warning is a row
 """
 
 import argparse
-import re
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
 from typing import Literal
 
-from lib import registry
 from lib.config.checks import (
     bnb_arguments, day, filled, limits, model_overrides, name_ends, name_regexes, properties, regex,
     role_words, side, size, special_tokens, template_arguments, words)
-from lib.config.knobs import REQUIRED, Hook, in_words, knob, knobs_of
+from lib.config.kept import commit_kept, first_day
+from lib.config.knobs import REQUIRED, Hook, knob, readers
+from lib.config.listing import show, show_knobs
 from lib.config.paths import adapter_path, chat_template, data_path, hook, metrics, model_path
-from lib.config.reading import read_knobs
-from lib.config.recipe import Entry, read_overrides, read_recipe, read_text, written
-from lib.config.rules import MEDIA_ROLES, RULES, WARNINGS
-from lib.models import origin
+from lib.config.recipe import Entry, read_text
+from lib.config.resolve import as_override, read_checked, sort_arguments
+from lib.config.rules import MEDIA_ROLES
 from lib.run import stage, terminal
 from lib.run.errors import StageError
-from lib.run.ledger import read_json, write_json
-from lib.run.stage import STAGES
+from lib.run.ledger import write_json
 
 # ---- the schema ------------------------------------------------------------------------------------------
 # A knob a line: its name, type and default, the scripts that read it, why, its unit and limits. None is null.
@@ -237,9 +234,17 @@ class Recipe:
 # ---- a recipe to a configuration -----------------------------------------------------------------------
 
 
-def settle(values: dict, recipe_path: Path) -> Recipe:
+def configure(recipe_path: Path, text: str, overrides=()) -> tuple[Recipe, dict[str, Entry], list]:
+    """(the Recipe of a text, {knob: the entry that gave its value}, notes as (key, words)).
+
+    Raises StageError with all problems of the recipe at once.
+    """
+    reading = read_checked(Recipe, recipe_path, text, overrides)
+    return settle(Recipe(**reading.values), recipe_path), reading.given, reading.notes
+
+
+def settle(k: Recipe, recipe_path: Path) -> Recipe:
     """The Recipe, with knobs that follow from others filled in; no value depends on this machine."""
-    k = Recipe(**values)
     k.load_in_4bit = k.adapter == "qlora" or bool(k.load_in_4bit)
     k.full_finetune = k.adapter is None
     k.lora_target_linear = k.lora_target_modules is None
@@ -253,114 +258,7 @@ def settle(values: dict, recipe_path: Path) -> Recipe:
     return k
 
 
-def configure(recipe_path: Path, text: str, overrides=()) -> tuple[Recipe, dict[str, Entry], list]:
-    """(the Recipe of a text, {knob: the entry that gave its value}, notes as (key, words)).
-
-    Raises StageError with all problems of the recipe at once.
-    """
-    entries, problems = read_recipe(recipe_path, text)
-    changes, more = read_overrides(overrides)
-    reading = read_knobs(entries, changes, Recipe)
-    problems += more + reading.problems
-    k = Recipe(**reading.values)
-    for names, contradict, why, fix in RULES:
-        names = names.split()
-        if not reading.failed & set(names) and contradict(k):
-            problems.append((f"{reading.together(names)}: {why}", fix))
-    if problems:
-        *others, (what, fix) = problems                          # each in two lines, as if it were alone
-        raise StageError("".join(f"{what}\n  fix: {fix}\nerror: " for what, fix in others) + what, fix)
-    return settle(reading.values, recipe_path), reading.given, reading.notes
-
-
 # ---- the command -----------------------------------------------------------------------------------------
-
-
-def sort_arguments(words: list[str]) -> tuple[Path, str | None, list[str]]:
-    """(recipe, run folder or None where none is named, overrides) of a command line's words."""
-    overrides = [word for word in words if re.match(r"[A-Za-z_][\w.\[\]]*=", word)]
-    paths = [word for word in words if word not in overrides]
-    if not paths:
-        raise StageError("no recipe is named", "python 01_config.py recipes/demo.yaml runs/demo")
-    if len(paths) > 2:
-        raise StageError(f"{' '.join(paths[2:])}: neither the recipe, nor the run folder, nor key=value",
-                         "write an override without spaces around its =, and quote it for the shell")
-    if len(paths) == 2 and Path(paths[1]).is_file():
-        raise StageError(f"{paths[1]} is a file, no run folder", f"python 01_config.py {paths[0]} runs/NAME")
-    return Path(paths[0]), paths[1] if len(paths) == 2 else None, overrides
-
-
-def as_override(flag: str, value: str = "VALUE", *_) -> str:
-    """`lora_r=8` for the words --lora_r 8, --lora-r=8 and the like."""
-    name, _, given = flag.lstrip("-").partition("=")
-    return f"{name.replace('-', '_')}={given or value}"
-
-
-def first_day(run: Path) -> str:
-    """The day that a run's templates write: that of 01's first run, so that samples stay the same."""
-    try:
-        return read_json(run / "01_config" / "config.json")["template_date"]
-    except (StageError, KeyError):                               # there is none, or an older kit's
-        return date.today().isoformat()
-
-
-def pinned(run: Path, k: Recipe) -> dict | None:
-    """{base_model, revision as the recipe has it, commit}; None for a folder, or where no commit is known.
-
-    When 01 runs again, the commit is kept: `main` may mean another one by then, and a run has one model.
-    """
-    if Path(k.base_model).is_dir():
-        return None
-    asked = {"base_model": k.base_model, "revision": k.revision or "main"}
-    try:
-        kept = read_json(run / "01_config" / "origin.json")
-        if asked.items() <= kept.items():
-            return kept
-    except StageError:                                           # there is none
-        pass
-    registry.refuse_unloadable(k.base_model)
-    found = origin.commit(k.base_model, k.revision)
-    return asked | {"commit": found} if found else None
-
-
-def show(k: Recipe, given: dict[str, Entry], notes: list) -> None:
-    """Print what the recipe gives, by stage, then what is odd about it."""
-    known, values = knobs_of(Recipe), asdict(k)
-    for stem in (*STAGES[1:], STAGES[0]):
-        rows = []
-        for name, (_, meta) in known.items():
-            if name in given and meta["stages"][0] == stem:      # listed once, where it is read first
-                later = " ".join(other[:2] for other in meta["stages"][1:])
-                rows.append([name, written(without_defaults(values[name])), given[name].place(), later])
-        if rows:
-            terminal.table(stem, ["knob", "value", "given by", "also read by"], rows)
-    terminal.say(f"{len(known) - len(given)} more knobs are as by default: python 01_config.py --knobs")
-    for name, why in notes:
-        terminal.say(f"{name}: {why}")
-    idle = [name for name in given if name.startswith(("lora_", "peft_")) and not k.adapter]
-    if idle:
-        terminal.warn(f"{', '.join(idle)}: without effect, since adapter is empty (full fine-tuning)")
-    for seldom_works, why in WARNINGS:
-        if seldom_works(k):
-            terminal.warn(why.format(**values))
-
-
-def without_defaults(value):
-    """A knob's value as a recipe may write it: entries of `datasets` without what they leave open."""
-    default = {name: meta["default"] for name, (_, meta) in knobs_of(Dataset).items()}
-    if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-        return value
-    return [{name: each for name, each in entry.items() if each != default.get(name, ...)} for entry in value]
-
-
-def show_knobs() -> None:
-    """Print every knob with its default, what it takes, who reads it and why."""
-    rows = []
-    for name, (kind, meta) in knobs_of(Recipe).items():
-        default = "required" if meta["default"] is REQUIRED else written(meta["default"])
-        readers = " ".join(stem[:2] for stem in meta["stages"])
-        rows.append([name, default, in_words(kind, meta), meta["unit"], readers, meta["why"]])
-    terminal.table("knobs", ["knob", "default", "takes", "unit", "read by", "why"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -372,40 +270,34 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--knobs", action="store_true", help="show every knob, and do nothing else")
     args, unknown = parser.parse_known_args(argv)
     if args.knobs:
-        return show_knobs()
+        return show_knobs(Recipe)
     if unknown:
         raise StageError(f"{unknown[0]}: no such flag", f"knobs go without dashes: {as_override(*unknown)}")
 
-    # Read the whole recipe; where something in it is wrong, this stops before anything is written.
+    # 1. Read the whole recipe; where something in it is wrong, this stops before anything is written.
     recipe_path, run, overrides = sort_arguments(args.words)
     text, sha256 = read_text(recipe_path)
     k, given, notes = configure(recipe_path, text, overrides)
     k.output_dir = run or k.output_dir
     run = Path(k.output_dir)
     k.template_date = k.template_date or first_day(run)
-
-    # Is there anything to do?
+    # 2. Start the stage, unless its outputs are still true.
     given_words = {"recipe": str(recipe_path), "overrides": overrides}
     decision = stage.decide("01_config", run, args.force, knobs=given_words)
-    pin = pinned(run, k) if decision.action == "run" else None
+    pinned = commit_kept(run, k.base_model, k.revision) if decision.action == "run" else None
     work = stage.begin(decision)
     stage.remember_latest(run)
     if work is None:
         return
-
-    # Write every knob, and who reads it.
     work.uses(recipe_path, sha256)
-    known = knobs_of(Recipe)
-    readers = {stem: [name for name, (_, meta) in known.items() if stem in meta["stages"]] for stem in STAGES}
-    readers["given"] = sorted(given)
-    readers["not_identity"] = [name for name, (_, meta) in known.items() if not meta["identity"]]
-    if pin:
-        terminal.say(f"{k.base_model}: {pin['revision']} is commit {pin['commit']}")
-        k.revision = pin["commit"]
-        write_json(work.path / "origin.json", pin)
+    # 3. Write every knob, and who reads it.
+    if pinned:
+        terminal.say(f"{k.base_model}: {pinned['revision']} is commit {pinned['commit']}")
+        k.revision = pinned["commit"]
+        write_json(work.path / "origin.json", pinned)
     write_json(work.path / "config.json", asdict(k))
-    write_json(work.path / "stages.json", readers)
-    show(k, given, notes)
+    write_json(work.path / "stages.json", readers(Recipe) | {"given": sorted(given)})
+    show(k, given, notes, Dataset)
     work.finish()
 
 

@@ -1,6 +1,5 @@
 """The knobs chat_template and template_date through the scripts: whose template it is, which day it tells."""
 
-import importlib
 import json
 
 import datasets
@@ -9,7 +8,7 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 from lib import registry
-from lib.config import paths
+from lib.config import kept, paths
 from lib.evaluation import predict
 from lib.export import fresh, proof
 from lib.run import ledger, stage
@@ -25,10 +24,8 @@ CHATML = CLOCK + "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ '' + m.con
 @pytest.fixture
 def on_day(monkeypatch):
     """A function: an ISO date -> from now on it is this day, for 01 and for chat templates."""
-    config = importlib.import_module("01_config")
-
     def on_day(day: str):
-        class Today(config.date):
+        class Today(kept.date):
             @classmethod
             def today(cls):
                 return cls.fromisoformat(day)
@@ -38,7 +35,7 @@ def on_day(monkeypatch):
             def now(cls, tz=None):
                 return cls.fromisoformat(day)
 
-        monkeypatch.setattr(config, "date", Today)
+        monkeypatch.setattr(kept, "date", Today)
         monkeypatch.setattr(chat_template_utils, "datetime", Clock)
     return on_day
 

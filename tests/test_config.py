@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from lib.config import knobs
+from lib.config.recipe import read_overrides, written
+from lib.config.rules import RULES
 from lib.run.code import source
 from lib.run.errors import StageError
 from lib.run.stage import ROOT, STAGES
@@ -79,7 +81,7 @@ def test_every_knob_says_why_and_who_reads_it_and_takes_its_own_default(name):
     kind, meta = KNOBS[name]
     assert meta["why"] and meta["stages"] and set(meta["stages"]) <= set(STAGES)
     if meta["default"] is not knobs.REQUIRED and meta["default"] is not None:
-        (entry,), _ = config.read_overrides([f"{name}={config.written(meta['default'])}"])
+        (entry,), _ = read_overrides([f"{name}={written(meta['default'])}"])
         assert knobs.convert_within(entry.node, kind, meta) == meta["default"]
 
 
@@ -410,7 +412,7 @@ def test_knobs_that_contradict_each_other_are_refused(folder, given):
 
 def test_every_rule_is_broken_by_one_of_these_contradictions(folder):
     said = [what for given in CONTRADICTIONS for what, _ in problems(GOOD, *given)]
-    assert [why for _, _, why, _ in config.RULES if not any(what.endswith(why) for what in said)] == []
+    assert [rule.why for rule in RULES if not any(what.endswith(rule.why) for what in said)] == []
 
 
 @pytest.mark.parametrize("overrides, words", [

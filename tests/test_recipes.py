@@ -11,6 +11,7 @@ from PIL import Image
 
 from lib import registry
 from lib.config.knobs import knobs_of
+from lib.config.rules import WARNINGS
 from lib.run.stage import ROOT
 
 config = importlib.import_module("01_config")
@@ -107,7 +108,7 @@ def test_a_recipe_says_what_it_is_for_and_claims_no_measurement(name):
 def test_a_recipe_sets_only_what_differs_from_the_defaults_and_says_why(name, folder):
     text, recipe, given, notes = read(name)
     assert not notes, "a knob without meaning here"
-    assert not [words for seldom_works, words in config.WARNINGS if seldom_works(recipe)]
+    assert not [words for seldom_works, words in WARNINGS if seldom_works(recipe)]
     for knob in given:
         assert getattr(recipe, knob) != knobs_of(config.Recipe)[knob][1]["default"], knob
         (line,) = [line for line in text.splitlines() if line.startswith(f"{knob}:")]

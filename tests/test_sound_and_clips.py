@@ -24,6 +24,7 @@ from PIL import Image
 from lib import registry
 from lib.batches import packing
 from lib.batches.sampler import Batcher, SHARING, media_kinds
+from lib.config.knobs import knobs_of
 from lib.media import media
 from lib.media.clips import Clip
 from lib.models import model, roles
@@ -77,7 +78,7 @@ class Subject:
     def knobs(self, **changes):
         """The recipe's knobs that planning and LoRA read."""
         config = importlib.import_module("01_config")
-        defaults = {name: meta["default"] for name, (_, meta) in config.knobs_of(config.Recipe).items()}
+        defaults = {name: meta["default"] for name, (_, meta) in knobs_of(config.Recipe).items()}
         return SimpleNamespace(**defaults | dict(base_model=str(self.folder), bf16=False, load_in_4bit=False,
                                                  lora_r=2, seed=1) | changes)
 

@@ -52,6 +52,13 @@ def knobs_of(schema: type) -> dict[str, tuple[type, Mapping]]:
     return {field.name: (kinds[field.name], field.metadata) for field in dataclasses.fields(schema)}
 
 
+def readers(schema: type) -> dict[str, list[str]]:
+    """{stem: the knobs that this stage reads}; under "not_identity", those that put no stage out of date."""
+    metas = {name: meta for name, (_, meta) in knobs_of(schema).items()}
+    of_stage = {stem: [name for name, meta in metas.items() if stem in meta["stages"]] for stem in STAGES}
+    return of_stage | {"not_identity": [name for name, meta in metas.items() if not meta["identity"]]}
+
+
 # ---- nodes to values -------------------------------------------------------------------------------------
 
 
