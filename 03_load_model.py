@@ -15,17 +15,16 @@ import math
 import time
 from pathlib import Path
 
-import datasets
 import torch
 
 from lib import quant, registry
 from lib.batches.sampler import Batcher, to_device
+from lib.data.finished import encoder_of, samples_of
 from lib.memory import fit
 from lib.models import model, origin
 from lib.models.plan import make_plan
 from lib.run import stage, terminal
 from lib.run.ledger import write_json
-from lib.text.chat import Encoder
 from lib.training import devices
 from lib.training.loss import forward_loss
 
@@ -103,8 +102,7 @@ def print_plan(plan: dict) -> None:
 
 def first_forward(loaded, work, device: torch.device) -> tuple[float, str]:
     """(loss per supervised token of the first training sample, before training; its sample_id)."""
-    record = datasets.load_from_disk(work.input("02_data") / "train")[0]
-    encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
+    record, encoder = samples_of(work, "train")[0], encoder_of(work)
     batch = to_device(Batcher(encoder.pad_id, encoder.collate)([encoder(record)]), device)
     with torch.no_grad():
         loss, _ = forward_loss(loaded, batch)

@@ -13,12 +13,12 @@ from collections import Counter
 
 from lib.models import model
 from lib.models.adapter import adapted_experts
-from lib.models.plan import on_meta
+from lib.models.plan import on_meta, read_plan
 from lib.models.roles import Roles
 from lib.models.saved import save_adapter
 from lib.run import stage, terminal
 from lib.run.errors import StageError
-from lib.run.ledger import read_json, write_json
+from lib.run.ledger import write_json
 
 LEARNS_WORDS = {"language", "cross_attention", "experts"}          # roles without which answers hardly change
 
@@ -32,7 +32,7 @@ def main(argv=None):
     work = stage.begin(stage.decide("04_lora", run, force=args.force))
     if work is None:
         return
-    plan = read_json(work.input("03_load_model") / "model.json")
+    plan = read_plan(work)
     # 2. Choose what trains, by role: an adapter's tensors, or the base's own.
     facts = adapter(plan, work) if work.config.adapter else full_fine_tuning(plan, work)
     # 3. Write it down; 05 trains this and compares.

@@ -21,25 +21,25 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-import datasets
 import torch
 
 from lib import fast
 from lib.batches import packing
 from lib.batches.order import Order, Row, in_turn
 from lib.batches.sampler import Samples, loader, to_device
+from lib.data.finished import encoder_of, samples_of
 from lib.evaluation.evaluate import held_out_answers, held_out_loss, metrics_of
 from lib.evaluation.golden import golden_answers, write_golden
 from lib.fast import features, products
 from lib.fast.store import keep_features
 from lib.memory import fit
 from lib.models import model
+from lib.models.plan import read_plan
 from lib.models.roles import Roles
 from lib.models.saved import save_adapter
 from lib.registry import family_of
 from lib.run import folder, stage, terminal
 from lib.run.ledger import read_json, write_json
-from lib.text.chat import Encoder
 from lib.training import checkpoint, devices, faults, hooks, metrics, optim, parallel, rehearsal, sharding
 from lib.training.loss import forward_loss
 from lib.training.metrics import Log
@@ -121,21 +121,21 @@ class Run:
 
 def load(work: stage.Work, world: parallel.World) -> Run:
     """The Run as the earlier stages planned it, on this rank's device, resumed from its newest checkpoint."""
-    config, data = work.config, work.input("02_data")
+    config = work.config
     if config.device_map and world.world_size > 1:
         world.stop(f"device_map: {config.device_map} shares one process's model out, and torchrun gives each "
                    "rank its own GPU", "python 05_train.py, without torchrun; or remove device_map")
     world.agree(lambda: hooks.check(config))
-    plan = read_json(work.input("03_load_model") / "model.json")
+    plan = read_plan(work)
     # The model, and what of it trains.
     shards = config.fsdp_version is not None and world.world_size > 1
     net, roles, forecast_gib = load_model(work, world, plan, shards)
     parameters = model.trained_parameters(net)
     role_of = {name: roles.of(name) for name in parameters}
     # The samples.
-    encoder = Encoder.load(data / "processor", config.trust_remote_code)
+    encoder = encoder_of(work)
     packed = packing.needs(net, family_of(plan["model_type"])) if config.sample_packing else {}
-    samples, held_out = (Samples(datasets.load_from_disk(data / part), encoder, **packed, even=shards)
+    samples, held_out = (Samples(samples_of(work, part), encoder, **packed, even=shards)
                          for part in ("train", "eval"))
     watch = GradientWatch(waits_for(net, roles, role_of), set().union(*samples.media))
     # The optimizer, the checkpoint to go on from, and the order of the samples, which it fixes.

@@ -17,8 +17,7 @@ import json
 import shutil
 from pathlib import Path
 
-import datasets
-
+from lib.data.finished import encoder_of, samples_of
 from lib.data.messages import text_parts
 from lib.evaluation.compare import compare
 from lib.evaluation.evaluate import exact_match, generate
@@ -28,7 +27,7 @@ from lib.export.card import model_card
 from lib.media import media
 from lib.media.locating import MediaError
 from lib.models import model
-from lib.models.plan import public_name, quiet
+from lib.models.plan import public_name, quiet, read_plan
 from lib.models.saved import attach
 from lib.pages import page, report
 from lib.pages.facts import Facts
@@ -67,8 +66,8 @@ def main(argv=None):
     work = stage.begin(stage.decide("06_save", run, force=args.force))
     if work is None:
         return
-    plan = read_json(work.input("03_load_model") / "model.json")
-    encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
+    plan = read_plan(work)
+    encoder = encoder_of(work)
     # 2. Export the weights, and beside them the tokenizer, processor and template that training used.
     exports = export(work, plan, encoder)
     # 3. Prove it in a process that knows nothing of the kit, which also answers held-out rows.
@@ -110,7 +109,7 @@ def export(work, plan: dict, encoder: Encoder) -> list[Path]:
 
 def held_out_rows(work, encoder: Encoder) -> list[dict]:
     """The first `answer_rows` held-out samples, which are answered, each with its reference."""
-    records = datasets.load_from_disk(work.input("02_data") / "eval")
+    records = samples_of(work, "eval")
     chosen = records.select(range(min(len(records), work.config.answer_rows)))
     return [record | {"reference": encoder.prompt(record)[2]} for record in chosen]
 
@@ -171,8 +170,8 @@ def ask(work, files: list[str], question: str) -> None:
     It is asked like the rows of the first data set: with its system prompt, and the template's arguments.
     """
     data = stage.view("02_data", work.run, own=True).config
-    plan = read_json(work.input("03_load_model") / "model.json")
-    encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
+    plan = read_plan(work)
+    encoder = encoder_of(work)
     template = Template(encoder.processor, day=work.config.template_date)
     template = template.with_options([], **data.chat_template_kwargs)
     prompt = data.datasets[0]["system_prompt"]

@@ -2,10 +2,11 @@
 from pathlib import Path
 
 from lib.data import sources
+from lib.data.finished import encoder_of
 from lib.data.rows import Rows
 from lib.evaluation.evaluate import generate, metrics_of
 from lib.models import model
-from lib.models.plan import quiet
+from lib.models.plan import quiet, read_plan
 from lib.run import ledger, stage, terminal
 from lib.run.errors import StageError
 from lib.text.chat import Encoder
@@ -23,8 +24,8 @@ def evaluate_file(run: Path, path: str, out: Path) -> None:
     if out.exists():
         raise StageError(f"--out: {out} is there already", "name another file, or remove that one")
     work, data = stage.view("06_save", run), stage.view("02_data", run, own=True)
-    plan = ledger.read_json(work.input("03_load_model") / "model.json")
-    encoder = Encoder.load(work.input("02_data") / "processor", work.config.trust_remote_code)
+    plan = read_plan(work)
+    encoder = encoder_of(work)
     samples = read(path, data, encoder)                             # what is wrong, before weights are loaded
     metrics = metrics_of(work.config.eval_metrics)
     lines, net = [], trained_model(work, plan)

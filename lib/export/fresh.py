@@ -8,11 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import datasets
 import numpy as np
 import torch
 
 from lib import quant, registry
+from lib.data.finished import samples_of
 from lib.evaluation.evaluate import exact_match
 from lib.evaluation.golden import read_header
 from lib.export import proof
@@ -67,7 +67,7 @@ def proof_task(work, plan, encoder: Encoder, exports: list[Path], rows: list[dic
 
 def golden_records(work, golden: Path) -> list[dict]:
     """The samples of golden.safetensors: held-out ones or, where there are none, training samples."""
-    parts = (datasets.load_from_disk(work.input("02_data") / part) for part in ("eval", "train"))
+    parts = (samples_of(work, part) for part in ("eval", "train"))
     records = next(part for part in parts if len(part))
     places = {sample_id: place for place, sample_id in enumerate(records["sample_id"])}
     return [records[places[sample_id]] for sample_id in read_header(golden)["sample_ids"]]

@@ -19,6 +19,7 @@ from lib.models.roles import roles_of
 from lib.models.trainable import refuse_other_losses, refuse_other_objectives
 from lib.run import terminal
 from lib.run.errors import StageError, first_line
+from lib.run.ledger import read_json
 from lib.text import vocabulary
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns, at import, of kernels not needed here
@@ -50,6 +51,11 @@ def make_plan(knobs) -> dict:
              "roles": roles.paths, "idle": roles.idle, "roles_guessed": roles.guessed,
              "parameters": dict(roles.count(model.named_parameters()))}         # a tied tensor once
     return plan | {"quantisation": quant.make_plan(plan, config, knobs, model, roles)}
+
+
+def read_plan(work) -> dict:
+    """The plan that a finished 03 wrote, as a later stage reads it."""
+    return read_json(work.input("03_load_model") / "model.json")
 
 
 def load_config(base_model: str, revision: str | None, trust_remote_code: bool):
