@@ -22,7 +22,7 @@ from lib.data import samples, sources, summary
 from lib.data.measuring import measured
 from lib.data.rows import Rows
 from lib.media.budget import set_token_budget
-from lib.media.resolution import require_bounds, set_budget
+from lib.media.resolution import refuse_unbounded, set_budget
 from lib.models import origin
 from lib.models.plan import load_config
 from lib.pages import preview
@@ -110,7 +110,7 @@ def load_templates_and_encoder(work) -> tuple[dict[str, Template], Encoder]:
         origin.say_code(config.base_model, config.revision)
     model_config = load_config(config.base_model, **options)
     family = registry.family_of(model_config.model_type)
-    registry.require_packages(family)
+    registry.refuse_missing_packages(family)
     options |= config.processor_kwargs
     processor = complete(load_processor(config.base_model, config.processor_type, **options), family)
     if new := add_tokens(processor, config):
@@ -126,7 +126,7 @@ def load_templates_and_encoder(work) -> tuple[dict[str, Template], Encoder]:
     set_budget(processor, family, config.image_min_pixels, config.image_max_pixels)
     set_token_budget(processor, family, config.max_image_tokens)
     if config.excess_length_strategy == "shrink_media":
-        require_bounds(processor, family, "excess_length_strategy")
+        refuse_unbounded(processor, family, "excess_length_strategy")
     width, height = config.image_size if isinstance(config.image_size, list) else 2 * [config.image_size]
     sampling = {"video_fps": config.video_fps, "video_max_frames": config.video_max_frames,
                 "image_width": width, "image_height": height,
@@ -156,7 +156,7 @@ def jinja_of(given: str, own: str, family: registry.Family, work) -> str:
     if given == OWN_TEMPLATE:
         return own
     if given in registry.template_names():
-        registry.check_template_name(given, family)
+        registry.refuse_foreign_template(given, family)
         terminal.say(f"chat_template: {given} means the checkpoint's own")
         return own
     if "{{" in given or "{%" in given:

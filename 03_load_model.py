@@ -64,7 +64,7 @@ def main(argv=None):
         fit.print_facts(forecast)
     # 4. Load it for real, by the plan.
     if plan["dtype"] == "bfloat16":
-        devices.ask_for_bf16(work.config.bf16, device)
+        devices.refuse_emulated_bf16(work.config.bf16, device)
     began = time.monotonic()
     loaded = model.load(plan, device, "inference", spread=devices.spread(work.config, device))
     seconds = time.monotonic() - began

@@ -125,7 +125,7 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     if config.device_map and world.world_size > 1:
         world.stop(f"device_map: {config.device_map} shares one process's model out, and torchrun gives each "
                    "rank its own GPU", "python 05_train.py, without torchrun; or remove device_map")
-    world.agree(lambda: hooks.check(config))
+    world.agree(lambda: hooks.refuse_missing(config))
     plan = read_plan(work)
     # The model, and what of it trains.
     shards = config.fsdp_version is not None and world.world_size > 1
@@ -160,7 +160,7 @@ def load_model(work: stage.Work, world: parallel.World, plan: dict,
     """
     config, roles = work.config, Roles.of_plan(plan)
     if plan["dtype"] == "bfloat16":
-        devices.ask_for_bf16(config.bf16, world.device)
+        devices.refuse_emulated_bf16(config.bf16, world.device)
     kept_share, forecast_gib = kept_layers(work, world, plan, shards)
     at = torch.device("cpu") if shards and not plan["quantisation"] else world.device
     adapter_path = work.input("04_lora") / "adapter" if config.adapter else None
@@ -170,7 +170,8 @@ def load_model(work: stage.Work, world: parallel.World, plan: dict,
     if config.adapter is None:
         model.train_roles(net, roles, config.train_roles, config.unfrozen_parameters)
     parameters = model.trained_parameters(net)
-    model.compare(parameters, roles, read_json(work.input("04_lora") / "adapter.json")["trained_parameters"])
+    planned = read_json(work.input("04_lora") / "adapter.json")["trained_parameters"]
+    model.refuse_unplanned(parameters, roles, planned)
     if config.gradient_checkpointing:
         model.checkpoint_trained_layers(net, roles, set(map(roles.of, parameters)), kept_share,
                                         offload=config.gradient_checkpointing == "offload")

@@ -29,7 +29,7 @@ def stored_as(config) -> str | None:
     return method
 
 
-def make_plan(plan: dict, config, knobs, model, roles: Roles) -> dict | None:
+def quantisation_of(plan: dict, config, knobs, model, roles: Roles) -> dict | None:
     """The plan's `quantisation`, or None: {bits, names of linear layers, options of bitsandbytes}.
 
     model: on meta; where the checkpoint itself is quantised, its layers are replaced by quantised ones.
@@ -40,7 +40,7 @@ def make_plan(plan: dict, config, knobs, model, roles: Roles) -> dict | None:
         raise StageError(f"{asked}: {plan['base_model']} is quantised, and what it holds whole is bfloat16",
                          "bf16: auto, without fp16")
     if plan["stored_as"] == "bitsandbytes":
-        return stored_plan(config, knobs, bits, model)
+        return stored_quantisation(config, knobs, bits, model)
     if plan["stored_as"] == "fp8" and bits:
         raise StageError(f"base_model: its weights are 8-bit floats, of which no load makes {bits} bits",
                          "adapter: lora, or name the bfloat16 checkpoint")
@@ -62,7 +62,7 @@ def make_plan(plan: dict, config, knobs, model, roles: Roles) -> dict | None:
     return {"bits": bits, "linears": linears, "options": how}
 
 
-def stored_plan(config, knobs, bits: int | None, model) -> dict:
+def stored_quantisation(config, knobs, bits: int | None, model) -> dict:
     """The plan's `quantisation` for a checkpoint of bitsandbytes, by its own settings."""
     from transformers.quantizers import AutoHfQuantizer
     own = {key: value for key, value in config.quantization_config.items()
@@ -146,7 +146,7 @@ def found_linears(model) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, kinds)}
 
 
-def check(model, plan: dict) -> None:
+def refuse_unplanned(model, plan: dict) -> None:
     """Raise StageError unless the quantised layers are exactly those of the plan."""
     if wrong := found_linears(model) ^ set(plan["quantisation"]["linears"]):
         raise StageError(f"quantisation: {len(wrong)} layers are not as planned, such as {sorted(wrong)[0]}",

@@ -22,7 +22,7 @@ def template_names() -> list[str]:
     return sorted({name for family in FAMILIES for name in family.template_names})
 
 
-def check_template_name(name: str, family: Family) -> None:
+def refuse_foreign_template(name: str, family: Family) -> None:
     """Raise StageError where a chat template's name belongs to another family."""
     if name not in family.template_names:
         owners = " and ".join(each.name for each in FAMILIES if name in each.template_names)
@@ -39,17 +39,17 @@ def refuse_unloadable(base_model: str) -> None:
                                  f"use the converted checkpoint: base_model: {converted}")
 
 
-def require_packages(family: Family) -> None:
+def refuse_missing_packages(family: Family) -> None:
     """Raise StageError, with the pip command, for a package that a family needs and isn't here."""
     if family.transformers:
-        versions.require("transformers", family.transformers, family.name)
+        versions.refuse_older("transformers", family.transformers, family.name)
     missing = [pip for module, pip in family.packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise StageError(f"{family.name} needs {', '.join(missing)}, not installed here",
                          f"pip install {' '.join(repr(pip) if '[' in pip else pip for pip in missing)}")
 
 
-def refuse_packages(family: Family, device_type: str) -> None:
+def refuse_cuda_packages(family: Family, device_type: str) -> None:
     """Raise StageError, with the pip command, for an installed package whose kernels need another device."""
     found = [pip for module, pip in family.absent.items() if importlib.util.find_spec(module) is not None]
     if found and device_type != "cuda":

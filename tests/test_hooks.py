@@ -147,7 +147,7 @@ def test_a_recipe_that_names_no_function_ends_in_two_lines(case, tmp_path):
     ("import nothing_of_this_name\nf = 1\n",
      lambda f: optim.learning_rate(knobs(lr_scheduler=f), 0, 4), ":1: ModuleNotFoundError: "),
     ("f = 1\n", lambda f: optim.learning_rate(knobs(lr_scheduler=f), 0, 4), "has no function f"),
-    ("g = 1\n", lambda f: hooks.check(SimpleNamespace(optimizer="adamw_torch", lr_scheduler="cosine", loss=f,
+    ("g = 1\n", lambda f: hooks.refuse_missing(SimpleNamespace(optimizer="adamw_torch", lr_scheduler="cosine", loss=f,
                                                      eval_metrics=["anls"])), "loss: mine.py has no function f"),
     ("def f(answers, references):\n    return None\n",
      lambda f: metrics_of([f])["f"](["a"], ["b"]), "eval_metrics: mine.py:f returned None, not a number"),

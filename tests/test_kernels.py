@@ -104,9 +104,9 @@ def test_one_device_has_all_of_a_model_whatever_device_map_says():
 def test_bf16_auto_asks_for_real_support_and_true_does_not():
     cuda, no = torch.device("cuda"), lambda: False
     with pytest.raises(StageError, match="no bfloat16 of its own"):
-        devices.ask_for_bf16("auto", cuda, no)
+        devices.refuse_emulated_bf16("auto", cuda, no)
     for given in (("auto", cuda, lambda: True), (True, cuda, no), (False, cuda, no), ("auto", CPU, no)):
-        devices.ask_for_bf16(*given)
+        devices.refuse_emulated_bf16(*given)
 
 
 def test_tf32_holds_inside_only():

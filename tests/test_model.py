@@ -376,7 +376,7 @@ def test_rows_with_pictures_for_a_text_only_model_are_refused_before_03(tmp_path
 # ---- the libraries ----
 
 def test_these_libraries_are_new_enough():
-    assert versions.check() is None
+    assert versions.refuse_old() is None
 
 
 @pytest.mark.parametrize("name, oldest, what", [
@@ -385,7 +385,7 @@ def test_these_libraries_are_new_enough():
 def test_a_library_that_is_old_or_missing_is_named(name, oldest, what, monkeypatch):
     monkeypatch.setattr(versions, "MINIMUM", {name: oldest})
     with pytest.raises(StageError) as caught:
-        versions.check()
+        versions.refuse_old()
     harness.assert_two_lines(caught.value.what, caught.value.fix, Bad(name, [], what, versions.FIX))
 
 

@@ -59,16 +59,16 @@ def test_the_pip_line_names_the_versions_that_are_tested(family, monkeypatch):
             assert version == importlib.metadata.version(name)
     monkeypatch.setattr(importlib.util, "find_spec", lambda module: None)
     with pytest.raises(StageError) as caught:
-        registry.require_packages(family)
+        registry.refuse_missing_packages(family)
     wanted = [f"'{pip}'" if "[" in pip else pip for pip in family.packages.values()]
     assert caught.value.fix == f"pip install {' '.join(wanted)}"
 
 
 def test_a_family_that_needs_newer_transformers_is_refused_by_name_on_older_ones(monkeypatch):
     monkeypatch.setattr(versions, "version", lambda name: "5.22.0")
-    assert registry.require_packages(registry.family_of("llava")) is None
+    assert registry.refuse_missing_packages(registry.family_of("llava")) is None
     with pytest.raises(StageError) as caught:
-        registry.require_packages(registry.family_of("voxtral"))
+        registry.refuse_missing_packages(registry.family_of("voxtral"))
     assert caught.value.what == "transformers 5.22.0 is too old: Voxtral needs 5.23 or newer"
 
 
@@ -91,8 +91,8 @@ def test_kernels_that_need_cuda_are_refused_where_there_is_none(cuda_kernels, zo
 
 
 def test_kernels_that_need_cuda_are_welcome_on_cuda_and_no_matter_to_other_families(cuda_kernels):
-    registry.refuse_packages(registry.family_of("lfm2_vl"), "cuda")
-    registry.refuse_packages(registry.family_of("qwen2_5_vl"), "cpu")
+    registry.refuse_cuda_packages(registry.family_of("lfm2_vl"), "cuda")
+    registry.refuse_cuda_packages(registry.family_of("qwen2_5_vl"), "cpu")
 
 
 def test_a_checkpoint_without_a_template_is_told_that_the_kits_own_serves(zoo, capsys):

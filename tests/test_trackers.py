@@ -32,7 +32,7 @@ def test_weights_and_biases_gets_figures_and_the_recipe_and_no_row(tmp_path, mon
 
 def test_a_tracker_that_is_not_installed_is_named():
     with pytest.raises(StageError) as caught:
-        trackers.require("no_such_tracker", "use_tensorboard")
+        trackers.refuse_missing("no_such_tracker", "use_tensorboard")
     assert (caught.value.what, caught.value.fix) == (
         "use_tensorboard: the Python package no_such_tracker is not installed", "pip install no_such_tracker")
 

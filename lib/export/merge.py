@@ -17,7 +17,7 @@ import torch
 
 from lib import quant, registry
 from lib.models import model, shards
-from lib.models.plan import check_weight_files, on_meta, planned_config, quiet
+from lib.models.plan import on_meta, planned_config, quiet, refuse_broken_files
 from lib.models.roles import base_name
 from lib.models.saved import attach
 from lib.run import terminal
@@ -33,7 +33,7 @@ def write_merged(plan: dict, adapter_path: Path, folder: Path, max_shard_size: s
     is merged into its original weights.
     """
     dtype, plan = plan["dtype"], quant.unquantised(plan) | {"dtype": "float32"}
-    check_weight_files(Path(plan["base_model"]))
+    refuse_broken_files(Path(plan["base_model"]))
     files = {path.name: shards.places(path) for path in shards.weight_files(plan)}
     tensors = {name: place for held in files.values() for name, place in held.items()}
     reason = f"its weights become {dtype}" if plan["stored_as"] else ""
@@ -153,7 +153,7 @@ def loaded_on_meta(plan: dict, tensors: dict[str, shards.Place]):
         stored, info = registry.model_class(config, plan["class"]).from_pretrained(
             None, config=config, state_dict=empty, device_map={"": "meta"}, dtype=torch.float32,
             ignore_mismatched_sizes=True, output_loading_info=True)
-    model.check_loaded(plan, info)
+    model.refuse_other_tensors(plan, info)
     return stored
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from PIL import Image
 
-from lib.media.resolution import TooFew, bounds_of, require_bounds, with_bounds
+from lib.media.resolution import TooFew, bounds_of, refuse_unbounded, with_bounds
 from lib.models.families import Family
 from lib.run import terminal
 from lib.run.errors import StageError
@@ -27,7 +27,7 @@ def set_token_budget(processor, family: Family, most_tokens: int | None) -> None
     """
     if most_tokens is None:
         return
-    require_bounds(processor, family, "max_image_tokens")
+    refuse_unbounded(processor, family, "max_image_tokens")
 
     def fits(bounded, pixels: int) -> bool:
         return most_tokens_of(bounded, pixels) <= most_tokens

@@ -21,7 +21,7 @@ class TooFew(StageError):
         self.fewest = fewest
 
 
-def require_bounds(processor, family: Family, knob: str) -> None:
+def refuse_unbounded(processor, family: Family, knob: str) -> None:
     """Raise StageError where no budget can be set in this processor."""
     if not has_bounds(processor, family.pixels):
         raise StageError(f"{knob}: {family.name} {family.unbounded}", f"remove {knob}")
@@ -37,7 +37,7 @@ def set_budget(processor, family: Family, least: int | None, most: int | None) -
     """Make the processor size pictures to `least` to `most` pixels (None: as the checkpoint has it)."""
     if least is None and most is None:
         return
-    require_bounds(processor, family, "image_min_pixels" if most is None else "image_max_pixels")
+    refuse_unbounded(processor, family, "image_min_pixels" if most is None else "image_max_pixels")
     images = processor.image_processor
     strategy, bounded_below = STRATEGIES[family.pixels]
     if least is not None and not bounded_below:

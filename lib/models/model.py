@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lib import quant, registry
 from lib.models import adapter, gptq, kernels, origin, shards
-from lib.models.plan import check_weight_files, on_meta, planned_config, quiet
+from lib.models.plan import on_meta, planned_config, quiet, refuse_broken_files
 from lib.models.roles import Roles
 from lib.models.saved import attach, continued
 from lib.run import terminal
@@ -34,9 +34,9 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
     missing, misshapen or unexpected tensors, and where other layers are quantised than planned.
     """
     family = registry.family_of(plan["model_type"])
-    registry.refuse_packages(family, device.type)
+    registry.refuse_cuda_packages(family, device.type)
     config = planned_config(plan)
-    check_weight_files(origin.fetch(plan["base_model"], plan["revision"], shards.weight_names(plan)))
+    refuse_broken_files(origin.fetch(plan["base_model"], plan["revision"], shards.weight_names(plan)))
     cls = registry.model_class(config, plan["class"])
     attention = kernels.here(plan["attn_implementation"], torch.cuda.is_available())
     if attention != plan["attn_implementation"]:
@@ -57,11 +57,11 @@ def load(plan: dict, device: torch.device, mode: str = "train", adapter_path: Pa
         fix = ("install that package" if isinstance(error, ImportError) else
                "see that the folder or model id holds all of its .safetensors files")
         raise StageError(f"base_model: {plan['base_model']}: {first_line(error)}", fix) from None
-    check_loaded(plan, info)
+    refuse_other_tensors(plan, info)
     with quiet():
         vocabulary.grow(model, plan["new_rows"])
     if plan["quantisation"]:
-        quant.check(model, plan)
+        quant.refuse_unplanned(model, plan)
         quant.keep_gradients(model)
     if spread:
         devices.refuse_offload(model.hf_device_map)
@@ -93,7 +93,7 @@ def cast_to_own_type(module, given: tuple) -> tuple:
     return tuple(each.to(module.dtype) if each.is_floating_point() else each for each in given)
 
 
-def check_loaded(plan: dict, info: dict) -> None:
+def refuse_other_tensors(plan: dict, info: dict) -> None:
     """Raise StageError unless checkpoint and model hold the same tensors in the same shapes."""
     path, unread = plan["base_model"], "|".join(registry.family_of(plan["model_type"]).unread) or r"(?!)"
     for kind in ("missing_keys", "mismatched_keys"):
@@ -107,7 +107,8 @@ def check_loaded(plan: dict, info: dict) -> None:
                          "lib/models/families.py says so (`unread`)")
 
 
-def compare(parameters: dict[str, torch.nn.Parameter], roles: Roles, planned: dict[str, int]) -> None:
+def refuse_unplanned(parameters: dict[str, torch.nn.Parameter], roles: Roles,
+                     planned: dict[str, int]) -> None:
     """Raise StageError, naming both sides, where what trains is not what 04 planned, role by role."""
     here, planned = roles.count(parameters.items()), Counter(planned)
     for role in sorted(here.keys() | planned.keys()):

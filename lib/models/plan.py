@@ -28,9 +28,9 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # warns, at import, o
 def make_plan(knobs) -> dict:
     """The plan of a recipe: class, revision, dtype, quantisation, roles with counts. No weights are read."""
     config = load_config(knobs.base_model, knobs.revision, knobs.trust_remote_code)
-    check_weight_files(Path(knobs.base_model))
+    refuse_broken_files(Path(knobs.base_model))
     family = registry.family_of(config.model_type)
-    registry.require_packages(family)
+    registry.refuse_missing_packages(family)
     if knobs.fp16 and family.float16:
         raise StageError(f"fp16: {family.name} can't train in float16: {family.float16}", "fp16: false")
     plan = {"base_model": knobs.base_model, "trust_remote_code": knobs.trust_remote_code,
@@ -50,7 +50,7 @@ def make_plan(knobs) -> dict:
     plan |= {"tied_head": model.get_output_embeddings().weight is model.get_input_embeddings().weight,
              "roles": roles.paths, "idle": roles.idle, "roles_guessed": roles.guessed,
              "parameters": dict(roles.count(model.named_parameters()))}         # a tied tensor once
-    return plan | {"quantisation": quant.make_plan(plan, config, knobs, model, roles)}
+    return plan | {"quantisation": quant.quantisation_of(plan, config, knobs, model, roles)}
 
 
 def read_plan(work) -> dict:
@@ -84,7 +84,7 @@ def planned_config(plan: dict):
     return rope.set_in(config, plan["text_config"])
 
 
-def check_weight_files(folder: Path) -> None:
+def refuse_broken_files(folder: Path) -> None:
     """Raise StageError where a folder's weight file is missing or cut short."""
     index = folder / "model.safetensors.index.json"
     named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.exists() else ()

@@ -78,7 +78,7 @@ def _choose(run: Path, stem: str, reads: dict, resume: bool, checkpoint: Path | 
         if resume or not since_start:
             return "resume", since_start
     if ledger.finished(final):
-        _check_outputs(final, again)
+        _refuse_edited_outputs(final, again)
         then = ledger.read_json(final / "stage.json")["reads"]
         since = ledger.changes(then, reads) + ledger.outside_changes(then["outside"])
         if since and stem == "05_train":
@@ -111,7 +111,7 @@ def check_upstream(run: Path, stem: str) -> list[str]:
             kept = folder.newest_checkpoint(folder.partial(run, earlier))
             first = f"go on from its {kept.name} first" if kept else "run first"
             raise StageError(f"{final} is not there: {earlier} has not finished", f"{first}: {again}")
-        _check_outputs(final, again)
+        _refuse_edited_outputs(final, again)
         then = ledger.read_json(final / "stage.json")["reads"]
         now = _reads(run, earlier, then["knobs"])
         since = ledger.changes(then, now | {"source": then["source"]})
@@ -126,7 +126,7 @@ def check_upstream(run: Path, stem: str) -> list[str]:
     return warnings
 
 
-def _check_outputs(final: Path, again: str) -> None:
+def _refuse_edited_outputs(final: Path, again: str) -> None:
     """Raise StageError where a finished folder is not as its stage wrote it."""
     if edited := ledger.edited_outputs(final):
         fix = f"to write it again and keep this folder as {final.name}.old: {again} --force"

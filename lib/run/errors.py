@@ -1,4 +1,7 @@
-"""errors: mistakes that a user can mend: what is wrong and where, and the edit or command for it."""
+"""errors: mistakes that a user can mend: what is wrong and where, and the edit or command for it.
+
+A function called refuse_… returns nothing, and raises one of these where its name applies.
+"""
 
 
 class StageError(Exception):

@@ -102,7 +102,7 @@ def run_script(main) -> None:
     Exit codes: 1 for such mistakes, 130 after Ctrl-C, 143 after SIGTERM, 141 where nobody reads the output.
     """
     try:
-        versions.check()
+        versions.refuse_old()
         main()
         sys.stdout.flush()
     except BrokenPipeError:  # `02_data.py --show 3 | head` has seen enough

@@ -8,13 +8,13 @@ MINIMUM = {"torch": "2.11", "transformers": "5.17", "peft": "0.18",
 FIX = "pip install -r requirements.txt"
 
 
-def check() -> None:
+def refuse_old() -> None:
     """Raise StageError for the first library that is missing or too old."""
     for name, oldest in MINIMUM.items():
-        require(name, oldest, "the kit")
+        refuse_older(name, oldest, "the kit")
 
 
-def require(name: str, oldest: str, who: str) -> None:
+def refuse_older(name: str, oldest: str, who: str) -> None:
     """Raise StageError where a library is missing, or older than `who` needs."""
     try:
         found = version(name)

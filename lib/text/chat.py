@@ -163,7 +163,7 @@ class Encoder:
         Floating-point tensors are made float32; a processor may return another dtype, whatever the model.
         """
         given = {kind: [medium for medium in media if kind_of(medium) == kind] for kind in KINDS}
-        self._refuse(given)
+        self._refuse_media(given)
         options = {"return_tensors": "pt", "return_offsets_mapping": True,
                    "add_special_tokens": adds_first_token(self.processor, text)}
         if self.processor is tokenizer_of(self.processor):
@@ -190,7 +190,7 @@ class Encoder:
             raise StageError(f"base_model: its {name} writes more into the text than it says, or elsewhere",
                              "choose another base_model: labels would be misplaced")
 
-    def _refuse(self, given: dict[str, list]) -> None:
+    def _refuse_media(self, given: dict[str, list]) -> None:
         """Raise RowError for media that the model would not see whole, or not at all."""
         for kind in self.lacks:
             if given[kind]:

@@ -68,7 +68,7 @@ class Template(Turns):
 
         RowError where a text holds a special token, is dropped or changed, or a turn isn't found exactly.
         """
-        self._check_parts(messages)
+        self._refuse_parts(messages)
         trained = [message for message in messages if labels.text_of(message)]
         if not any(message.get("tool_calls") or "".join(texts_of(message)).strip() for message in trained):
             who = " or ".join(labels.roles)
@@ -102,7 +102,7 @@ class Template(Turns):
 
     # ---- what can go wrong with a text ----
 
-    def _check_parts(self, messages: list[dict]) -> None:
+    def _refuse_parts(self, messages: list[dict]) -> None:
         """Raise RowError where a text spells a special token, or base_model takes no such medium."""
         for number, message in enumerate(messages):
             who = f"message {number} ({message['role']})"

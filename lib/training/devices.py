@@ -83,7 +83,7 @@ def refuse_offload(placed: dict) -> None:
                          "adapter: qlora, more or larger GPUs, or torchrun with fsdp_version: 2")
 
 
-def ask_for_bf16(bf16: bool | str, device: torch.device, native=None) -> None:
+def refuse_emulated_bf16(bf16: bool | str, device: torch.device, native=None) -> None:
     """Raise StageError where `bf16: auto` meets a GPU that only emulates bfloat16, many times slower.
 
     No other dtype is chosen here, because the plan is the same on every machine.

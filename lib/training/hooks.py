@@ -30,7 +30,7 @@ from lib.training import faults
 from lib.training.loss import forward_loss
 
 
-def check(knobs) -> None:
+def refuse_missing(knobs) -> None:
     """Raise StageError, before weights are loaded, where a function that the recipe names can't be had."""
     named = {"optimizer": [knobs.optimizer], "lr_scheduler": [knobs.lr_scheduler], "loss": [knobs.loss],
              "eval_metrics": knobs.eval_metrics}

@@ -18,7 +18,7 @@ def trackers_of(knobs, run: Path) -> list[Tracker]:
     """The functions that send each step's figures to the recipe's trackers; StageError lacking a package."""
     found: list[Tracker] = []
     if knobs.use_tensorboard:
-        require("tensorboard", "use_tensorboard")
+        refuse_missing("tensorboard", "use_tensorboard")
         from torch.utils.tensorboard import SummaryWriter
         writer = SummaryWriter(str(run / "tensorboard"))
 
@@ -28,7 +28,7 @@ def trackers_of(knobs, run: Path) -> list[Tracker]:
             writer.flush()
         found.append(to_tensorboard)
     if knobs.wandb_project:
-        require("wandb", "wandb_project")
+        refuse_missing("wandb", "wandb_project")
         import wandb
         session = wandb.init(project=knobs.wandb_project, entity=knobs.wandb_entity, dir=str(run),
                              name=knobs.wandb_name or run.name,
@@ -37,7 +37,7 @@ def trackers_of(knobs, run: Path) -> list[Tracker]:
     return found
 
 
-def require(module: str, knob: str) -> None:
+def refuse_missing(module: str, knob: str) -> None:
     """Raise StageError where a tracker's package is missing."""
     if importlib.util.find_spec(module) is None:
         raise StageError(f"{knob}: the Python package {module} is not installed", f"pip install {module}")
