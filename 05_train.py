@@ -28,8 +28,9 @@ from lib.batches import packing
 from lib.batches.order import Order, Row, in_turn
 from lib.batches.sampler import Samples, loader, to_device
 from lib.data.finished import encoder_of, samples_of
-from lib.evaluation.evaluate import held_out_answers, held_out_loss, metrics_of
+from lib.evaluation.evaluate import held_out_answers, held_out_loss
 from lib.evaluation.golden import golden_answers, write_golden
+from lib.evaluation.scores import metrics_of
 from lib.fast import features, products
 from lib.fast.store import keep_features
 from lib.memory import fit

@@ -11,7 +11,7 @@ Writes: 06_save/adapter/ or model/ (with tokenizer, processor, README.md), merge
         report.html, figure.svg.
 Source: PEFT's adapter format; the proof is lib/export/proof.py, on plain transformers and peft.
 Fork me to: change the model card (lib/export/card.py), the page (lib/pages/report.py), or what counts as a
-        right answer (lib/evaluation/evaluate.py).
+        right answer (lib/evaluation/scores.py).
 """
 import json
 import shutil
@@ -20,8 +20,9 @@ from pathlib import Path
 from lib.data.finished import encoder_of, samples_of
 from lib.data.messages import text_parts
 from lib.evaluation.compare import compare
-from lib.evaluation.evaluate import exact_match, generate
+from lib.evaluation.evaluate import generate
 from lib.evaluation.predict import evaluate_file, trained_model
+from lib.evaluation.scores import exact_match
 from lib.export import fresh, merge
 from lib.export.card import model_card
 from lib.media import media

@@ -24,7 +24,8 @@ import torch
 
 from bench import machine, ours, prepare
 from bench.apart import FOLDER, process, write_result
-from lib.evaluation.evaluate import exact_match, held_out_answers
+from lib.evaluation.evaluate import held_out_answers
+from lib.evaluation.scores import exact_match
 from lib.run import stage, terminal
 
 DEMO = stage.ROOT / "recipes" / "demo"

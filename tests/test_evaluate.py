@@ -6,7 +6,8 @@ import signal
 import pytest
 from datasets import load_from_disk
 
-from lib.evaluation.evaluate import METRICS, generate, json_f1
+from lib.evaluation.evaluate import generate
+from lib.evaluation.scores import METRICS, json_f1
 from lib.models import model
 from lib.models.saved import attach
 from lib.text.chat import Encoder

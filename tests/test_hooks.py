@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from lib.batches.order import Order
 from lib.collator import IGNORE_INDEX
-from lib.evaluation.evaluate import metrics_of
+from lib.evaluation.scores import metrics_of
 from lib.models import model
 from lib.run import stage
 from lib.run.errors import StageError

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lib.evaluation.evaluate import anls, contains, edits, exact_match, generate
+from lib.evaluation.evaluate import generate
+from lib.evaluation.scores import anls, contains, edits, exact_match
 from lib.export import card, fresh, proof, serving
 from lib.models import model
 from lib.pages import answers, facts, report

@@ -4,7 +4,8 @@ from pathlib import Path
 from lib.data import sources
 from lib.data.finished import encoder_of
 from lib.data.rows import Rows
-from lib.evaluation.evaluate import generate, metrics_of
+from lib.evaluation.evaluate import generate
+from lib.evaluation.scores import metrics_of
 from lib.models import model
 from lib.models.plan import quiet, read_plan
 from lib.run import ledger, stage, terminal

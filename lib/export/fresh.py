@@ -13,8 +13,8 @@ import torch
 
 from lib import quant, registry
 from lib.data.finished import samples_of
-from lib.evaluation.evaluate import exact_match
 from lib.evaluation.golden import read_header
+from lib.evaluation.scores import exact_match
 from lib.export import proof
 from lib.media import media, sounds
 from lib.models import kernels, model
