@@ -1,6 +1,6 @@
 """length: a conversation made to fit into sequence_len, as excess_length_strategy says.
 
-Fork me to: do something else with what is too long (`Length.fitted`).
+Fork me to: do something else with what is too long (`Length.fitted`, `cut`, `shrunk`).
 """
 import json
 from dataclasses import dataclass, replace
@@ -44,37 +44,55 @@ class Length:
             counts = self.counter.row(conversation.text, conversation.spans, pictures)
         if counts and counts[0] <= self.config.sequence_len and counts[1]:
             return conversation, dict(zip(COUNTS, (*counts, 0, None)))
-        encoded = whole = self.encode(conversation, opened)
-        cut, bounds, limit, smallest = 0, None, self.config.sequence_len, ""
-        length = encoded["input_ids"].shape[1]
-        excess = too_long = length - limit
-        while excess > 0 and self.config.excess_length_strategy == "truncate" and cut < TRIES:
-            conversation = self.without_last(conversation, excess)
-            if conversation is None:
-                raise self.too_long(f"cut to sequence_len {limit} behind its last medium, it teaches nothing",
-                                    whole, opened)
-            encoded, cut = self.encode(conversation, opened), cut + 1
-            excess = encoded["input_ids"].shape[1] - limit
-        if excess > 0 and self.config.excess_length_strategy == "shrink_media" and pictures:
-            bounds, smallest = self.shrunk(conversation, opened), ", even with the smallest pictures"
-            if bounds is not None:
-                encoded, excess = self.encode(conversation, opened, bounds), 0
-        if excess > 0:
-            raise self.too_long(f"{counted(length, 'token')}, over sequence_len {limit}{smallest}",
-                                whole, opened)
-        cut_tokens = 0 if bounds else max(0, too_long)
+        whole, strategy = self.encode(conversation, opened), self.config.excess_length_strategy
+        encoded, bounds, excess = whole, None, max(0, self.excess(whole))
+        if excess and strategy == "truncate":
+            conversation, encoded = self.cut(conversation, opened, whole)
+        elif excess and strategy == "shrink_media" and pictures:
+            bounds = self.shrunk(conversation, opened, whole)
+            encoded = self.encode(conversation, opened, bounds)
+        elif excess:
+            raise self.too_long(self.in_words(whole), whole, opened)
+        cut_tokens = 0 if bounds else excess
         return conversation, {**self.counts(encoded), "cut_tokens": cut_tokens, "image_bounds": bounds}
 
-    def shrunk(self, conversation: Conversation, opened: list) -> str | None:
-        """The bounds of its pictures, as large as may be, with which it fits, as JSON; None if none do."""
+    def excess(self, encoded: dict) -> int:
+        """By how many tokens tensors are over sequence_len; below zero: how many are free."""
+        return encoded["input_ids"].shape[1] - self.config.sequence_len
+
+    def in_words(self, encoded: dict) -> str:
+        """How long a conversation is that is too long."""
+        length = counted(encoded["input_ids"].shape[1], "token")
+        return f"{length}, over sequence_len {self.config.sequence_len}"
+
+    def cut(self, conversation: Conversation, opened: list, whole: dict) -> tuple[Conversation, dict]:
+        """(the conversation without the end of its last text, its tensors); TooLong where no cut helps.
+
+        whole: its tensors as it is.
+        """
+        encoded = whole
+        for _ in range(TRIES):
+            conversation = self.without_last(conversation, self.excess(encoded))
+            if conversation is None:
+                raise self.too_long(f"cut to sequence_len {self.config.sequence_len} behind its last medium, "
+                                    "it teaches nothing", whole, opened)
+            encoded = self.encode(conversation, opened)
+            if self.excess(encoded) <= 0:
+                return conversation, encoded
+        raise self.too_long(self.in_words(whole), whole, opened)
+
+    def shrunk(self, conversation: Conversation, opened: list, whole: dict) -> str:
+        """The bounds of its pictures, as large as may be, with which it fits, as JSON; TooLong if none do."""
         processor, pixels = self.encoder.processor, self.encoder.pixels
 
         def fits(bounded, most: int) -> bool:
             rows = replace(self, encoder=replace(self.encoder, processor=bounded))
-            return rows.encode(conversation, opened)["input_ids"].shape[1] <= self.config.sequence_len
+            return rows.excess(rows.encode(conversation, opened)) <= 0
 
         most = largest_budget(processor, pixels, fits)
-        return None if most is None else json.dumps(bounds_of(processor, pixels, most))
+        if most is None:
+            raise self.too_long(f"{self.in_words(whole)}, even with the smallest pictures", whole, opened)
+        return json.dumps(bounds_of(processor, pixels, most))
 
     def too_long(self, why: str, encoded: dict, opened: list) -> TooLong:
         """The error of a row with these tensors and media; its fix names a sequence_len that holds the row.
