@@ -79,14 +79,19 @@ def full_fine_tuning(plan: dict, work) -> dict:
     if not there.keys() & set(wanted) and wanted != ["all"]:
         raise StageError(f"train_roles: {plan['class']} has no {', '.join(wanted)}",
                          f"choose among {', '.join(there)}")
-    model.train_roles(meta.requires_grad_(False), roles, wanted, work.config.unfrozen_parameters)
+    named, names = work.config.unfrozen_parameters, [name for name, _ in meta.named_parameters()]
+    for regex in named or ():
+        if not any(model.trains(name, roles, ["all"], [regex]) for name in names):
+            raise StageError(f"unfrozen_parameters: {plan['class']} has no parameter named {regex!r}",
+                             f"names begin as in {names[0]}")
+    model.train_roles(meta.requires_grad_(False), roles, wanted, named)
     trained = roles.count((name, p) for name, p in meta.named_parameters() if p.requires_grad)
     modules = Counter()
     for name, module in meta.named_modules():
         modules[roles.of(name)] += any(p.requires_grad for p in module.parameters(recurse=False))
     if not trained:
         raise StageError(f"unfrozen_parameters: none that trains is named so in {plan['class']}",
-                         f"names begin as in {next(name for name, _ in meta.named_parameters())}")
+                         "name parameters of train_roles")
     return {"method": "full fine-tuning", "targets": None,
             "modules": {role: modules[role] for role in trained}, "trained_parameters": dict(trained),
             "experts": 0, "new_rows": 0, "first_hits": {}}

@@ -363,7 +363,12 @@ def test_named_parameters_of_the_wanted_roles_train_in_bf16_and_what_serves_is_w
     assert len(masters) == 5 and {tensor.dtype for tensor in masters.values()} == {torch.float32}
     assert run.json("06_save/check.json")["exports"]["model"]["max_logit_difference"] == 0
     with pytest.raises(StageError, match="unfrozen_parameters: none that trains is named so in Llava"):
-        make(adapter=None, unfrozen_parameters=["layers.1.mlp"])               # names begin with model.
+        make(adapter=None, train_roles=["language"], unfrozen_parameters=["lm_head"])
+
+
+def test_every_regex_of_unfrozen_parameters_has_to_name_something(make):
+    with pytest.raises(StageError, match=r"unfrozen_parameters: Llava\S+ has no parameter named 'layers.1.mlp'"):
+        make(adapter=None, unfrozen_parameters=["lm_head", "layers.1.mlp"])    # names begin with model.
 
 
 def test_a_dot_in_a_named_parameter_is_a_dot():
