@@ -71,7 +71,8 @@ def test_answers_change_nothing_in_training_and_survive_a_kill(make):
     run, killed, without = make(), make(), make(eval_answer_rows=0, metric_for_best_model="eval_loss")
     run("05_train"), without("05_train")
     killed.chdir(killed.folder)
-    assert fork("05_train", "run", before=stop_at(Log, "step", 3)).wait().code == -signal.SIGKILL
+    child = fork("05_train", "run", before=stop_at(Log, "step", 3)).wait()
+    assert child.code == -signal.SIGKILL, child.said
     killed("05_train")
     assert left_by(run) == left_by(killed)
     assert run.losses() == without.losses() and not (without.path / "05_train/answers.jsonl").exists()

@@ -59,7 +59,8 @@ def test_a_killed_run_in_float16_goes_on_with_its_scale(make):
     whole, killed = make(), make()
     whole("05_train")
     killed.chdir(killed.folder)
-    assert fork("05_train", "run", before=stop_at(Log, "step", 4)).wait().code == -signal.SIGKILL
+    child = fork("05_train", "run", before=stop_at(Log, "step", 4)).wait()
+    assert child.code == -signal.SIGKILL, child.said
     state = killed.path / "05_train.partial/checkpoints/step-3/state.json"
     assert json.loads(state.read_text(encoding="utf-8"))["scaler"]["scale"] < 2.0**18
     killed("05_train")

@@ -78,7 +78,8 @@ def test_a_run_trains_by_functions_of_ones_own_and_resumes_to_the_byte(make):
     with safe_open(run.path / "05_train/checkpoints/step-4/optimizer.safetensors", "pt") as file:
         assert {name.rpartition("|")[2] for name in file.keys()} == {"momentum_buffer"}
     killed.chdir(killed.folder)
-    assert fork("05_train", "run", before=stop_at(Log, "step", 3)).wait().code == -signal.SIGKILL
+    child = fork("05_train", "run", before=stop_at(Log, "step", 3)).wait()
+    assert child.code == -signal.SIGKILL, child.said
     killed("05_train")
     for name in ("metrics.jsonl", "answers.jsonl", "adapter/adapter_model.safetensors"):
         assert (run.path / "05_train" / name).read_bytes() == (killed.path / "05_train" / name).read_bytes()

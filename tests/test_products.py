@@ -1,13 +1,8 @@
 """Products in 16 bits that are computed in float32: as exact, taken where they pay, and gone afterwards."""
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
 from lib.fast import products
-from lib.run.stage import ROOT
 
 CPU = torch.device("cpu")
 SHAPES = [(600, 64, 96), (96, 64, 5000), (96, 9000, 64), (9000, 64, 96), (2100, 520, 2100), (4, 8, 8)]
@@ -85,10 +80,25 @@ def test_narrow_products_stay():
     assert not products.pays(48, 0, 512, 1536)     # no rows
 
 
-def test_a_cpu_without_bfloat16_is_found():
-    """The kernels of a CPU with AVX2 alone multiply float32 matrices several times as fast."""
-    code = "import torch; from lib.fast import products; print(products.measured(torch.bfloat16))"
-    old = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | old, capture_output=True,
-                          text=True, check=True)
-    assert int(done.stdout) >= 4
+@pytest.mark.parametrize("words, bfloat16, float16", [
+    ("", 8, 8),                                                    # a laptop's: AVX2
+    ("avx512_f", 4, 8),
+    ("avx512_f avx512_bf16 avx512_fp16", 2, 1),                    # Sapphire Rapids without its AMX
+    ("avx512_f avx512_bf16 avx512_fp16 amx_bf16", 1, 1),
+    ("avx_ne_convert", 1, 1)])
+def test_instructions_decide(words, bfloat16, float16):
+    """On Intel's; AMD's with AVX-512 for bfloat16 are faster so, and of others nothing is known."""
+    none = dict.fromkeys(["avx512_f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_fp16", "avx_ne_convert"], False)
+    cpu = none | dict.fromkeys(words.split(), True) | {"architecture": "x86_64", "cpu_name": "Intel Xeon"}
+    assert products.speed_of_float32(torch.bfloat16, cpu) == bfloat16
+    assert products.speed_of_float32(torch.float16, cpu) == float16
+    epyc = cpu | {"cpu_name": "AMD EPYC"}
+    assert products.speed_of_float32(torch.bfloat16, epyc) == (1 if epyc["avx512_bf16"] else bfloat16)
+    assert products.speed_of_float32(torch.bfloat16, cpu | {"architecture": "arm64"}) == 1
+
+
+def test_this_cpu_is_known():
+    """torch names every instruction that decides."""
+    assert products.speed_of_float32(torch.bfloat16) in (1, 2, 4, 8)
+    assert {"avx512_bf16", "amx_bf16", "cpu_name"} <= set(torch.cpu.get_capabilities()) or \
+        torch.cpu.get_capabilities()["architecture"] != "x86_64"

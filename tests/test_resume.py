@@ -98,7 +98,8 @@ def test_full_fine_tuning_and_every_optimizer_resume_to_the_byte(knobs, make):
     whole, killed = make(**knobs), make(**knobs)
     whole("05_train")
     killed.chdir(killed.folder)
-    assert fork("05_train", "run", before=stop_at(metrics.Log, "step", 3)).wait().code == -signal.SIGKILL
+    child = fork("05_train", "run", before=stop_at(metrics.Log, "step", 3)).wait()
+    assert child.code == -signal.SIGKILL, child.said
     killed("05_train")
     one, two = (run.path / "05_train" for run in (whole, killed))
     assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()

@@ -6,27 +6,25 @@ cast, some at a time, multiplied, and the result is cast back. Weights and activ
 """
 import contextlib
 import math
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
 
 PIECE = 2**21                             # elements of operands and result in float32 at once: 8 MiB
 CAST = 48                                 # products of a matrix entry that take as long as its casts
-TRIED = 512                               # rows and columns of the matrices that a CPU is timed with
 
 
 @contextlib.contextmanager
 def paths(dtype: torch.dtype, device: torch.device, speed: int | None = None) -> Iterator[int]:
     """Inside, products in `dtype` are computed in float32 where this takes less time; yields how much faster.
 
-    speed: of float32 products, relative to those in dtype; None: as measured. Nothing changes unless it is
-    over 1, on another device than a CPU, and in a torch that can't hand out its own kernels (before 2.10).
+    speed: of float32 products, relative to those in dtype; None: `speed_of_float32`. Nothing changes where it
+    is 1, on another device than a CPU, and in a torch that doesn't hand out its own kernels.
     """
-    could = device.type == "cpu" and dtype != torch.float32 and hasattr(torch.library, "get_kernel")
-    speed = 1 if not could else speed or measured(dtype)
-    if speed < 2:
+    could = device.type == "cpu" and hasattr(torch.library, "get_kernel")
+    speed = 1 if not could or dtype == torch.float32 else speed or speed_of_float32(dtype)
+    if speed == 1:
         yield 1
         return
     library = torch.library.Library("aten", "IMPL")
@@ -39,20 +37,20 @@ def paths(dtype: torch.dtype, device: torch.device, speed: int | None = None) ->
         library._destroy()
 
 
-def measured(dtype: torch.dtype) -> int:
-    """How many times as fast as in `dtype` this CPU multiplies in float32: the nearest power of 2, 1 or more.
+def speed_of_float32(dtype: torch.dtype, cpu: Mapping | None = None) -> int:
+    """How many times as fast as in `dtype` a CPU multiplies in float32, about; 1 where that isn't known.
 
-    So coarse that a run that is resumed finds the same.
+    cpu: torch's own words for its instructions; None: this CPU's. They decide, and no clock does, because a
+    run that is resumed, and each rank of a run, has to find the same.
     """
-    def seconds(dtype):
-        x = torch.ones(TRIED, TRIED, dtype=dtype)
-        times = []
-        for _ in range(4):
-            began = time.perf_counter()
-            torch.mm(x, x)
-            times.append(time.perf_counter() - began)
-        return min(times)
-    return 2 ** max(0, round(math.log2(seconds(dtype) / seconds(torch.float32))))
+    cpu = getattr(torch.cpu, "get_capabilities", dict)() if cpu is None else cpu
+    if cpu.get("architecture") != "x86_64" or cpu.get("avx_ne_convert"):
+        return 1
+    if dtype == torch.float16:
+        return 1 if cpu.get("amx_fp16") or cpu.get("avx512_fp16") else 8
+    if cpu.get("amx_bf16") or cpu.get("avx512_bf16") and "Intel" not in cpu.get("cpu_name", ""):
+        return 1
+    return 2 if cpu.get("avx512_bf16") else 4 if cpu.get("avx512_f") else 8
 
 
 def pays(least: float, rows: int, inner: int, columns: int) -> bool:
