@@ -189,7 +189,10 @@ def slug(text: str) -> str:
 
 
 def main(run_path: str, out: str | None = None) -> None:
-    """Print and write the needed FLOPs of a run's first step, and the machine's rate on its products."""
+    """Print and write the needed FLOPs of a run's first step, and the rate at which the machine multiplies them.
+
+    The rate is of the faster of bfloat16 and float32: some CPUs have no instructions for bfloat16.
+    """
     from bench.prepare import loaded
     from lib.models.roles import Roles
     from lib.batches.sampler import to_device
@@ -200,15 +203,18 @@ def main(run_path: str, out: str | None = None) -> None:
     for _ in range(run.work.config.gradient_accumulation_steps):
         with run.autocast():
             found += products(run.model, roles, to_device(next(batches), run.world.device), trained)
-    rate = matrix_rate(found, run.world.device, torch.bfloat16)
+    rates = {str(dtype)[6:]: matrix_rate(found, run.world.device, dtype)
+             for dtype in (torch.bfloat16, torch.float32)}
+    rate = max(rates.values())
     by_role = Counter()
     for product, number in found.items():
         by_role[product.role] += product.flops * number
     result = described() | {"flops": flops(found), "flops_by_role": by_role, "flops_per_second": rate,
-                            "threads": torch.get_num_threads()}
+                            "flops_per_second_in": rates, "threads": torch.get_num_threads()}
     print(f"a step needs {flops(found) / 1e9:.1f} GFLOP ("
           + ", ".join(f"{role} {count / 1e9:.1f}" for role, count in by_role.most_common())
-          + f"); on these products the machine does {rate / 1e9:.0f} GFLOP/s")
+          + "); on these products the machine does "
+          + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items()))
     if out:
         Path(out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
