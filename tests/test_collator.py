@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import AutoModelForMultimodalLM
 
 from lib import registry
-from lib.collator import IGNORE_INDEX, cat_padded, collate
+from lib.collator import IGNORE_INDEX, cat_padded, collate, supervised_positions
 from lib.data.messages import text_parts
 from lib.text.chat import Encoder
 from lib.text.processor import load_processor
@@ -68,6 +68,12 @@ def test_padding_is_masked_and_not_trained(name, rows_of):
         tokens = row["input_ids"].shape[1]
         assert mask[:tokens].all() and not mask[tokens:].any()
         assert (ids[tokens:] == family.encoder.pad_id).all() and (labels[tokens:] == IGNORE_INDEX).all()
+
+
+def test_each_trained_token_is_predicted_by_the_position_before_it_and_token_0_is_one_as_any():
+    labels = torch.tensor([[IGNORE_INDEX, 0, 7], [8, IGNORE_INDEX, 9]])   # no position predicts a first token
+    positions, targets = supervised_positions(labels)
+    assert positions.tolist() == [0, 1, 4] and targets.tolist() == [0, 7, 9]
 
 
 def test_a_key_along_the_tokens_that_some_rows_lack_is_zero_there():

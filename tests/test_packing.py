@@ -10,6 +10,7 @@ from lib import registry
 from lib.batches import packing
 from lib.batches.order import Order, epoch
 from lib.batches.sampler import Batcher
+from lib.collator import IGNORE_INDEX
 from lib.run.errors import StageError
 from lib.training import loss, rehearsal
 from tests import zoo
@@ -65,6 +66,12 @@ def test_a_packed_sample_has_the_loss_and_gradients_that_it_has_alone(subject, t
     assert found.keys() == wanted.keys() and len(found) > 0
     for name, gradient in wanted.items():
         assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-7, name
+
+
+def test_no_sample_predicts_the_first_token_of_the_next():
+    rows = [{"input_ids": torch.tensor([[5, 6]]), "labels": torch.tensor([[5, 6]])}] * 2
+    joined = packing.join(rows, packing.Positions(None, None), "cat")
+    assert joined["labels"].tolist() == [[IGNORE_INDEX, 6, IGNORE_INDEX, 6]]
 
 
 def test_a_family_whose_samples_would_see_one_another_is_refused(subject):

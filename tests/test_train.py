@@ -69,7 +69,7 @@ def sum_of_losses(net, row):
     labels = row["labels"]
     logits = net(**{k: v for k, v in row.items() if k != "labels"}, use_cache=False).logits[:, :-1].float()
     total = F.cross_entropy(logits[0], labels[0, 1:], ignore_index=IGNORE_INDEX, reduction="sum")
-    return float(total), int((labels[:, 1:] != IGNORE_INDEX).sum())
+    return total, int((labels[:, 1:] != IGNORE_INDEX).sum())
 
 
 # ---- the step ----
@@ -96,16 +96,19 @@ def test_what_sees_pictures_trains_alone_past_micro_batches_without_one(knobs, m
     assert_same_training(whole, single)
 
 
-def test_the_first_loss_is_the_sum_of_token_losses_over_the_tokens_of_the_step(make):
+def test_the_first_loss_and_gradient_are_of_the_sum_of_token_losses_over_the_tokens_of_the_step(make):
     run = make(num_epochs=1)
-    net = model.load(run.json("03_load_model/model.json"), CPU)
+    net = model.load(run.json("03_load_model/model.json"), CPU, "train", run.path / "04_lora/adapter")
     records, encoder = load_from_disk(run.path / "02_data/train"), encoder_of(run)
-    with torch.no_grad():
-        pairs = [sum_of_losses(net, encoder(records[i])) for i, in Order(records["input_tokens"], 4, seed=42).of_step(0)]
+    chosen = Order(records["input_tokens"], 4, seed=42).of_step(0)
+    losses, tokens = map(sum, zip(*(sum_of_losses(net, encoder(records[i])) for i, in chosen)))
+    (losses / tokens).backward()
+    norm = torch.stack([p.grad.norm() for p in model.trained_parameters(net).values()]).norm()
     run("05_train")
     line = run.metrics()[1]
-    assert line["loss"] == pytest.approx(sum(loss for loss, _ in pairs) / sum(n for _, n in pairs), rel=1e-5)
-    assert line["supervised_tokens"] == sum(n for _, n in pairs)
+    assert line["loss"] == pytest.approx(losses.item() / tokens, rel=1e-5)
+    assert line["grad_norm"] == pytest.approx(float(norm), rel=1e-4)
+    assert line["supervised_tokens"] == tokens
 
 
 def test_no_sample_is_dropped_and_none_comes_twice_in_an_epoch():
@@ -432,7 +435,7 @@ def test_the_evaluation_loss_is_the_mean_over_all_held_out_tokens(make):
     encoder = encoder_of(run)
     with torch.no_grad():
         pairs = [sum_of_losses(net, encoder(record)) for record in load_from_disk(run.path / "02_data/eval")]
-    expected = sum(loss for loss, _ in pairs) / sum(tokens for _, tokens in pairs)
+    expected = sum(loss.item() for loss, _ in pairs) / sum(tokens for _, tokens in pairs)
     assert run.metrics()[-1]["eval_loss"] == pytest.approx(expected, rel=1e-5)
 
 

@@ -150,7 +150,7 @@ class BlockMasks:
         kinds = next(batch[key] for key in ("token_type_ids", "mm_token_type_ids") if key in batch)
         sample = (position == 0).cumsum(-1)
         picture = (kinds == 1) | (kinds == 2)
-        starts = picture & ~torch.nn.functional.pad(picture, (1, 0))[:, :-1] | picture & (position == 0)
+        starts = picture & ~torch.nn.functional.pad(picture, (1, 0))[:, :-1]
         block = torch.where(picture, starts.cumsum(-1), 0)
         query, key = (slice(None), slice(None), None), (slice(None), None)
         same_sample = sample[query] == sample[key]                               # [B, T, T]
