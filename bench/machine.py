@@ -214,7 +214,7 @@ def main(run_path: str, out: str | None = None) -> None:
     print(f"a step needs {flops(found) / 1e9:.1f} GFLOP ("
           + ", ".join(f"{role} {count / 1e9:.1f}" for role, count in by_role.most_common())
           + "); on these products the machine does "
-          + ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items()))
+          + ", ".join(f"{each / 1e9:.0f} GFLOP/s in {dtype}" for dtype, each in rates.items()))
     if out:
         Path(out).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
