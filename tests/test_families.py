@@ -70,7 +70,7 @@ REPLIES = {
     "gemma3_text": "{}<end_of_turn>", "gemma3": "{}<end_of_turn>", "gemma3n": "{}<end_of_turn>",
     "gemma4_e2b": "{}<turn|>", "gemma4_moe": "{}<turn|>", "smolvlm2": " {}<end_of_utterance>",
     "pixtral": "{}</s>", "mistral3": "{}</s>", "mistral4": "{}</s>", "magistral": "{}</s>", "voxtral": "{}</s>", "paddleocr_vl": "{}</s>",
-    "qwen3_5": "\n</think>\n\n{}<|im_end|>", "qwen3_5_moe": "\n</think>\n\n{}<|im_end|>", "glm4v": "{}<|user|>",
+    "paligemma": "{}<eos>", "qwen3_5": "\n</think>\n\n{}<|im_end|>", "qwen3_5_moe": "\n</think>\n\n{}<|im_end|>", "glm4v": "{}<|user|>",
     "glm46v": "\n<think></think>\n{}<|user|>", "glm4v_moe": "\n<think></think>\n{}<|user|>",
 }
 REPLIES |= dict.fromkeys([name for name in NAMES if name not in REPLIES], "{}<|im_end|>")
@@ -153,7 +153,7 @@ class Subject:
         """Messages from (number of media, question, answer) turns."""
         messages = []
         for pictures, question, answer in turns:
-            count = pictures if self.name in SEEING else 0
+            count = max(pictures, self.family.prefix) if self.name in SEEING else 0     # PaliGemma takes no text alone
             messages.append({"role": "user", "content": [*({"type": self.kind} for _ in range(count)), text(question)]})
             messages.append({"role": "assistant", "content": [text(answer)]})
         return messages

@@ -17,7 +17,7 @@ from tests import zoo
 from tests.runner import Run, colour_rows, text_rows
 from tests.test_families import NAMES, find
 
-REFUSED = {"mllama", "qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv"}
+REFUSED = {"mllama", "qwen3_5", "qwen3_5_moe", "lfm2_vl", "minicpmv", "paligemma"}
 TURNS = [(1, "What is it?", "a red fox"), (0, "Say no", "no"), (2, "Two?", "a bird and a fox"), (1, "And this?", "no fox")]
 MIXED = [row for pair in zip(colour_rows(), text_rows()) for row in pair]
 

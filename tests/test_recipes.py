@@ -20,7 +20,7 @@ config = importlib.import_module("01_config")
 VARIANTS = {
     "llava_1_5_lora": "llava", "pixtral_lora": "pixtral", "mistral_small_3_1_lora": "mistral3",
     "mistral_small_3_1_qlora": "mistral3", "magistral_qlora": "magistral", "mistral_small_4_lora": "mistral4",
-    "mllama_lora": "mllama", "llama4_lora": "llama4", "gemma3_lora": "gemma3", "gemma3_qlora": "gemma3",
+    "mllama_lora": "mllama", "llama4_lora": "llama4", "gemma3_lora": "gemma3", "gemma3_qlora": "gemma3", "paligemma_lora": "paligemma",
     "gemma3n_lora": "gemma3n", "gemma4_lora": "gemma4_e2b", "gemma4_moe_lora": "gemma4_moe",
     "qwen2_vl_lora": "qwen2_vl", "qwen2_5_vl_lora": "qwen2_5_vl", "qwen2_5_vl_qlora": "qwen2_5_vl",
     "qwen3_vl_lora": "qwen3_vl", "qwen3_vl_moe_lora": "qwen3_vl_moe", "qwen3_vl_moe_experts_lora": "qwen3_vl_moe",

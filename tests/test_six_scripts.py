@@ -30,12 +30,12 @@ def write_medium(path, answer):
     soundfile.write(path, [0.4 * math.sin(n * len(answer) / 20) for n in range(12_000)], 12_000)
 
 
-def write_rows(folder, kind):
-    """A data file of six rows: one medium of this kind (None: none), two of them, and one row of text."""
+def write_rows(folder, kind, text_alone=True):
+    """A data file of six rows: one medium of this kind (None: none), two of them, and, if it may be, one of text."""
     rows = []
     for number, answer in enumerate([*ANSWERS] * 2):
         name = f"{number}{'.wav' if kind == 'audio' else '.png'}"
-        media = [] if number == 4 or not kind else [name] * (2 if number == 5 else 1)
+        media = [] if number == 4 and text_alone or not kind else [name] * (2 if number == 5 else 1)
         for medium in media:
             write_medium(folder / medium, answer)
         content = [*({"type": kind} for _ in media), {"type": "text", "text": "Which colour?"}]
@@ -48,7 +48,7 @@ def recipe(name, folder):
     """The smallest recipe for a family's tiny checkpoint in `folder`."""
     bf16 = name in IN_BF16
     checkpoint = zoo.build(name, folder / name, dtype="bfloat16" if bf16 else "float32")
-    write_rows(folder, None if name in zoo.TEXT_ONLY else "audio" if name == "voxtral" else "image")
+    write_rows(folder, None if name in zoo.TEXT_ONLY else "audio" if name == "voxtral" else "image", name != "paligemma")
     text = [f"base_model: {checkpoint}", f"datasets: [{{path: {folder / 'rows.jsonl'}}}]", "val_set_size: 2",
             "adapter: lora", "lora_r: 2", "micro_batch_size: 2", "gradient_accumulation_steps: 2", "max_steps: 2",
             "learning_rate: 1e-3", f"bf16: {str(bf16).lower()}", "max_new_tokens: 4", "golden_rows: 2", "merge: true"]

@@ -41,6 +41,8 @@ class TokenCounter:
         All are tokenized in one call, without offsets where the tokens' bytes tell their places.
         """
         found: list[tuple | None] = [None] * len(given)
+        if self.encoder.prefix:
+            return found
         for first in (True, False):
             asked = [n for n, (text, _) in enumerate(given)
                      if adds_first_token(self.processor, text) == first]
@@ -69,6 +71,8 @@ class TokenCounter:
 
     def row(self, text: str, spans: list, pictures: list[Image.Image]) -> tuple[int, int, int] | None:
         """The counts of a text with pictures and no other media; None where only `encode` can tell."""
+        if self.encoder.prefix:
+            return None
         sizes, made = tuple(picture.size for picture in pictures), None
         with contextlib.suppress(ValueError, RuntimeError):      # what the processor refuses, encode reports
             written = self.pictures.written(sizes)

@@ -83,7 +83,11 @@ class Rows:
         """The conversations of a parsed row (several if the template rewrites earlier turns)."""
         messages, _, tools = row
         template = self.template.with_options(tools, **self.config.chat_template_kwargs)
-        return template.conversations(messages, self.labels)
+        talks = template.conversations(messages, self.labels)
+        if self.encoder.prefix and any(talk.spans[0][0] < talk.reply[0] for talk in talks):
+            raise RowError("a prompt can't be trained, since base_model sees all of it at once",
+                           "train_on_inputs: false, roles_to_train: [assistant]; no train: true elsewhere")
+        return talks
 
     def samples(self, row: tuple | RowError, number: int, talk: list[Conversation] | RowError,
                 known: dict[int, tuple]) -> list[dict]:

@@ -215,6 +215,7 @@ def inputs(processor, row: dict) -> dict:
     bos = processor.tokenizer.bos_token                # LLaVA's template leaves it to the tokenizer
     options = {"return_tensors": "pt", "add_special_tokens": not (bos and text.startswith(bos))}
     made = processor(text=[text], **media_arguments(row["media"], row["image_bounds"]), **options)
+    made.pop("labels", None)                           # PaliGemma's processor makes some, of no use here
     return {key: value.float() if value.is_floating_point() else value for key, value in made.items()}
 
 

@@ -30,6 +30,7 @@ class Family:
     uncast: str = ""                     # a module that takes pictures in the dtype of its weights only
     longest_sound_seconds: float | None = None            # the processor silently cuts longer sounds
     one_kind: bool = False               # a row can't have pictures and clips: one is taken for the other
+    prefix: bool = False                 # a prompt's tokens see one another, up to where the reply begins
     float16: str = ""                    # why it can't compute in float16
     packing: str = ""                    # why samples can't share a row
     block_masks: tuple[str, ...] = ()    # kinds of layers where all tokens of a picture see one another
@@ -53,6 +54,7 @@ TOWER = {"model.vision_tower": "vision", "model.multi_modal_projector": "project
 VISUAL = {"model.visual": "vision", "model.visual.merger": "projector", "model.language_model": "language"}
 QWEN_WRAPPERS = ("<|vision_start|>", "<|vision_end|>")
 STATE = "its layers hand a state from token to token, over the border between samples"
+PREFIX = "a prompt's tokens see one another, up to where the reply begins"
 OVERFLOW = "its activations pass 65504, the largest number there, and become infinite"
 CONVOLUTION = {"causal_conv1d": "causal-conv1d"}
 GEMMA_WRAPPERS = ("<start_of_image>", "<end_of_image>", "<start_of_audio>", "<end_of_audio>")
@@ -113,6 +115,11 @@ FAMILIES = (
            block_masks=("sliding_attention",), eager=("audio_config",),
            no_flash="its heads are up to 512 wide, and flash attention's at most 256",
            template_names=("gemma4", "gemma4_unified")),
+    Family("PaliGemma", ("paligemma",), TOWER, prefix=True, template="paligemma.jinja", packing=PREFIX,
+           no_flash=f"{PREFIX}, a mask that flash attention doesn't know",
+           transformers="5.23",             # before, its processor wrote where it didn't say
+           note="a prompt's tokens see one another; each reply is a sample of its own, without a template in "
+                "the checkpoint"),
     Family("Qwen2-VL", ("qwen2_vl",), VISUAL, QWEN_WRAPPERS, pixels="area", template_names=("qwen2_vl",)),
     Family("Qwen2.5-VL", ("qwen2_5_vl",), VISUAL, QWEN_WRAPPERS, pixels="area", template_names=("qwen2_vl",),
            note="native resolution; 3-D rope from mm_token_type_ids and image_grid_thw"),

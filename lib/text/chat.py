@@ -20,6 +20,7 @@ from lib.media.media import Decoding, kind_of, open_medium
 from lib.media.resolution import with_bounds
 from lib.run.errors import RowError, StageError
 from lib.run.ledger import read_json, write_json
+from lib.text import prefix
 from lib.text.processor import (
     KINDS, adds_first_token, load_processor, media_arguments, placeholders, special_tokens, tokenizer_of)
 from lib.text.spans import after_replacing, covered, moved, spans_of_tokens, straddled
@@ -35,6 +36,7 @@ class Encoder:
     lacks: the kinds of media for which this checkpoint has no tower, although its processor takes them.
     longest_sound_seconds: longer sounds are refused, since the processor would cut them silently.
     one_kind: whether a row with both pictures and clips is refused.
+    prefix: whether prompt and reply are given to the processor apart (lib/text/prefix.py).
     pixels: how the processor's pictures are bounded, a strategy of lib/media/resolution.py.
     decoding: how media are decoded.
     """
@@ -45,6 +47,7 @@ class Encoder:
     lacks: tuple[str, ...] = ()
     longest_sound_seconds: float | None = None
     one_kind: bool = False
+    prefix: bool = False
     pixels: str = ""
     decoding: Decoding = field(default_factory=Decoding)
 
@@ -61,7 +64,7 @@ class Encoder:
         extractors = [getattr(processor, part, None) for part in KINDS["audio"]]
         rate = {"sampling_rate": extractor.sampling_rate for extractor in extractors if extractor}
         return cls(processor, family.collate, family.batch, tuple(sorted(ids)), lacks,
-                   family.longest_sound_seconds, family.one_kind, family.pixels,
+                   family.longest_sound_seconds, family.one_kind, family.prefix, family.pixels,
                    Decoding(**rate, **decoding))
 
     def save(self, folder: Path) -> None:
@@ -107,10 +110,12 @@ class Encoder:
 
     def encode(self, text: str, spans: list[tuple[int, int]], media: list) -> dict[str, torch.Tensor]:
         """The tensors of a text; spans: its trained characters; media: in the order of their placeholders."""
-        batch, replaced = self.process(text, media)
+        seam = spans[0][0] if self.prefix and spans else len(text)
+        batch, replaced = self.process(text, media, seam)
+        ((seam, _),) = moved([(seam, seam)], replaced)
         text, made = after_replacing(text, replaced), batch["input_ids"][0].tolist()
         if media:
-            self._refuse_unplaced(text, made)
+            self._refuse_unplaced(text, seam, made)
         offsets = batch.pop("offset_mapping")[0].tolist()
         ids, labels, places = (torch.from_numpy(each)[None] for each in
                                self.labelled(text, made, offsets, spans, replaced))        # [1, T]
@@ -157,9 +162,10 @@ class Encoder:
         reply = special_tokens(self.processor).sub("", sample["text"][start:end]).strip()
         return text, self.open(sample["media"][:shown]), reply
 
-    def process(self, text: str, media: list) -> tuple[dict, list[dict]]:
+    def process(self, text: str, media: list, seam: int | None = None) -> tuple[dict, list[dict]]:
         """(the processor's tensors, what it wrote for each placeholder, as lib/text/spans.py reads it).
 
+        seam: where the reply begins, for a processor that takes it apart; None: the text has none.
         Floating-point tensors are made float32; a processor may return another dtype, whatever the model.
         """
         given = {kind: [medium for medium in media if kind_of(medium) == kind] for kind in KINDS}
@@ -171,8 +177,12 @@ class Encoder:
         else:
             if "mm_token_type_ids" in getattr(self.processor, "model_input_names", ()):
                 options["return_mm_token_type_ids"] = True
-            batch = dict(self.processor(text=[text], padding_side="right", **media_arguments(given),
-                                        return_text_replacement_offsets=True, **options))
+            options |= {"padding_side": "right", "return_text_replacement_offsets": True}
+            options |= media_arguments(given)
+            if self.prefix:
+                batch = prefix.process(self.processor, text, seam, **options)
+            else:
+                batch = dict(self.processor(text=[text], **options))
         replaced = batch.pop("text_replacement_offsets", None)
         for key, value in batch.items():
             if not isinstance(value, torch.Tensor):
@@ -182,10 +192,10 @@ class Encoder:
                 batch[key] = value.float()
         return batch, replaced[0] if isinstance(replaced, list) and replaced else []     # or a tensor of none
 
-    def _refuse_unplaced(self, text: str, ids: list[int]) -> None:
+    def _refuse_unplaced(self, text: str, seam: int, ids: list[int]) -> None:
         """Raise StageError where the processor tokenized another text than it says: labels would shift."""
-        first = adds_first_token(self.processor, text)
-        if tokenizer_of(self.processor)(text, add_special_tokens=first)["input_ids"] != ids:
+        first, reply = adds_first_token(self.processor, text), text[seam:] or None
+        if tokenizer_of(self.processor)(text[:seam], reply, add_special_tokens=first)["input_ids"] != ids:
             name = type(self.processor).__name__
             raise StageError(f"base_model: its {name} writes more into the text than it says, or elsewhere",
                              "choose another base_model: labels would be misplaced")
@@ -196,6 +206,9 @@ class Encoder:
             if given[kind]:
                 raise RowError(f"the row has a {NOUNS[kind]}, and base_model has no tower for one",
                                f"name a base_model that takes {NOUNS[kind]}s, or remove the row")
+        if self.prefix and not given["image"]:
+            raise RowError("the row has no picture, and base_model's processor takes no text alone",
+                           "give it a picture, or remove the row")
         longest = max(map(len, given["audio"]), default=0) / self.decoding.sampling_rate
         if self.longest_sound_seconds and longest > self.longest_sound_seconds:
             raise RowError(f"{longest:.1f} seconds of sound; base_model takes {self.longest_sound_seconds:g}",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 VARIANTS = {
     "llama": ("llama_text", "llava", "mllama", "llama4"),
-    "gemma": ("gemma3_text", "gemma3", "gemma3n", "gemma4_e2b", "gemma4_moe"),
+    "gemma": ("gemma3_text", "gemma3", "gemma3n", "gemma4_e2b", "gemma4_moe", "paligemma"),
     "qwen": ("qwen_text", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
     "mistral": ("pixtral", "mistral3", "mistral4", "magistral", "voxtral"),
     "glm": ("glm4v", "glm46v", "glm4v_moe"),

@@ -1,4 +1,4 @@
-"""The Gemma line: text-only Gemma-3, Gemma-3, Gemma-3n, Gemma-4."""
+"""The Gemma line: text-only Gemma-3, Gemma-3, Gemma-3n, Gemma-4, PaliGemma."""
 
 from transformers import (
     Gemma3Config,
@@ -14,6 +14,8 @@ from transformers import (
     Gemma4Processor,
     Gemma4VideoProcessor,
     GemmaTokenizer,
+    PaliGemmaConfig,
+    PaliGemmaProcessor,
     SiglipImageProcessor,
     SiglipVisionConfig,
 )
@@ -66,6 +68,22 @@ def gemma3() -> Parts:
     )
     image_processor = Gemma3ImageProcessor(size={"height": 32, "width": 32})
     return Parts(config, Gemma3Processor(image_processor, tokenizer, image_seq_length=4), STOP, "gemma3")
+
+
+def paligemma() -> Parts:
+    """PaliGemma 2: Gemma-2 behind SigLIP, 16 tokens a picture, and tokens of its processor's for places."""
+    tokenizer = tokenizer_with()
+    image_processor = SiglipImageProcessor(size={"height": 32, "width": 32})
+    image_processor.image_seq_length = 16
+    processor = PaliGemmaProcessor(image_processor, tokenizer)
+    config = PaliGemmaConfig(
+        text_config=gemma3_decoder(tokenizer, model_type="gemma2", attn_logit_softcapping=50.0),
+        vision_config=tower(model_type="siglip_vision_model", image_size=32, patch_size=8, projection_dim=64),
+        image_token_index=processor.image_token_id,
+        projection_dim=64,
+        hidden_size=64,
+    )
+    return Parts(config, processor, ("<eos>",))
 
 
 def gemma3n() -> Parts:
