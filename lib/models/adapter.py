@@ -2,6 +2,8 @@
 
 Fork me to: use another PEFT method (`lora_config`), or choose layers by another rule (`target_names`).
 """
+import contextlib
+import copy
 import re
 from pathlib import Path
 
@@ -40,6 +42,8 @@ def put_on(model, plan: dict, knobs, real: bool = True) -> tuple[object, dict[st
     targets = as_regex(names, [name for name, _ in model.named_modules()]) if names else []
     parameters = as_ends(experts, [name for name, _ in model.named_parameters()])
     config = lora_config(knobs, targets, parameters, rows)
+    if widened(model, config, names):
+        targets = config.target_modules = names
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(knobs.seed)
         try:
@@ -137,6 +141,21 @@ def as_regex(names: list[str], among: list[str]) -> str:
     short = "|".join(grouped(names, r"\d+"))
     exact = {name for name in among if re.fullmatch(short, name)} == set(names)
     return short if exact else "|".join(grouped(names))
+
+
+def widened(model, config, names: list[str]) -> bool:
+    """Whether peft would adapt more layers than these: of some models it makes a regex the last names.
+
+    It does so where the experts of an older transformers were linear layers, for adapters made with that one.
+    """
+    probe = copy.copy(config)
+    with contextlib.suppress(ImportError):             # older ones of peft take every regex as it is
+        from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+        convert_peft_config_for_transformers(probe, model, None)
+    if isinstance(probe.target_modules, str):
+        return False
+    return any(name_ends(name, last) for name, _ in model.named_modules() if name not in names
+               for last in probe.target_modules)
 
 
 def grouped(names: list[str], number: str | None = None) -> list[str]:

@@ -26,17 +26,21 @@ FROM_ZERO = (True, False, "gaussian", "orthogonal", "eva")         # the others 
 def attach(model, folder: Path, trainable: bool = True):
     """The model with a saved PEFT adapter on it, in float32, which trains if asked.
 
-    Raises StageError where tensors are missing; peft alone would warn and go on with random ones.
+    Raises StageError where tensors are missing, or peft doesn't read them, as where transformers renames a
+    layer whose name has changed already; peft alone would warn and go on with random ones.
     """
     from peft import PeftModel
     with quiet():
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     quant.refuse_dora_on_cpu(peft_model)
-    with safe_open(folder / WEIGHTS, "pt") as file:
-        odd = tensors_of(peft_model).keys() ^ set(file.keys())
-    if odd:
-        raise StageError(f"{folder}: {len(odd)} tensors don't fit the model, such as {sorted(odd)[0]}",
+    ours, theirs = tensors_of(peft_model), load_file(folder / WEIGHTS)
+    if odd := sorted(ours.keys() ^ theirs.keys()):
+        raise StageError(f"{folder}: {len(odd)} tensors don't fit the model, such as {odd[0]}",
                          "run 04_lora.py again with --force")
+    if odd := [name for name in sorted(ours) if not torch.equal(ours[name].to(theirs[name]), theirs[name])]:
+        raise StageError(f"{folder}: peft doesn't read {len(odd)} tensors of the adapter of a "
+                         f"{type(model).__name__}, such as {odd[0]}",
+                         "leave these layers out, by lora_target_modules")
     return peft_model
 
 

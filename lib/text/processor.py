@@ -68,8 +68,8 @@ def tokenizer_of(processor):
 
 def placeholders(processor) -> dict[str, str]:
     """{kind: the token that stands for a medium in a rendered text}, for the kinds that a processor takes."""
-    tokens = {kind: getattr(processor, f"{kind}_token", None) for kind, parts in KINDS.items()
-              if any(getattr(processor, part, None) for part in parts)}
+    tokens = {kind: getattr(processor, f"{kind}_placeholder_token", getattr(processor, f"{kind}_token", None))
+              for kind, parts in KINDS.items() if any(getattr(processor, part, None) for part in parts)}
     return {kind: token for kind, token in tokens.items() if token}
 
 
