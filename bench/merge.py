@@ -26,7 +26,7 @@ HIDDEN = 2560
 CPU = torch.device("cpu")
 LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "lora_target_modules": None, "seed": 0,
         "lora_target_roles": ["language"], "lora_target_parameters": None, "lora_model_dir": None, "peft_use_dora": False,
-        "peft_use_rslora": False, "peft_init_lora_weights": False}
+        "peft_use_rslora": False, "peft_init_lora_weights": True}
 MODEL = {"revision": None, "trust_remote_code": False, "model_type": None, "bf16": True, "fp16": False,
          "quantize_roles": [], "load_in_8bit": False, "load_in_4bit": False, "bnb_config_kwargs": None,
          "adapter": "lora", "attn_implementation": "sdpa", "overrides_of_model_config": {}, "sequence_len": 2048,
@@ -59,7 +59,11 @@ def prepare(folder: Path, gib: float, shards: int) -> int:
     write_index(base / INDEX, files)
     knobs = SimpleNamespace(base_model=str(base), **MODEL, **LORA)
     plan = make_plan(knobs)
-    save_adapter(model.new_adapter(plan, knobs)[0], folder / "adapter")
+    adapted, _ = model.new_adapter(plan, knobs)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:              # which begins at zero, so that a merge would change nothing
+            torch.nn.init.normal_(parameter, std=0.01)
+    save_adapter(adapted, folder / "adapter")
     (folder / "plan.json").write_text(json.dumps(plan), encoding="utf-8")
     return total
 

@@ -24,7 +24,7 @@ INNER = {"experts": "experts", "router": "router", "gate": "router", "shared_exp
 GUESSES = (("projector", r"projector|projection|connector|merger|aligner|adapter|resampler|abstractor"
                          r"|perceiver|embed_(vision|audio|image)|(modality|vision|image|visual)_proj"),
            ("audio", r"audio|speech|whisper"),
-           ("vision", r"vision|visual|image|vit\b|video"))
+           ("vision", r"vision|visual|image|vit\b|video|vqmodel|generation"))
 # Single learned tensors beside the parts, such as the one between the rows of a picture's features.
 LOOSE = r"newline|sepe?a?rator|vision|visual|image"
 

@@ -33,15 +33,22 @@ def attach(model, folder: Path, trainable: bool = True):
     with quiet():
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     quant.refuse_dora_on_cpu(peft_model)
-    ours, theirs = tensors_of(peft_model), load_file(folder / WEIGHTS)
-    if odd := sorted(ours.keys() ^ theirs.keys()):
-        raise StageError(f"{folder}: {len(odd)} tensors don't fit the model, such as {odd[0]}",
-                         "run 04_lora.py again with --force")
-    if odd := [name for name in sorted(ours) if not torch.equal(ours[name].to(theirs[name]), theirs[name])]:
-        raise StageError(f"{folder}: peft doesn't read {len(odd)} tensors of the adapter of a "
-                         f"{type(model).__name__}, such as {odd[0]}",
+    ours = tensors_of(peft_model)
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        if odd := sorted(ours.keys() ^ set(file.keys())):
+            raise StageError(f"{folder}: {len(odd)} tensors don't fit the model, such as {odd[0]}",
+                             "run 04_lora.py again with --force")
+        unread = [name for name in sorted(ours) if not same(ours[name], file.get_tensor(name))]
+    if unread:
+        raise StageError(f"{folder}: peft doesn't read {len(unread)} tensors of the adapter of a "
+                         f"{type(model).__name__}, such as {unread[0]}",
                          "leave these layers out, by lora_target_modules")
     return peft_model
+
+
+def same(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Whether a tensor of the model has the values that one of a file has, NaN included."""
+    return torch.allclose(ours.to(theirs), theirs, rtol=0, atol=0, equal_nan=True)
 
 
 def tensors_of(peft_model) -> dict[str, torch.Tensor]:
