@@ -61,28 +61,52 @@ ID = re.compile(r"_token_(id|index)$|^im_\w+_id$|^image_patch_id$")
 ASKED = re.compile(r"""tokenizer(?:\.|, ["'])(?!add_|bos|eos|pad|unk|sep|cls|mask)(\w+_token(?:_id)?)\b""")
 KINDS = ("layer_types", "mlp_layer_types", "indexer_types", "layers_block_type")    # lists of layers' kinds
 UNSET = {"head_dim": HEAD, "mlp_layer_types": ["dense", "sparse"], "deepstack_layer_map": [[0, 0], [1, 1]],
-         "spatial_target_layers": [0, 1], "downsample_rate": "2/4"}      # what some types have no default for
+         "spatial_target_layers": [0, 1], "downsample_rate": "2/4",      # what some types have no default for
+         "num_experts": EXPERTS, "top_k_experts": 2, "moe_intermediate_size": WIDTH // 2, "logit_scale": 0.5,
+         "indexer_n_heads": HEADS, "indexer_kv_heads": 1, "indexer_head_dim": HEAD, "indexer_budget": WIDTH,
+         "indexer_compress_ratio": 4}
+# A tower of timm's has no sizes of its own, but its architecture's, and what it is given.
+TIMM = {"architecture": "vit_pe_core_tiny_patch16_384",
+        "model_args": {"embed_dim": WIDTH, "img_size": [SIDE] * 2, "patch_size": PATCH, "depth": LAYERS,
+                       "num_heads": HEADS, "global_pool": "", "ref_feat_shape": [SIDE // PATCH] * 2}}
 
 
 # ---- the configuration ----
 
-def configuration(model_type: str, vocabulary: int = 400, ids=None):
-    """The type's configuration, small; `ids` gives {name: token id} for those that it holds."""
+def configuration(model_type: str, vocabulary: int = 400, ids=None, times: int = 1):
+    """The type's configuration, small; `ids` gives {name: token id} for those that it holds.
+
+    times: how many times larger than SIDE its pictures are.
+    """
     cls = CONFIG_MAPPING[model_type]
     values = cls().to_dict()
     for name, part in cls.sub_configs.items():
         if "vision" in name and values.get(name) is None and hasattr(part, "model_type"):
             values[name] = part().to_dict()
-    values = small(values, vocabulary)
+    values = enlarged(small(values, vocabulary), times)
     source = inspect.getsource(sys.modules[getattr(transformers, MODELS[model_type]).__module__])
     for name in re.findall(r"self\.config\.(\w+_token_id)\b", source):
         values.setdefault(name, 0)
+    text = values.get("text_config") or values
+    if "create_sliding_window_causal_mask(" in source and text.get("sliding_window", 0) is None:
+        text["sliding_window"] = SIDE                              # some make this mask for no layer
+    if "rope_parameters[layer_type]" in source and text.get("rope_parameters", 0) in (None, {}):
+        text["rope_parameters"] = {kind: {"rope_type": "default", "rope_theta": 10_000.0}
+                                   for kind in text["layer_types"]}
     values = with_ids(values, ids or (lambda name: 0))
     return cls.from_dict(values)
 
 
+def enlarged(values: dict, times: int) -> dict:
+    """The dictionary with larger pictures."""
+    return {key: enlarged(value, times) if isinstance(value, dict) else
+            times * value if (key, value) == ("image_size", SIDE) else value for key, value in values.items()}
+
+
 def small(values: dict, vocabulary: int) -> dict:
     """A configuration's dictionary with every size in it small."""
+    if values.get("model_type") == "timm_wrapper" and not values.get("model_args"):
+        return values | TIMM
     kinds = {key: list(dict.fromkeys(values[key])) for key in KINDS if values.get(key)}
     depth = max([LAYERS, *map(len, kinds.values())])
     layers = next((values[key] for key in ("num_hidden_layers", "depth", "num_layers")
@@ -171,7 +195,8 @@ def with_ids(values: dict, ids) -> dict:
 # ---- the processor ----
 
 PICTURES = ("size", "crop_size", "max_image_size", "high_res_size", "tile_size", "patch_size",
-            "encoder_patch_size", "min_pixels", "max_pixels", "image_size", "image_grid_pinpoints")
+            "encoder_patch_size", "vision_patch_size", "min_pixels", "max_pixels", "image_size",
+            "image_grid_pinpoints")
 
 
 def processor_class(model_type: str) -> type | None:
@@ -205,7 +230,8 @@ def tokenizer_for(cls: type, more: list[str]):
     modules = {base.__module__ for base in cls.__mro__ if base.__module__.startswith("transformers.models.")}
     source = "".join(inspect.getsource(sys.modules[name]) for name in sorted(modules))
     asked = {name.removesuffix("_id") for name in ASKED.findall(source)}
-    named = {name: f"<{name.removesuffix('_token')}>" for name in sorted(asked)}
+    own = dict(re.findall(r'self\.(\w+_token) = "(<[^<>"]+>)"$', source, re.M))
+    named = {name: own.get(name) or f"<{name.removesuffix('_token')}>" for name in sorted(asked)}
     written = sorted(set(re.findall(r"""["'](<[^<>"'\s{}\\]+>)["']""", source)))
     rest = dict.fromkeys([*TURNS, *written, *GRID, *SPARE, *more])
     last = tuple(token for token in rest if token not in named.values())
@@ -213,8 +239,8 @@ def tokenizer_for(cls: type, more: list[str]):
                     extra_special_tokens=named)
 
 
-def small_pictures(cls: type):
-    """An image or video processor with small pictures."""
+def small_pictures(cls: type, times: int = 1):
+    """An image or video processor with small pictures; times as in `configuration`."""
     changes, defaults = {}, cls()
     if getattr(defaults, "draw_on_frames", False):                 # it writes with a font of its own
         changes["draw_on_frames"] = False
@@ -232,6 +258,11 @@ def small_pictures(cls: type):
             changes[key] = dict.fromkeys(sides, PATCH if "patch" in key else SIDE * area)
             if {"shortest_edge", "longest_edge"} <= set(sides):
                 changes[key]["longest_edge"] *= 4 if area > 1 else 2
+    if "vision_patch_size" in changes:                             # then the other one is a tile's side
+        changes["patch_size"] = SIDE
+    if times > 1:
+        changes |= {key: {side: times * value for side, value in changes[key].items()}
+                    for key in changes.keys() & {"size", "crop_size"}}
     return cls(**changes)
 
 
@@ -247,7 +278,8 @@ def processor_for(model_type: str, facts: dict, more: tuple = ()):
         table = EYES if "image" in name else FILMS if "video" in name else EARS
         parts[name] = tokenizer if "tokenizer" in name else part_class(model_type, cls, table)
         if isinstance(parts[name], type):
-            parts[name] = parts[name]() if table is EARS else small_pictures(parts[name])
+            times = facts.get("times", 1)
+            parts[name] = parts[name]() if table is EARS else small_pictures(parts[name], times)
     for name in set(facts) & {"image_seq_length", "image_patch_size"}:      # some ask this part for it
         setattr(parts["image_processor"], name.replace("image_patch", "patch"), facts[name])
     asked = inspect.signature(cls.__init__).parameters.values()
@@ -287,6 +319,8 @@ def parts(model_type: str, picture, facts: dict) -> Parts:
         return Parts(config, copy.copy(tokenizer), (END,), tokenizer=tokenizer)
     values = {**plain.to_dict(), **(getattr(plain, "vision_config", None) or plain).to_dict()}
     shared = {name: values[name] for name in SHARED if name in values}
+    if "projector_pooling_ratio" in values:
+        shared["pooling_ratio"] = values["projector_pooling_ratio"]
     sizes = {"patch_size": PATCH, "img_size": SIDE, "image_size": SIDE}
     processor = processor_for(model_type, sizes | shared | facts)
     tokenizer = processor.tokenizer
@@ -310,4 +344,5 @@ def parts(model_type: str, picture, facts: dict) -> Parts:
         known = (getattr(owner, f"{name}_id", None) for owner in (tokenizer, processor))
         return next((i for i in known if isinstance(i, int)), None) or next(spare)
 
-    return Parts(configuration(model_type, len(tokenizer), ids), processor, stop=(END,), tokenizer=tokenizer)
+    config = configuration(model_type, len(tokenizer), ids, facts.get("times", 1))
+    return Parts(config, processor, stop=(END,), tokenizer=tokenizer)
