@@ -1,22 +1,28 @@
 """The generic record: what tests/classified.json says of every model type that transformers' table lists."""
 import json
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 
+from lib import registry
 from lib.collator import supervised_positions
+from lib.data.counting import TokenCounter
 from lib.models import trainable
 from lib.run.errors import StageError
+from lib.text.chat import Encoder
+from lib.text.processor import load_processor, tokenizer_of
+from lib.text.template import Template
 from lib.training import logits, loss
 from tests import classify, tiny
 from tests.runner import Run, colour_rows, text_rows
-from tests.test_families import SEEING, picture
+from tests.test_families import SEEING, picture, text
 from tests.tiny import END
 from tests.zoo.checkpoint import Parts, write
-from tests.zoo.vocabulary import gpt_like
+from tests.zoo.vocabulary import gpt_like, sentencepiece
 
 FILED = json.loads(classify.FILE.read_text(encoding="utf-8"))
 TYPES = FILED["types"]
@@ -137,6 +143,56 @@ def test_an_adapter_that_peft_does_not_read_whole_is_refused_when_it_is_attached
         classify.Try("mistral_large4", folder).adapter(tmp_path)
 
 
+def idefics2(tokenizer, folder):
+    """(the encoder, the template) of an Idefics2Processor around a tokenizer, with Idefics2's own turns."""
+    own = transformers.Idefics2Processor(tiny.small_pictures(transformers.Idefics2ImageProcessor), tokenizer, 4)
+    own.chat_template = (
+        "{% for m in messages %}{{ m.role.capitalize() }}:{% for part in m.content %}"
+        "{{ '<image>' if part.type == 'image' else ' ' + part.text }}{% endfor %}<end_of_utterance>\n{% endfor %}"
+        "{% if add_generation_prompt %}Assistant:{% endif %}")
+    own.save_pretrained(folder)
+    encoder = Encoder.of(load_processor(folder), registry.family_of("idefics2"))
+    return encoder, Template(encoder.processor, ("<end_of_utterance>",))
+
+
+@pytest.mark.parametrize("vocabulary", ["bytes", "sentencepiece"])
+@pytest.mark.parametrize("asked", ["What is it?", "<image"])
+def test_what_a_processor_wrote_without_saying_so_is_read_off_its_tokens(vocabulary, asked, tmp_path):
+    """Idefics2's writes five times as many tokens as it has, and joins those of pictures side by side."""
+    tokenizer = tiny.tokenizer_for(transformers.Idefics2Processor, [])
+    if vocabulary == "sentencepiece":
+        words, merges = sentencepiece(("<unk>", "<s>", "</s>"))
+        named = {"image_token": "<image>", "image_boundary_token": "<fake_token_around_image>"}
+        tokenizer = transformers.LlamaTokenizer(vocab=words, merges=merges, add_bos_token=True, pad_token="</s>",
+                                                extra_special_tokens=named)
+    encoder, template = idefics2(tokenizer, tmp_path)
+    ask = [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, text(asked), {"type": "image"}]},
+           {"role": "assistant", "content": [text("a red fox")]},
+           {"role": "user", "content": [text(asked)]}, {"role": "assistant", "content": [text("no")]}]
+    (sample,) = template.conversations(ask)
+    row = encoder.encode(sample.text, sample.spans, [picture(n) for n in range(3)])
+    trained = [i for i in row["labels"][0].tolist() if i != -100]
+    decoded = tokenizer_of(encoder.processor).decode(trained)
+    assert decoded.replace(" ", "") == "aredfox<end_of_utterance>no<end_of_utterance>"
+    own = encoder.processor(text=[sample.text], images=[picture(n) for n in range(3)], return_tensors="pt")
+    assert row["input_ids"].tolist() == own["input_ids"].tolist()
+
+
+def test_what_was_read_off_one_text_is_not_counted_in_another(tmp_path):
+    """Behind a picture Idefics2's processor writes a space where a word follows, and none before a line's end."""
+    encoder, template = idefics2(tiny.tokenizer_for(transformers.Idefics2Processor, []), tmp_path)
+    counter = TokenCounter(encoder)
+    for asked in ("\nWhat?", "What?", "\nWhat?"):
+        answer = {"role": "assistant", "content": [text("no")]}
+        (sample,) = template.conversations([{"role": "user", "content": [{"type": "image"}, text(asked)]}, answer])
+        sample = replace(sample, text=sample.text.replace("<image> ", "<image>"),
+                         spans=[(start - 1, end - 1) for start, end in sample.spans])
+        row = encoder.encode(sample.text, sample.spans, [picture(0)])
+        ids, labels = row["input_ids"][0].numpy(), row["labels"][0].numpy()
+        assert counter.row(sample.text, sample.spans, [picture(0)]) == encoder.counts(ids, labels)
+        assert encoder.processor.tokenizer.decode([i for i in labels if i != -100]).strip() == "no<end_of_utterance>"
+
+
 def test_what_is_no_tensor_is_refused_by_name(tmp_path):
     folder = write(tiny.parts("unlimited_ocr", picture(0), {}), tmp_path, seed=0, dtype="float32")
     with pytest.raises(StageError, match="its UnlimitedOcrProcessor makes num_local_patches a list"):
@@ -187,6 +243,15 @@ def test_a_model_that_does_something_else_to_its_logits_is_refused(monkeypatch):
     with pytest.raises(StageError, match=r"changes its logits .*\(logits \*\* self\.config\.power\)"):
         trainable.refuse_other_losses(net)
     logits.source.cache_clear()
+
+
+def test_a_factor_that_is_unset_and_then_skipped_is_none_to_the_loss():
+    config = tiny.configuration("cohere_compass")
+    for scale, factor in ((0.5, 0.5), (None, 1)):
+        config.text_config.logit_scale = scale
+        net = model_that(config, transformers.CohereCompassForConditionalGeneration)
+        trainable.refuse_other_losses(net)
+        assert logits.Finish.of(net).factor == factor
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Qwen3", "Mistral", "GPTNeoX", "Phi3"])

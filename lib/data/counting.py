@@ -77,12 +77,12 @@ class TokenCounter:
         with contextlib.suppress(ValueError, RuntimeError):      # what the processor refuses, encode reports
             written = self.pictures.written(sizes)
             if written is None:
-                batch, replaced = self.encoder.process(text, pictures)
-                written = [each["replacement"] for each in replaced] or [self.pictures.token] * len(sizes)
+                batch, said = self.encoder.process(text, pictures)
+                written = [each["replacement"] for each in said] or [self.pictures.token] * len(sizes)
                 made = batch["input_ids"][0].tolist()
             (expanded,), (replaced,) = self.processor.get_text_with_replacements([text], written)
             (tokens,) = self._tokens([expanded], adds_first_token(self.processor, text))
-            if made == tokens.ids:
+            if made == tokens.ids and not any("read_off" in each for each in said):
                 self.pictures.learn(sizes, written)
             if made in (None, tokens.ids):
                 return self._counts(expanded, spans, tokens, replaced)

@@ -65,6 +65,8 @@ def factor_of(base, change: str) -> float | None:
     """The number that an expression multiplies logits by; None if it does something else."""
     product = FACTOR.fullmatch(change)
     value = getattr(base.config.get_text_config(), product[2], None) if product else None
+    if product and value is None and f"if self.{product[2]} is not None:" in source(type(base)):
+        return 1
     if not isinstance(value, Real) or not value:
         return None
     return value if product[1] == "*" else 1 / value
