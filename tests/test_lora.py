@@ -154,6 +154,8 @@ def test_layers_that_peft_would_swap_for_others_are_refused(make):
     assert make("glm4v_moe", lora_target_modules=["q_proj"]).json("04_lora/adapter.json")["modules"]
     with pytest.raises(StageError, match="peft adapts other layers than asked"):
         make("glm4v_moe", lora_target_modules=["gate_proj", "up_proj", "down_proj"])
+    with pytest.raises(StageError, match="peft refuses: Cannot convert .* gate_proj without also targeting up_proj"):
+        make("glm4v_moe", lora_target_modules=["gate_proj"])
 
 
 # ---- what the adapter is ----

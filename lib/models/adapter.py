@@ -149,7 +149,8 @@ def widened(model, config, names: list[str]) -> bool:
     It does so where the experts of an older transformers were linear layers, for adapters made with that one.
     """
     probe = copy.copy(config)
-    with contextlib.suppress(ImportError):             # older ones of peft take every regex as it is
+    # Older ones of peft take every regex as it is; what peft refuses, it refuses again in `put_on`.
+    with contextlib.suppress(ImportError, ValueError):
         from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
         convert_peft_config_for_transformers(probe, model, None)
     if isinstance(probe.target_modules, str):
