@@ -73,7 +73,7 @@ class TokenCounter:
         """The counts of a text with pictures and no other media; None where only `encode` can tell."""
         if self.encoder.prefix:
             return None
-        sizes, made = tuple(picture.size for picture in pictures), None
+        sizes, made, said = tuple(picture.size for picture in pictures), None, []
         with contextlib.suppress(ValueError, RuntimeError):      # what the processor refuses, encode reports
             written = self.pictures.written(sizes)
             if written is None:

@@ -24,7 +24,7 @@ from lib.run.ledger import read_json, write_json
 from lib.text import prefix
 from lib.text.processor import (
     KINDS, adds_first_token, load_processor, media_arguments, placeholders, special_tokens, tokenizer_of)
-from lib.text.spans import after_replacing, covered, moved, spans_of_tokens, straddled
+from lib.text.spans import after_replacing, covered, moved, read_off, spans_of_tokens, straddled
 
 
 @dataclass
@@ -195,27 +195,17 @@ class Encoder:
         return batch, replaced or (self._read_off(batch["input_ids"][0].tolist(), text) if media else [])
 
     def _read_off(self, ids: list[int], text: str) -> list[dict]:
-        """What the processor wrote for each placeholder, read off its ids where it doesn't say (Idefics2).
+        """What the processor wrote for each placeholder, read off its ids; some, as Idefics2's, don't say it.
 
-        It may be special tokens and white space; [] where it is anything else, or where nothing was written.
+        [] where it wrote nothing, or more than special tokens and white space.
         """
         tokenizer, first = tokenizer_of(self.processor), adds_first_token(self.processor, text)
         if tokenizer(text, add_special_tokens=first)["input_ids"] == ids:
             return []
         ids = ids[len(tokenizer("", add_special_tokens=first)["input_ids"]):]
         made = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        shown = re.compile("|".join(map(re.escape, placeholders(self.processor).values())))
-        spans = [found.span() for found in shown.finditer(text)]
-        special, place, written = special_tokens(self.processor).pattern, spans[0][0] if spans else 0, []
-        for (start, end), (following, _) in zip(spans, [*spans[1:], (len(text), None)]):
-            behind = re.escape(text[end:following]) + (r"\Z" if following == len(text) else "")
-            found = re.compile(rf"((?:{special}|\s)+?){behind}").match(made, place)
-            if not found:
-                return []
-            written.append({"span": (start, end), "new_span": found.span(1), "replacement": found[1],
-                            "read_off": True})             # and so it may be another in another text
-            place = found.end()
-        return written
+        tokens = "|".join(map(re.escape, placeholders(self.processor).values()))
+        return read_off(made, text, tokens, special_tokens(self.processor).pattern)
 
     def _refuse_unplaced(self, text: str, seam: int, ids: list[int]) -> None:
         """Raise StageError where the processor tokenized another text than it says: labels would shift."""

@@ -4,6 +4,8 @@ A span is (start, end) in characters; the spans of tokens are an array [T, 2]. `
 processor wrote in place of media placeholders: [{"span": of the placeholder in the render, "new_span": of
 what it wrote in the text that it tokenized, "replacement": what it wrote}].
 """
+import re
+
 import numpy as np
 from tokenizers import Tokenizer, decoders
 from transformers.convert_slow_tokenizer import bytes_to_unicode
@@ -27,6 +29,25 @@ def after_replacing(text: str, replaced: list[dict]) -> str:
         pieces += [text[last:r["span"][0]], r["replacement"]]
         last = r["span"][1]
     return "".join([*pieces, text[last:]])
+
+
+def read_off(made: str, text: str, placeholder: str, special: str) -> list[dict]:
+    """`replaced`, by comparing the text that a processor tokenized with the render; [] where they don't fit.
+
+    placeholder, special: patterns of media placeholders and of special tokens; nothing but these tokens and
+    white space is taken for what was written. Each has "read_off", since it may be other in another text.
+    """
+    shown = [found.span() for found in re.finditer(placeholder, text)]
+    place, replaced = shown[0][0] if shown else 0, []
+    for (start, end), following in zip(shown, [*(first for first, _ in shown[1:]), len(text)]):
+        behind = re.escape(text[end:following]) + (r"\Z" if following == len(text) else "")
+        found = re.compile(rf"((?:{special}|\s)+?){behind}").match(made, place)
+        if not found:
+            return []
+        replaced.append({"span": (start, end), "new_span": found.span(1), "replacement": found[1],
+                         "read_off": True})
+        place = found.end()
+    return replaced
 
 
 def spans_of_tokens(offsets: list) -> np.ndarray:
