@@ -78,7 +78,7 @@ def paligemma() -> Parts:
     processor = PaliGemmaProcessor(image_processor, tokenizer)
     config = PaliGemmaConfig(
         text_config=gemma3_decoder(tokenizer, model_type="gemma2", attn_logit_softcapping=50.0),
-        vision_config=tower(model_type="siglip_vision_model", image_size=32, patch_size=8, projection_dim=64),
+        vision_config=tower(model_type="siglip_vision_model", image_size=32, patch_size=8, vision_use_head=False),
         image_token_index=processor.image_token_id,
         projection_dim=64,
         hidden_size=64,
