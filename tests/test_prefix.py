@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from lib.run.errors import RowError
+from lib.run.errors import RowError, StageError
+from tests.runner import Run, colour_rows
 from tests.test_families import find, inputs, picture, text
 
 ASKED, SAID = "What is it?", "a red fox"
@@ -55,3 +56,10 @@ def test_a_row_without_a_picture_is_refused(subject):
     (sample,) = subject.template.conversations(messages)
     with pytest.raises(RowError, match="has no picture, and base_model's processor takes no text alone"):
         subject.encoder.encode(sample.text, sample.spans, [])
+
+
+@pytest.mark.parametrize("knobs", [{"train_on_inputs": True}, {"roles_to_train": ["user", "assistant"]}])
+def test_a_prompt_is_not_trained(knobs, tmp_path, monkeypatch, subject):
+    run = Run(tmp_path, monkeypatch, subject.folder, colour_rows(4), val_set_size=0, **knobs)
+    with pytest.raises(StageError, match="rows.jsonl:1: a prompt can't be trained"):
+        run.upto("02_data")

@@ -155,8 +155,8 @@ def widened(model, config, names: list[str]) -> bool:
         convert_peft_config_for_transformers(probe, model, None)
     if isinstance(probe.target_modules, str):
         return False
-    return any(name_ends(name, last) for name, _ in model.named_modules() if name not in names
-               for last in probe.target_modules)
+    others = {name for name, _ in model.named_modules()} - {*names}
+    return any(name_ends(name, last) for name in others for last in probe.target_modules)
 
 
 def grouped(names: list[str], number: str | None = None) -> list[str]:

@@ -118,8 +118,7 @@ FAMILIES = (
     Family("PaliGemma", ("paligemma",), TOWER, prefix=True, template="paligemma.jinja", packing=PREFIX,
            no_flash=f"{PREFIX}, a mask that flash attention doesn't know",
            transformers="5.23",             # before, its processor wrote where it didn't say
-           note="a prompt's tokens see one another; each reply is a sample of its own, without a template in "
-                "the checkpoint"),
+           note="each reply is a sample of its own, with all before it as its prompt"),
     Family("Qwen2-VL", ("qwen2_vl",), VISUAL, QWEN_WRAPPERS, pixels="area", template_names=("qwen2_vl",)),
     Family("Qwen2.5-VL", ("qwen2_5_vl",), VISUAL, QWEN_WRAPPERS, pixels="area", template_names=("qwen2_vl",),
            note="native resolution; 3-D rope from mm_token_type_ids and image_grid_thw"),

@@ -6,7 +6,6 @@ trained span of the text.
 """
 import json
 import os
-import re
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -21,10 +20,10 @@ from lib.media.media import Decoding, kind_of, open_medium
 from lib.media.resolution import with_bounds
 from lib.run.errors import RowError, StageError
 from lib.run.ledger import read_json, write_json
-from lib.text import prefix
+from lib.text import processing
 from lib.text.processor import (
-    KINDS, adds_first_token, load_processor, media_arguments, placeholders, special_tokens, tokenizer_of)
-from lib.text.spans import after_replacing, covered, moved, read_off, spans_of_tokens, straddled
+    KINDS, adds_first_token, load_processor, placeholders, special_tokens, tokenizer_of)
+from lib.text.spans import after_replacing, covered, moved, spans_of_tokens, straddled
 
 
 @dataclass
@@ -116,7 +115,7 @@ class Encoder:
         ((seam, _),) = moved([(seam, seam)], replaced)
         text, made = after_replacing(text, replaced), batch["input_ids"][0].tolist()
         if media:
-            self._refuse_unplaced(text, seam, made)
+            processing.refuse_unplaced(self.processor, text, seam, made)
         offsets = batch.pop("offset_mapping")[0].tolist()
         ids, labels, places = (torch.from_numpy(each)[None] for each in
                                self.labelled(text, made, offsets, spans, replaced))        # [1, T]
@@ -164,56 +163,13 @@ class Encoder:
         return text, self.open(sample["media"][:shown]), reply
 
     def process(self, text: str, media: list, seam: int | None = None) -> tuple[dict, list[dict]]:
-        """(the processor's tensors, what it wrote for each placeholder, as lib/text/spans.py reads it).
+        """(the processor's tensors, what it wrote into the text), as lib/text/processing.py makes them.
 
         seam: where the reply begins, for a processor that takes it apart; None: the text has none.
-        Floating-point tensors are made float32; a processor may return another dtype, whatever the model.
         """
         given = {kind: [medium for medium in media if kind_of(medium) == kind] for kind in KINDS}
         self._refuse_media(given)
-        options = {"return_tensors": "pt", "return_offsets_mapping": True,
-                   "add_special_tokens": adds_first_token(self.processor, text)}
-        if self.processor is tokenizer_of(self.processor):
-            batch = dict(self.processor([text], **options))
-        else:
-            if "mm_token_type_ids" in getattr(self.processor, "model_input_names", ()):
-                options["return_mm_token_type_ids"] = True
-            options |= {"padding_side": "right", "return_text_replacement_offsets": True}
-            options |= media_arguments(given)
-            if self.prefix:
-                batch = prefix.process(self.processor, text, seam, **options)
-            else:
-                batch = dict(self.processor(text=[text], **options))
-        replaced = batch.pop("text_replacement_offsets", None)
-        for key, value in batch.items():
-            if not isinstance(value, torch.Tensor):
-                raise StageError(f"base_model: its {type(self.processor).__name__} makes {key} a "
-                                 f"{type(value).__name__}", "choose another base_model: batches hold tensors")
-            if value.is_floating_point():
-                batch[key] = value.float()
-        replaced = replaced[0] if isinstance(replaced, list) and replaced else []        # or a tensor of none
-        return batch, replaced or (self._read_off(batch["input_ids"][0].tolist(), text) if media else [])
-
-    def _read_off(self, ids: list[int], text: str) -> list[dict]:
-        """What the processor wrote for each placeholder, read off its ids; some, as Idefics2's, don't say it.
-
-        [] where it wrote nothing, or more than special tokens and white space.
-        """
-        tokenizer, first = tokenizer_of(self.processor), adds_first_token(self.processor, text)
-        if tokenizer(text, add_special_tokens=first)["input_ids"] == ids:
-            return []
-        ids = ids[len(tokenizer("", add_special_tokens=first)["input_ids"]):]
-        made = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        tokens = "|".join(map(re.escape, placeholders(self.processor).values()))
-        return read_off(made, text, tokens, special_tokens(self.processor).pattern)
-
-    def _refuse_unplaced(self, text: str, seam: int, ids: list[int]) -> None:
-        """Raise StageError where the processor tokenized another text than it says: labels would shift."""
-        first, reply = adds_first_token(self.processor, text), text[seam:] or None
-        if tokenizer_of(self.processor)(text[:seam], reply, add_special_tokens=first)["input_ids"] != ids:
-            name = type(self.processor).__name__
-            raise StageError(f"base_model: its {name} writes more into the text than it says, or elsewhere",
-                             "choose another base_model: labels would be misplaced")
+        return processing.process(self.processor, text, given, self.prefix, seam)
 
     def _refuse_media(self, given: dict[str, list]) -> None:
         """Raise RowError for media that the model would not see whole, or not at all."""
