@@ -69,6 +69,9 @@ def main(argv=None):
     # 5. Give each data set its share of an epoch.
     parts = np.split(train, np.searchsorted(train, ends[:len(config.datasets) - 1]))
     train = samples.weighted(parts, names, specs, config.seed)
+    if both := samples.trained_too(table, train, held_out):
+        terminal.warn(f"{both} of {terminal.counted(len(held_out), 'held-out sample')} have the text and "
+                      "media of training samples: what is measured on them says nothing of other rows")
     # 6. Write the samples, and pages on which a person sees what will be learnt.
     shown, shown_held_out = (samples.save(table, places, work.path / name)
                              for places, name in ((train, "train"), (held_out, "eval")))

@@ -24,6 +24,7 @@ from lib.memory import fit
 from lib.models import model, origin
 from lib.models.plan import make_plan
 from lib.run import stage, terminal
+from lib.run.errors import StageError
 from lib.run.ledger import write_json
 from lib.training import devices
 from lib.training.loss import forward_loss
@@ -34,16 +35,20 @@ def main(argv=None):
     parser = stage.arguments(__doc__)
     parser.add_argument("--plan-only", action="store_true", help="only print the plan")
     parser.add_argument("--forecast", action="store_true", help="only print the memory that training takes")
-    parser.add_argument("--gpus", type=int, default=1, help="--forecast: how many GPUs (1)")
-    parser.add_argument("--gib", type=float, default=80, help="--forecast: memory of each, GiB (80)")
+    parser.add_argument("--gpus", type=int, help="--forecast: how many GPUs (1)")
+    parser.add_argument("--gib", type=float, help="--forecast: memory of each, GiB (80)")
     args = parser.parse_args(argv)
+    for flag, given in (("--gpus", args.gpus), ("--gib", args.gib)):
+        if given is not None and (given <= 0 or not args.forecast):
+            wrong = "more than 0 is needed" if args.forecast else "only --forecast reads it"
+            raise StageError(f"{flag} {given}: {wrong}", "for example --forecast --gpus 8 --gib 80")
     run = stage.resolve_run(args.run)
     if args.plan_only:
         return print_plan(make_plan(stage.every_knob(run)))
     if args.forecast:
         plan = make_plan(stage.view("03_load_model", run).config)
         print_plan(plan)
-        return fit.print_fit(fit.Case.of(run, plan), args.gpus, args.gib)
+        return fit.print_fit(fit.Case.of(run, plan), args.gpus or 1, args.gib or 80)
 
     # 1. Start the stage, unless its outputs are still true.
     work = stage.begin(stage.decide("03_load_model", run, force=args.force))

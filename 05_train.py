@@ -147,6 +147,11 @@ def load(work: stage.Work, world: parallel.World) -> Run:
     order = Order(samples.input_tokens, state["global_batch_size"], config.seed, room, config.group_by_length,
                   samples.kinds)
     total_steps = order.total_steps(config.num_epochs, config.max_steps)
+    if state["step"] > total_steps:
+        knob = "num_epochs" if config.max_steps is None else "max_steps"
+        steps = terminal.counted(total_steps, "step")
+        world.stop(f"{work.checkpoint} is past the {steps} that {knob} now asks for",
+                   f"raise {knob} to go on from it, or start over with --force")
     return Run(work=work, world=world, model=net, roles=roles, parameters=parameters, role_of=role_of,
                watch=watch, optimizer=optimizer, dtype=getattr(torch, plan["dtype"]), samples=samples,
                held_out=held_out, order=order, first_step=state["step"], total_steps=total_steps,

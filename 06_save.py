@@ -14,6 +14,7 @@ Fork me to: change the model card (lib/export/card.py), the page (lib/pages/repo
         right answer (lib/evaluation/scores.py).
 """
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -149,6 +150,9 @@ def prompt_about(files: list[str], question: str, encoder: Encoder, template: Te
 
     before: the messages that stand before the question.
     """
+    if os.path.isfile(question):            # Path's own is_file refuses a long question
+        raise StageError(f"--ask: {question} is a file, and no question follows it",
+                         "files come first, then one question in quotes")
     if found := template.special.search(question):
         raise StageError(f"--ask: the question spells the special token {found.group()!r}", "ask without it")
     kinds = [media.KIND_OF.get(Path(file).suffix.lower(), "image") for file in files]

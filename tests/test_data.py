@@ -298,6 +298,17 @@ def test_test_datasets_are_held_out_and_their_samples_have_names_of_their_own(ki
     assert held_out == [("data.2-0", "other/red.png"), ("data.2-1", "other/green.png")]
 
 
+def test_held_out_samples_that_are_trained_on_are_told(kit, capsys):
+    kit.run(test_datasets=[{"path": "data.jsonl", "split": "test"}])       # a file has no splits: it is all rows
+    said = "warning: 8 of 8 held-out samples have the text and media of training samples"
+    assert said in " ".join(capsys.readouterr().out.split())
+    write_colours(Path("other"), rows=2)
+    lines = Path("other/data.jsonl").read_text(encoding="utf-8")
+    Path("other/data.jsonl").write_text(lines.replace("red.png", "green.png"), encoding="utf-8")
+    kit.run(test_datasets=[{"path": "other/data.jsonl"}])
+    assert "warning: 1 of 2 held-out samples have" in " ".join(capsys.readouterr().out.split())
+
+
 def sample_of(row: int, *pictures: str) -> dict:
     return {"dataset": "d", "row": row, "media": [{"sha256": picture} for picture in pictures]}
 

@@ -16,6 +16,7 @@ from lib.memory import fit, on_cuda
 from lib.memory.forecast import WORKSPACES, HollowStep
 from lib.models import plan
 from lib.run import stage
+from lib.run.errors import StageError
 from lib.training import devices, parallel
 from tests.runner import Run
 from tests.test_families import find
@@ -195,6 +196,10 @@ def test_the_view_needs_no_weights_writes_nothing_and_says_what_to_change(tmp_pa
     assert not (run.path / "03_load_model").exists() and "none fits" in said
     for knob in ("micro_batch_size: 1", "gradient_checkpointing: true", "adapter: qlora, with checkpointing"):
         assert f"  {knob}: " in said
+    for words, what in ((("--gpus", "2"), "--gpus 2: only --forecast reads it"),
+                        (("--forecast", "--gib", "-1"), "--gib -1.0: more than 0 is needed")):
+        with pytest.raises(StageError, match=what):
+            run("03_load_model", *words)
 
 
 @pytest.mark.parametrize("packs", [False, True])

@@ -198,6 +198,15 @@ def test_a_tag_in_the_text_of_a_row_without_pictures_is_only_characters():
     assert normalise(row)[0][0]["content"] == [{"type": "text", "text": "Is <image> HTML?"}]
 
 
+@pytest.mark.parametrize("text", ["<image>\nWhat?", "<image><image>\nWhich?", "What?\n<image>", "<image>"])
+def test_a_tag_set_off_from_the_text_of_a_row_without_pictures_is_a_reject(text):
+    for row in ({"img": "a.png", "conversations": [{"from": "human", "value": text}, SHARE[1]]},
+                {"images": [], "messages": [{"role": "user", "content": text}, ANSWER]}):
+        with pytest.raises(RowError, match="begins or ends with <image>, and the row has no picture"):
+            normalise(row)
+    normalise({"messages": [{"role": "user", "content": "Draw."}, {"role": "assistant", "content": text}]})
+
+
 @pytest.mark.parametrize("row, shape, system", [
     ({"messages": CHAT}, Shape(system_prompt="Be brief."), "Be brief."),
     ({"conversations": SHARE, "system": "Be kind."}, Shape(system_prompt="Be brief."), "Be kind."),

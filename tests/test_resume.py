@@ -174,6 +174,14 @@ def test_another_number_of_samples_a_step_is_refused_with_its_fix(killed):
     assert (killed.path / "05_train.partial/checkpoints/step-2/state.json").exists()
 
 
+def test_fewer_steps_than_the_checkpoint_has_are_refused_with_their_knob(killed):
+    killed("01_config", "max_steps=1")
+    with pytest.raises(StageError) as caught:
+        killed("05_train", "--resume")
+    assert caught.value.what == f"{killed.path.name}/05_train.partial/checkpoints/step-2 is past the 1 step that max_steps now asks for"
+    assert caught.value.fix == "raise max_steps to go on from it, or start over with --force"
+
+
 def test_a_checkpoint_of_an_older_version_is_refused_by_what_it_lacks(tmp_path):
     (tmp_path / "state.json").write_text('{"step": 3, "global_batch_size": 4, "per_rank": 4}', encoding="utf-8")
     with pytest.raises(StageError, match="doesn't say its scaler and groups: an older version wrote it"):

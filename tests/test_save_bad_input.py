@@ -171,6 +171,10 @@ CASES = (
             "--evaluate FILE --out predictions.jsonl"),
     misused("--out into a file that exists", "run --evaluate rows.jsonl --out rows.jsonl",
             "--out: rows.jsonl is there already", "name another file, or remove that one"),
+    misused("--out into a folder that isn't there", "run --evaluate rows.jsonl --out nope/out.jsonl",
+            "--out: nope is no folder", "make it, or name a file elsewhere"),
+    misused("--ask without a question", "run --ask rows.jsonl", "--ask: rows.jsonl is a file, and no question "
+            "follows it", "files come first, then one question in quotes"),
     misused("--evaluate of a file that isn't there", "run --evaluate x.jsonl --out out.jsonl",
             "datasets: x.jsonl: no such file or folder", "correct the path …"),
     misused("--evaluate of an empty file", "run --evaluate x.jsonl --out out.jsonl",

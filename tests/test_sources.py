@@ -203,6 +203,9 @@ def test_shards_are_seeded_parts_that_hold_every_row_once_in_its_order():
     assert sources.shard(source, {"shards": None}, 1) is source
 
 
-def test_weights_that_leave_nothing_are_an_error():
-    with pytest.raises(StageError, match="no sample is left to train on"):
-        samples.weighted([np.arange(1)], ["a"], [{"weight": 0.1}], 1)
+def test_a_weight_that_leaves_nothing_of_a_data_set_is_an_error():
+    specs = [{"path": "a.jsonl", "weight": 1.0}, {"path": "b.jsonl", "weight": 0.1}]
+    with pytest.raises(StageError, match=r"b\.jsonl: weight 0\.1 leaves none of its 4 samples to train on"):
+        samples.weighted([np.arange(3), np.arange(3, 7)], ["a", "b"], specs, 1)
+    emptied = samples.weighted([np.arange(3), np.arange(0)], ["a", "b"], specs, 1)   # rejected or held out
+    assert emptied.tolist() == [0, 1, 2]

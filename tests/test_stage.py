@@ -620,6 +620,12 @@ def test_a_bare_command_means_the_run_that_01_wrote_last(kit):
     assert (Path("runs/other/02_data/rows.txt")).read_text() == "A ROW\n" * 9
 
 
+def test_commands_name_the_script_as_it_was_named_from_another_folder(monkeypatch):
+    for given, named in (("05_train.py", "03_load_model.py"), ("/a kit/02_data.py", "'/a kit/03_load_model.py'")):
+        monkeypatch.setattr("sys.argv", [given, "runs/x"])
+        assert stage.command("03_load_model", Path("runs/x")) == f"python {named} runs/x"
+
+
 def test_a_run_folder_that_is_not_there_is_an_error_of_two_lines(kit):
     for value in ("runs/nowhere", "lora_r=8"):
         done = start(f"02_data.py {value}")

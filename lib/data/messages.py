@@ -42,8 +42,11 @@ def normalise(row, shape: Shape = Shape()) -> tuple[list[dict], list]:
     messages = [message_of(message, number, shape, kinds) for number, message in enumerate(found)]
     place_tags(messages, columns)
     present = kinds.union(part["type"] for message in messages for part in message["content"])
-    for kind in (kind for kind in NOUNS if kind in present):
-        fill(messages, kind, columns[kind])
+    for kind in NOUNS:
+        if kind in present:
+            fill(messages, kind, columns[kind])
+        else:
+            refuse_set_off(messages, kind)
     media = [part for message in messages for part in message["content"] if part["type"] != "text"]
     return messages, [part.pop("source") for part in media]
 
@@ -162,6 +165,19 @@ def fill(messages: list[dict], kind: str, listed: list) -> None:
             raise RowError(f"message {number} has <{kind}> in its text, which is only characters here",
                            f'write a part {{"type": "{kind}"}} in its place, or a <{kind}> for each entry of '
                            f"the {kind} column")
+
+
+def refuse_set_off(messages: list[dict], kind: str) -> None:
+    """Raise RowError where a user's text is set off from tags, and the row has nothing of this kind.
+
+    A tag amid words may be about HTML. In a line of its own, first or last, it is where LLaVA's rows have a
+    medium: the row may keep it in a column that isn't read.
+    """
+    for number, message in enumerate(messages):
+        for text in texts_of(message) if message["role"] == "user" else ():
+            if re.match(rf"(<{kind}>)+(\n|$)", text) or re.search(rf"\n(<{kind}>)+$", text):
+                raise RowError(f"message {number} begins or ends with <{kind}>, and the row has no "
+                               f"{NOUNS[kind]}", f"name it in the column {kind!r}, or remove that tag")
 
 
 def text_parts(text: str) -> list[dict]:

@@ -89,6 +89,19 @@ def groups_of(table: pa.Table) -> np.ndarray:
     return np.fromiter(map(leader, range(len(table))), np.int64, len(table))
 
 
+def trained_too(table: pa.Table, train: np.ndarray, held_out: np.ndarray) -> int:
+    """How many held-out samples stand among those of training as well, with the same text and media."""
+    held = pc.unique(table["text"].take(pa.array(held_out)))
+    texts = pc.fill_null(pc.index_in(table["text"], held), -1).to_numpy()
+    hashes = numbered(pc.struct_field(inner(table["media"])[0], "sha256"))
+    ends = np.append(0, np.cumsum(pc.list_value_length(table["media"]).to_numpy()))
+
+    def content(place: int) -> tuple:
+        return texts[place], *hashes[ends[place]:ends[place + 1]].tolist()
+    trained = set(map(content, np.unique(train[texts[train] >= 0])))
+    return sum(content(place) in trained for place in held_out)
+
+
 def weighted(parts: list[np.ndarray], names: list[str], specs: list[dict], seed: int) -> np.ndarray:
     """The places of an epoch: of weight 2.5, each twice and a seeded half of the data set a third time."""
     found = []
@@ -96,9 +109,11 @@ def weighted(parts: list[np.ndarray], names: list[str], specs: list[dict], seed:
         times = np.full(len(places), int(spec["weight"]))
         again = round(spec["weight"] % 1 * len(places))
         times[random.Random(f"{seed} {name}").sample(range(len(places)), again)] += 1
+        if len(places) and not times.any():
+            raise StageError(f"datasets: {spec['path']}: weight {spec['weight']} leaves none of its "
+                             f"{terminal.counted(len(places), 'sample')} to train on",
+                             "raise that weight, or remove the entry")
         found.append(np.repeat(places, times))
-    if not sum(map(len, found)):
-        raise StageError("datasets: with these weights, no sample is left to train on", "raise a weight")
     return np.concatenate(found)
 
 

@@ -24,6 +24,8 @@ def evaluate_file(run: Path, path: str, out: Path) -> None:
     """
     if out.exists():
         raise StageError(f"--out: {out} is there already", "name another file, or remove that one")
+    if not out.parent.is_dir():
+        raise StageError(f"--out: {out.parent} is no folder", "make it, or name a file elsewhere")
     work, data = stage.view("06_save", run), stage.view("02_data", run, own=True)
     plan = read_plan(work)
     encoder = encoder_of(work)

@@ -54,15 +54,21 @@ def remember_latest(run: Path) -> None:
 
 
 def command(stem: str, run: Path) -> str:
-    """The command that starts a stage: 01 with the recipe and overrides in its ledger, 05 with its ranks."""
+    """The command that starts a stage: 01 with the recipe and overrides in its ledger, 05 with its ranks.
+
+    The script is named as this one was, which may lie in another folder than the current one.
+    """
+    script, here = f"{stem}.py", Path(sys.argv[0])
+    if here.stem in ledger.STAGES:
+        script = shlex.quote(str(here.with_name(script)))
     if stem == "01_config":
         given = {"recipe": "RECIPE", "overrides": []}
         if ledger.finished(run / stem):
             given = ledger.read_json(run / stem / "stage.json")["reads"]["knobs"]
-        return shlex.join(["python", f"{stem}.py", given["recipe"], str(run), *given["overrides"]])
+        return f"python {script} {shlex.join([given['recipe'], str(run), *given['overrides']])}"
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "1") if stem == "05_train" else "1"  # torchrun sets it
     launcher = "python" if ranks == "1" else f"torchrun --nproc-per-node {ranks}"
-    return f"{launcher} {stem}.py {shlex.quote(str(run))}"
+    return f"{launcher} {script} {shlex.quote(str(run))}"
 
 
 @dataclass
