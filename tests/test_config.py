@@ -345,13 +345,13 @@ lora_dropout: 0
     assert problems(bad, "seed=-1", "max_step=3") == [
         ("r.yaml:13: lora_dropout is given a second time, after line 10", "keep one of the two lines"),
         ("r.yaml:7: lora_r: sixteen must be a whole number", "for example lora_r: 16 (rank of the update)"),
-        ("r.yaml:8: lora_rr: 8: no such knob", "did you mean lora_r?"),
+        ("r.yaml:8: lora_rr: 8: no such knob", "remove it, or did you mean lora_r?"),
         ("r.yaml:9: rl: dpo asks for reinforcement learning: not built yet", "remove rl"),
         ("r.yaml:10: lora_dropout: 1.5 must be a number from 0 and below 1",
          "for example lora_dropout: 0.0 (share of adapter inputs dropped)"),
         ("on the command line: seed=-1 must be a whole number from 0 and up to 4,294,967,295",
          "for example seed=42 (of split, adapter, order)"),
-        ("on the command line: max_step=3: no such knob", "did you mean max_steps?"),
+        ("on the command line: max_step=3: no such knob", "remove it, or did you mean max_steps?"),
         ("r.yaml:12: load_in_4bit: true with load_in_8bit: true (line 11): a weight has 4 bits or 8",
          "remove one of them"),
     ]
@@ -603,7 +603,7 @@ UNREADABLE = (
 )
 WRONG_VALUES = (
     line("an unknown key", "learning_rte: 1e-4", "learning_rte: 1e-4: no such knob",
-         "did you mean learning_rate?"),
+         "remove it, or did you mean learning_rate?"),
     line("an unknown key like no other", "zzz: 1", "zzz: 1: no such knob",
          "remove it; all knobs: python 01_config.py --knobs"),
     line("a merge key", "<<: {lora_r: 8}", "<<: {lora_r: 8}: no such knob", "remove it; …"),

@@ -261,7 +261,7 @@ def test_bare_torchrun_trains_the_run_that_runs_latest_names(make):
         torchrun.main(given)
     assert child_of(launch).wait().code == 0, said.read_text(encoding="utf-8")
     assert "05_train finished" in said.read_text(encoding="utf-8")
-    assert "next: python 06_save.py run" in said.read_text(encoding="utf-8")
+    assert f"next: python {stage.ROOT / '06_save.py'} run" in said.read_text(encoding="utf-8")
     assert_same(one, two)
 
 

@@ -188,4 +188,5 @@ def nearest(key: str, names: list[str]) -> str:
     if whole != key and whole in names:
         return f"give {whole} as a whole, '{whole}=[…]'"
     close = difflib.get_close_matches(key, names, n=1)
-    return f"did you mean {close[0]}?" if close else "remove it; all knobs: python 01_config.py --knobs"
+    return f"remove it, or did you mean {close[0]}?" if close else (
+        "remove it; all knobs: python 01_config.py --knobs")
